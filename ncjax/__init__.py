@@ -1,0 +1,22 @@
+"""ncjax: the theory of neural collapse in JAX.
+
+The unconstrained layer-peeled model of Ji, Lu, Zhang, Deng and Su (ICLR 2022) as pure
+functions: losses, exact gradient flow, collapse metrics.
+"""
+
+from ncjax.flow import DescentSolution as DescentSolution
+from ncjax.flow import FlowSolution as FlowSolution
+from ncjax.flow import InvariantDrift as InvariantDrift
+from ncjax.flow import gradient_descent as gradient_descent
+from ncjax.flow import gradient_flow as gradient_flow
+from ncjax.flow import invariant_drift as invariant_drift
+from ncjax.geometry import balance as balance
+from ncjax.geometry import block_saddle as block_saddle
+from ncjax.geometry import margin_ratio as margin_ratio
+from ncjax.geometry import margins as margins
+from ncjax.geometry import simplex_etf as simplex_etf
+from ncjax.geometry import squared_norm as squared_norm
+from ncjax.losses import cross_entropy as cross_entropy
+from ncjax.losses import log_cross_entropy as log_cross_entropy
+from ncjax.types import Params as Params
+from ncjax.types import init_params as init_params

@@ -1,0 +1,182 @@
+"""Shapes that the theory speaks of: simplex ETF, margins, balance, block saddles."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ncjax.types import Array, Params, check_integer, check_params, check_sizes, float_dtype
+
+
+def simplex_etf(num_classes: int, dim: int, key: Array | None = None, dtype=None) -> Array:
+    r"""Simplex equiangular tight frame, one unit vector per row.
+
+    $$E = \sqrt{\tfrac{K}{K-1}}\,(I - \tfrac1K \mathbf 1 \mathbf 1^\top) P^\top,
+    \qquad E E^\top = \tfrac{K}{K-1} (I - \tfrac1K \mathbf 1 \mathbf 1^\top)$$
+
+    Rows sum to zero and have pairwise cosine `-1/(K-1)`.
+
+    Args:
+      num_classes: `K`, at least 2.
+      dim: `d`, at least `K - 1`.
+      key: PRNG key for a random orientation `P` (Haar distributed); without it `P` is
+        the first K unit vectors, or for `dim = K - 1` the Helmert basis.
+      dtype: floating dtype; JAX's default one if None.
+
+    Returns:
+      (K, d) array.
+
+    Raises:
+      ValueError: a size is out of range, or `dim < num_classes - 1`.
+
+    Source: Ji et al. (ICLR 2022), Definition 2.1, with `alpha = 1`.
+
+    >>> import ncjax
+    >>> etf = ncjax.simplex_etf(4, 6)
+    >>> [round(float(etf[0] @ row), 4) for row in etf]
+    [1.0, -0.3333, -0.3333, -0.3333]
+    """
+    check_sizes(num_classes=num_classes, dim=dim)
+    if dim < num_classes - 1:
+        raise ValueError(
+            f"dim must be at least num_classes - 1 = {num_classes - 1} to hold a simplex "
+            f"ETF, got {dim}"
+        )
+    dtype = float_dtype(dtype)
+    if key is not None:
+        frame = jax.random.orthogonal(key, dim, dtype=dtype, m=num_classes - 1)
+        rows = jnp.asarray(helmert(num_classes).T, dtype)
+        unit = jnp.matmul(rows, frame.T, precision="highest")
+    elif dim >= num_classes:
+        centring = np.eye(num_classes) - 1 / num_classes
+        unit = jnp.asarray(np.pad(centring, ((0, 0), (0, dim - num_classes))), dtype)
+    else:
+        unit = jnp.asarray(helmert(num_classes).T, dtype)
+    return math.sqrt(num_classes / (num_classes - 1)) * unit
+
+
+def helmert(size: int) -> np.ndarray:
+    r"""Orthonormal basis of the vectors of length `size` that sum to zero, one per row.
+
+    Returns a float64 NumPy array $B$ (size - 1, size) with $B B^\top = I$ and
+    $B \mathbf 1 = 0$: row r is $(1, \dots, 1, -r, 0, \dots) / \sqrt{r (r + 1)}$.
+    """
+    r = np.arange(1, size)[:, None]
+    column = np.arange(size)[None, :]
+    rows = np.where(column < r, 1.0, np.where(column == r, -1.0 * r, 0.0))
+    return rows / np.sqrt(r * (r + 1.0))
+
+
+def squared_norm(params: Params) -> Array:
+    r"""$|Z|^2 = |W|_F^2 + |H|_F^2$, a scalar."""
+    W, H = check_params(params)
+    return jnp.sum(W**2) + jnp.sum(H**2)
+
+
+def margins(params: Params) -> Array:
+    r"""Pairwise margins $m_{kij} = (w_k - w_j)^\top h_{k,i}$, with `+inf` where j = k.
+
+    Args:
+      params: `W` (K, d) and `H` (K, n, d).
+
+    Returns:
+      (K, n, K) array; `margins(params).min()` is the dataset margin `q_min`, and
+      `margins(params).min(axis=-1)` the sample margins `q_ki`.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
+
+    Source: Ji et al. (ICLR 2022), Section 3.1.
+    """
+    W, H = check_params(params)
+    logits = jnp.einsum("kid,jd->kij", H, W, precision="highest")
+    own = jnp.einsum("kid,kd->ki", H, W, precision="highest")
+    same = jnp.eye(W.shape[0], dtype=bool)[:, None, :]
+    return jnp.where(same, jnp.inf, own[..., None] - logits)
+
+
+def margin_ratio(params: Params) -> Array:
+    r"""Dataset margin over the largest one that the norm allows, in (-inf, 1].
+
+    $$\frac{2 (K-1) \sqrt n \; q_{\min}}{|Z|^2} \le 1, \qquad
+    q_{\min} = \min_{k,i} \min_{j \ne k} (w_k - w_j)^\top h_{k,i}$$
+
+    It is 1 if and only if `Z` is a neural collapse with `|W|_F = |H|_F`, and does not
+    depend on the norm of `Z`. At the origin it is NaN.
+
+    Args:
+      params: `W` (K, d) and `H` (K, n, d).
+
+    Returns:
+      Scalar.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
+
+    Source: Ji et al. (ICLR 2022), Theorem 3.1.
+    """
+    num_classes, per_class, _ = params.H.shape
+    bound = squared_norm(params) / (2 * (num_classes - 1) * math.sqrt(per_class))
+    return jnp.min(margins(params)) / bound
+
+
+def balance(params: Params) -> Array:
+    r"""$W^\top W - \sum_{k,i} h_{k,i} h_{k,i}^\top$, conserved by the gradient flow.
+
+    Args:
+      params: `W` (K, d) and `H` (K, n, d).
+
+    Returns:
+      (d, d) symmetric array, zero at a neural collapse that is a global optimum.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
+    """
+    W, H = check_params(params)
+    gram = jnp.einsum("kid,kie->de", H, H, precision="highest")
+    return jnp.matmul(W.T, W, precision="highest") - gram
+
+
+def block_saddle(
+    num_blocks: int, block_size: int, per_class: int, dim: int, dtype=None
+) -> Params:
+    r"""A critical direction of the flow: `m` orthogonal blocks, collapsed each by itself.
+
+    Within a block of `b` classes the `w_k` form a simplex ETF; blocks are orthogonal;
+    $h_{k,i} = w_k$; then $W \leftarrow n^{1/4} W$, $H \leftarrow n^{-1/4} H$. All
+    `num_blocks = 1` is neural collapse, the global minimiser; every `num_blocks >= 2`
+    is a KKT direction of the minimum-norm separation problem and a strict saddle. Only
+    the direction matters: scale it by any `c > 0`.
+
+    Args:
+      num_blocks: `m`, at least 1.
+      block_size: `b`, at least 2; the number of classes is `K = m b`.
+      per_class: `n`, at least 1.
+      dim: `d`, at least `m (b - 1)`.
+      dtype: floating dtype; JAX's default one if None.
+
+    Returns:
+      `Params` with `W` (m b, d), `H` (m b, n, d) and margins of `b/(b-1)` within a
+      block, 1 across blocks.
+
+    Raises:
+      ValueError: a size is out of range, or the blocks do not fit into `dim`.
+
+    Source: K = 4, b = 2, n = 1 is Example 3.1 of Ji et al. (ICLR 2022), up to scale;
+    the family is ncjax's.
+    """
+    check_sizes(num_blocks=num_blocks, per_class=per_class, dim=dim)
+    check_integer("block_size", block_size, least=2)
+    if dim < num_blocks * (block_size - 1):
+        raise ValueError(
+            f"dim must be at least num_blocks * (block_size - 1) = "
+            f"{num_blocks * (block_size - 1)}, got {dim}"
+        )
+    width = block_size if dim >= num_blocks * block_size else block_size - 1
+    etf = simplex_etf(block_size, width, dtype=dtype)
+    W = jnp.kron(jnp.eye(num_blocks, dtype=etf.dtype), etf)
+    W = jnp.pad(W, ((0, 0), (0, dim - num_blocks * width)))
+    H = jnp.broadcast_to(W[:, None], (W.shape[0], per_class, dim))
+    spread = per_class**0.25
+    return Params(W=spread * W, H=H / spread)

@@ -1,0 +1,134 @@
+"""The state of the layer-peeled model: its container, its start, its checks."""
+
+import math
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+class Params(NamedTuple):
+    """Free variables `Z = (W, H)` of the unconstrained layer-peeled model.
+
+    Ji et al. (ICLR 2022), equation (1): the last layer and its features are
+    optimised directly, with nothing else in between.
+    """
+
+    W: Array  # (K, d)     classifier, row w_k is the weight of class k
+    H: Array  # (K, n, d)  features, h_{k,i} is the i-th sample of class k
+
+
+def init_params(
+    key: Array,
+    num_classes: int,
+    per_class: int,
+    dim: int,
+    scale: float = 0.1,
+    dtype=None,
+) -> Params:
+    """Draw every entry of `W` and `H` from `N(0, scale²)`, independently.
+
+    Args:
+      key: PRNG key; `jax.vmap` over an array of keys gives one start per seed.
+      num_classes: `K`, at least 2.
+      per_class: `n`, samples of each class, at least 1.
+      dim: `d`, feature dimension, at least 1.
+      scale: standard deviation of an entry, not negative.
+      dtype: floating dtype; JAX's default one if None.
+
+    Returns:
+      `Params` with `W` (K, d) and `H` (K, n, d).
+
+    Raises:
+      ValueError: a size or the scale is out of range, or dtype is not floating.
+
+    Warns:
+      UserWarning: `dim < num_classes - 1`, where no simplex ETF fits and neural
+        collapse can therefore not be reached.
+    """
+    check_sizes(num_classes=num_classes, per_class=per_class, dim=dim)
+    if not (math.isfinite(scale) and scale >= 0):
+        raise ValueError(f"scale must be finite and not negative, got {scale}")
+    dtype = float_dtype(dtype)
+    if dim < num_classes - 1:
+        warnings.warn(
+            f"dim={dim} is below num_classes - 1 = {num_classes - 1}: no simplex ETF "
+            "fits, so the flow cannot reach neural collapse",
+            stacklevel=2,
+        )
+    key_W, key_H = jax.random.split(key)
+    scale = jnp.asarray(scale, dtype)
+    return Params(
+        W=scale * jax.random.normal(key_W, (num_classes, dim), dtype),
+        H=scale * jax.random.normal(key_H, (num_classes, per_class, dim), dtype),
+    )
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError unless every size is an integer in range (`num_classes >= 2`)."""
+    for name, size in sizes.items():
+        check_integer(name, size, least=2 if name == "num_classes" else 1)
+
+
+def check_integer(name: str, value: int, *, least: int) -> None:
+    """Raise ValueError unless `value` is an integer of at least `least`."""
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_integer or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_params(params: Params, *, finite: bool = False) -> Params:
+    """Return `params` as JAX arrays once shapes, dtypes and (if asked) values are sound.
+
+    Args:
+      params: `W` (K, d) and `H` (K, n, d) with K >= 2, floating, of one dtype.
+      finite: also refuse NaN and infinity, where the values are known: under `jax.jit`
+        or `jax.vmap` they are not, and the check is left out.
+
+    Raises:
+      ValueError: says what was given and what is expected.
+    """
+    if not (isinstance(params, tuple) and len(params) == 2):
+        raise ValueError(f"expected ncjax.Params(W, H), got {type(params).__name__}")
+    W, H = (jnp.asarray(leaf) for leaf in params)
+    if W.ndim != 2 or H.ndim != 3 or (H.shape[0], H.shape[2]) != W.shape:
+        raise ValueError(
+            f"expected W (K, d) and H (K, n, d), got W {W.shape} and H {H.shape}"
+        )
+    num_classes, per_class, dim = H.shape
+    check_sizes(num_classes=num_classes, per_class=per_class, dim=dim)
+    if not jnp.issubdtype(W.dtype, jnp.floating) or W.dtype != H.dtype:
+        raise ValueError(
+            f"expected W and H of one floating dtype, got W {W.dtype} and H {H.dtype}"
+        )
+    if finite:
+        for name, leaf in (("W", W), ("H", H)):
+            check_finite(name, leaf)
+    return Params(W, H)
+
+
+def check_finite(name: str, array: Array) -> None:
+    """Raise ValueError if a concrete `array` holds NaN or infinity."""
+    if isinstance(array, jax.core.Tracer):
+        return
+    bad = int(np.count_nonzero(~np.isfinite(np.asarray(array, np.float64))))
+    if bad:
+        raise ValueError(
+            f"{name} must be finite, got {bad} of {array.size} entries NaN or infinite"
+        )
+
+
+def float_dtype(dtype) -> jnp.dtype:
+    """The default floating dtype for None, else `dtype`, refused if not floating."""
+    resolved = jnp.zeros((), float).dtype if dtype is None else jnp.dtype(dtype)
+    if not jnp.issubdtype(resolved, jnp.floating):
+        raise ValueError(f"dtype must be floating, got {resolved}")
+    if jnp.zeros((), resolved).dtype != resolved:
+        raise ValueError(
+            f"dtype {resolved} needs jax.config.update('jax_enable_x64', True)"
+        )
+    return resolved
