@@ -18,5 +18,8 @@ from ncjax.geometry import simplex_etf as simplex_etf
 from ncjax.geometry import squared_norm as squared_norm
 from ncjax.losses import cross_entropy as cross_entropy
 from ncjax.losses import log_cross_entropy as log_cross_entropy
+from ncjax.metrics import CollapseMetrics as CollapseMetrics
+from ncjax.metrics import collapse_metrics as collapse_metrics
+from ncjax.metrics import collapse_metrics_from_features as collapse_metrics_from_features
 from ncjax.types import Params as Params
 from ncjax.types import init_params as init_params

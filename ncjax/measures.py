@@ -1,0 +1,83 @@
+"""Measures of NC2 and NC3 on the rows of a matrix: norms, angles, frames, duality.
+
+Each is the plain definition, for any rows: class means, centred class means, a classifier
+or a centred one. `ncjax.metrics` applies them; the variants that other codebases publish
+are one argument or one more function away.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from ncjax.types import Array
+
+
+def centre_rows(rows: Array) -> Array:
+    r"""$v_k - \tfrac1K \sum_j v_j$ of `rows` (K, d)."""
+    return rows - jnp.mean(rows, axis=0, keepdims=True)
+
+
+def norm_variation(rows: Array, ddof: int = 1) -> Array:
+    r"""Coefficient of variation of norms, $\mathrm{std}_k |v_k| / \mathrm{mean}_k |v_k|$.
+
+    Args:
+      rows: (K, d).
+      ddof: 1 divides the variance by K - 1 (Papyan et al., 2020), 0 by K.
+
+    Returns:
+      Scalar, 0 for equal norms.
+    """
+    norms = jnp.linalg.norm(rows, axis=1)
+    return jnp.std(norms, ddof=ddof) / jnp.mean(norms)
+
+
+def pair_cosines(rows: Array) -> Array:
+    r"""Cosines $\cos(v_j, v_k)$ of the K(K-1)/2 pairs j < k of `rows` (K, d)."""
+    unit = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+    gram = jnp.matmul(unit, unit.T, precision="highest")
+    return gram[np.triu_indices(rows.shape[0], k=1)]
+
+
+def cosine_deviation(rows: Array) -> Array:
+    r"""Mean over pairs of $|\cos(v_j, v_k) + \tfrac{1}{K-1}|$, 0 for a simplex ETF.
+
+    Source: Papyan, Han, Donoho (2020), Figure 3, for `rows` (K, d).
+    """
+    return jnp.mean(jnp.abs(pair_cosines(rows) + 1 / (rows.shape[0] - 1)))
+
+
+def etf_gram_error(rows: Array) -> Array:
+    r"""$| V V^\top / |V V^\top|_F - (I - \tfrac1K \mathbf{1 1}^\top) / \sqrt{K-1} |_F$.
+
+    Zero if and only if the rows are a simplex ETF. Source: Zhu et al. (2021), NC2, for
+    `rows` V (K, d).
+    """
+    return product_etf_error(rows, rows)
+
+
+def product_etf_error(rows: Array, others: Array) -> Array:
+    r"""$| V C^\top / |V C^\top|_F - (I - \tfrac1K \mathbf{1 1}^\top) / \sqrt{K-1} |_F$.
+
+    Source: Zhu et al. (2021), NC3, for `rows` V (K, d) and `others` C (K, d).
+    """
+    size = rows.shape[0]
+    product = jnp.matmul(rows, others.T, precision="highest")
+    etf = (jnp.eye(size, dtype=rows.dtype) - 1 / size) / math.sqrt(size - 1)
+    return jnp.linalg.norm(product / jnp.linalg.norm(product) - etf)
+
+
+def self_duality(rows: Array, others: Array, squared: bool = False) -> Array:
+    r"""$| V/|V|_F - C/|C|_F |_F$ of `rows` V and `others` C, both (K, d).
+
+    Papyan, Han, Donoho (2020) plot the square: `squared=True`.
+    """
+    difference = rows / jnp.linalg.norm(rows) - others / jnp.linalg.norm(others)
+    distance_squared = jnp.sum(difference**2)
+    return distance_squared if squared else jnp.sqrt(distance_squared)
+
+
+def row_cosines(rows: Array, others: Array) -> Array:
+    r"""$\cos(v_k, c_k)$ (K,) of matching rows of two (K, d) matrices."""
+    norms = jnp.linalg.norm(rows, axis=1) * jnp.linalg.norm(others, axis=1)
+    return jnp.sum(rows * others, axis=1) / norms

@@ -1,0 +1,261 @@
+"""Collapse metrics NC1 to NC4, one formula for the layer-peeled model and for networks."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ncjax import measures, statistics
+from ncjax.statistics import ClassStatistics, Comparison
+from ncjax.types import (
+    Array,
+    Params,
+    check_finite,
+    check_integer,
+    check_params,
+)
+
+# Elements of one chunk of features and of its distances to the centres.
+_CHUNK_ELEMENTS = 2**22
+
+
+class CollapseMetrics(NamedTuple):
+    r"""Neural collapse in numbers; all but `accuracy` fall to zero. Scalars.
+
+    $M$ has the centred class means $\bar h_k - h_G$ as rows, $h_G$ the mean of the class
+    means; $\Sigma_W = \tfrac1N \sum_i (h_i - \bar h_{y_i})(h_i - \bar h_{y_i})^\top$,
+    $\Sigma_B = \tfrac1K M^\top M$; the centred classifier has rows $w_k - \bar w$.
+    """
+
+    within_class_variation: Array  # NC1  Tr(Σ_W Σ_B⁺) / K
+    within_class_quotient: Array  # NC1  Tr Σ_W / Tr Σ_B
+    cdnv: Array  # NC1  mean over pairs of (v_j + v_k) / (2 |h̄_j - h̄_k|²)
+    mean_norm_variation: Array  # NC2  std/mean of |h̄_k - h_G|, ddof 1
+    classifier_norm_variation: Array  # NC2  of |w_k|
+    centred_classifier_norm_variation: Array  # NC2  of |w_k - w̄|
+    mean_cosine_deviation: Array  # NC2  mean over pairs |cos + 1/(K-1)| of h̄_k - h_G
+    classifier_cosine_deviation: Array  # NC2  of w_k
+    centred_classifier_cosine_deviation: Array  # NC2  of w_k - w̄
+    etf_gram_error: Array  # NC2  |M Mᵀ/|M Mᵀ|_F - ETF|_F
+    self_duality: Array  # NC3  |W/|W|_F - M/|M|_F|_F
+    centred_self_duality: Array  # NC3  of the centred classifier
+    product_etf_error: Array  # NC3  |W Mᵀ/|W Mᵀ|_F - ETF|_F
+    ncc_mismatch: Array  # NC4  share where classifier and nearest centre disagree
+    accuracy: Array  # share of samples that the classifier gets right
+
+
+def collapse_metrics(params: Params) -> CollapseMetrics:
+    r"""Collapse metrics of the layer-peeled model: `h_{k,i}` are the features of class k.
+
+    Args:
+      params: `W` (K, d) and `H` (K, n, d).
+
+    Returns:
+      `CollapseMetrics` of scalars. NaN where a metric is not defined (equal class means).
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
+
+    Source: Ji et al. (ICLR 2022), Figure 2; Papyan, Han, Donoho (2020).
+
+    >>> import ncjax
+    >>> collapsed = ncjax.block_saddle(1, 4, per_class=2, dim=4)
+    >>> bool(ncjax.collapse_metrics(collapsed).self_duality < 1e-6)
+    True
+    """
+    W, H = check_params(params)
+    num_classes, per_class, dim = H.shape
+    anchor = H[:, 0]
+    offset = jnp.mean(H - anchor[:, None], axis=1)
+    deviation = (H - anchor[:, None]) - offset[:, None]
+    first_pass = ClassStatistics(
+        count=jnp.full(num_classes, per_class, jnp.int32),
+        anchor=anchor,
+        offset=offset,
+        scatter=jnp.sum(deviation**2, axis=(1, 2)),
+    )
+    second_pass = statistics.compare(
+        statistics.init_comparison(num_classes, H.dtype),
+        first_pass,
+        statistics.reference(first_pass),
+        H.reshape(-1, dim),
+        jnp.repeat(jnp.arange(num_classes, dtype=jnp.int32), per_class),
+        W,
+    )
+    return metrics_from_statistics(first_pass, second_pass, W)
+
+
+def collapse_metrics_from_features(
+    features,
+    labels,
+    W,
+    b=None,
+    *,
+    num_classes: int | None = None,
+    chunk_size: int | None = None,
+) -> CollapseMetrics:
+    r"""Collapse metrics of a network's last layer on a data set.
+
+    Two passes over the features in chunks; memory beyond the features is bounded by the
+    chunk. Batches that do not fit together: see `ncjax.statistics`.
+
+    Args:
+      features: (N, d) floating, the input of the last layer; half precision is computed in
+        float32. NumPy or JAX.
+      labels: (N,) integers in [0, K), every class at least once.
+      W: (K, d) weight of the last layer, logits being `features @ W.T + b`.
+      b: (K,) bias, none if None.
+      num_classes: K, to be checked against `W`.
+      chunk_size: samples in a chunk, at most N; chosen for a few MB if None.
+
+    Returns:
+      `CollapseMetrics` of scalars.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit, or (outside jit) labels lie out of range, a
+        class has no sample, or a value is NaN or infinite.
+
+    Source: Papyan, Han, Donoho (2020).
+
+    >>> import numpy as np, ncjax
+    >>> rng = np.random.default_rng(0)
+    >>> labels, means = np.arange(60) % 3, rng.normal(size=(3, 5))
+    >>> features = means[labels] + 1e-3 * rng.normal(size=(60, 5))
+    >>> metrics = ncjax.collapse_metrics_from_features(features, labels, means)
+    >>> bool(metrics.within_class_variation < 1e-4)
+    True
+    """
+    features, labels, W, b = check_features(features, labels, W, b, num_classes)
+    samples, dim = features.shape
+    if chunk_size is None:
+        chunk_size = max(1, _CHUNK_ELEMENTS // (dim + W.shape[0]))
+    check_integer("chunk_size", chunk_size, least=1)
+    return _metrics_in_chunks(features, labels, W, b, min(chunk_size, samples))
+
+
+@partial(jax.jit, static_argnums=4)
+def _metrics_in_chunks(features, labels, W, b, chunk_size):
+    samples, dim = features.shape
+    num_classes, dtype = W.shape[0], W.dtype
+
+    def fold(take, state):
+        def body(state, chunk):
+            # The last chunk is moved back to fit; what it repeats is masked.
+            start = jnp.minimum(chunk * chunk_size, samples - chunk_size)
+            mask = start + jnp.arange(chunk_size) >= chunk * chunk_size
+            rows, targets = (
+                jax.lax.dynamic_slice_in_dim(array, start, chunk_size)
+                for array in (features, labels)
+            )
+            return take(state, rows, targets, mask), None
+
+        return jax.lax.scan(body, state, jnp.arange(-(-samples // chunk_size)))[0]
+
+    first_pass = fold(statistics.update, statistics.init(num_classes, dim, dtype))
+    against = statistics.reference(first_pass)
+
+    def compare(state, features, labels, mask):
+        return statistics.compare(state, first_pass, against, features, labels, W, b, mask)
+
+    second_pass = fold(compare, statistics.init_comparison(num_classes, dtype))
+    return metrics_from_statistics(first_pass, second_pass, W)
+
+
+def metrics_from_statistics(
+    first_pass: ClassStatistics, second_pass: Comparison, W: Array
+) -> CollapseMetrics:
+    """Collapse metrics from both passes of `ncjax.statistics` and the classifier (K, d).
+
+    The second pass must have been taken against `statistics.reference(first_pass)`.
+    """
+    means = statistics.centred_means(first_pass)
+    W = W.astype(means.dtype)
+    centred_W = measures.centre_rows(W)
+    samples = jnp.sum(first_pass.count).astype(means.dtype)
+    between = jnp.mean(jnp.sum(means**2, axis=1))
+    return CollapseMetrics(
+        within_class_variation=jnp.sum(second_pass.whitened_scatter) / samples,
+        within_class_quotient=jnp.sum(first_pass.scatter) / samples / between,
+        cdnv=class_distance_normalised_variance(first_pass),
+        mean_norm_variation=measures.norm_variation(means),
+        classifier_norm_variation=measures.norm_variation(W),
+        centred_classifier_norm_variation=measures.norm_variation(centred_W),
+        mean_cosine_deviation=measures.cosine_deviation(means),
+        classifier_cosine_deviation=measures.cosine_deviation(W),
+        centred_classifier_cosine_deviation=measures.cosine_deviation(centred_W),
+        etf_gram_error=measures.etf_gram_error(means),
+        self_duality=measures.self_duality(W, means),
+        centred_self_duality=measures.self_duality(centred_W, means),
+        product_etf_error=measures.product_etf_error(W, means),
+        ncc_mismatch=statistics.fraction(
+            second_pass.mismatches, second_pass.count, means.dtype
+        ),
+        accuracy=1
+        - statistics.fraction(second_pass.errors, second_pass.count, means.dtype),
+    )
+
+
+def class_distance_normalised_variance(
+    first_pass: ClassStatistics, power: int = 1
+) -> Array:
+    r"""CDNV, mean over pairs of $(v_j + v_k) / (2 |\bar h_j - \bar h_k|^{2 p})$.
+
+    Args:
+      first_pass: of every sample; $v_k$ is the mean of $|h - \bar h_k|^2$ over class k.
+      power: p, 1 in the source; 2 is in use too.
+
+    Source: Galanti, György, Hutter (2022), equation (1).
+    """
+    num_classes = first_pass.count.shape[0]
+    variance = first_pass.scatter / first_pass.count.astype(first_pass.scatter.dtype)
+    distances = statistics.squared_distances(statistics.centred_means(first_pass))
+    j, k = np.triu_indices(num_classes, k=1)
+    return jnp.mean((variance[j] + variance[k]) / (2 * distances[j, k] ** power))
+
+
+def check_features(features, labels, W, b=None, num_classes=None):
+    """Features, labels, classifier and bias as arrays of one dtype, once they are sound.
+
+    Raises:
+      ValueError: as in `collapse_metrics_from_features`.
+    """
+    features, labels, W = jnp.asarray(features), jnp.asarray(labels), jnp.asarray(W)
+    if features.ndim != 2 or W.ndim != 2 or features.shape[1] != W.shape[1]:
+        raise ValueError(
+            f"expected features (N, d) and W (K, d), got {features.shape} and {W.shape}"
+        )
+    if labels.shape != features.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"expected labels of integers ({features.shape[0]},), got {labels.dtype} "
+            f"{labels.shape}"
+        )
+    check_integer("num_classes", W.shape[0], least=2)
+    if num_classes is not None and num_classes != W.shape[0]:
+        raise ValueError(f"num_classes is {num_classes} but W has {W.shape[0]} rows")
+    b = None if b is None else jnp.asarray(b)
+    if b is not None and b.shape != W.shape[:1]:
+        raise ValueError(f"expected b ({W.shape[0]},), got {b.shape}")
+    named = {"features": features, "W": W} | ({} if b is None else {"b": b})
+    for name, array in named.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating, got {array.dtype}")
+        check_finite(name, array)
+    _check_labels(labels, W.shape[0])
+    dtype = jnp.float64 if features.dtype == jnp.float64 else jnp.float32
+    return features, labels, W.astype(dtype), None if b is None else b.astype(dtype)
+
+
+def _check_labels(labels: Array, num_classes: int) -> None:
+    """Raise ValueError unless concrete labels lie in [0, K) and leave no class out."""
+    if isinstance(labels, jax.core.Tracer):
+        return
+    values = np.asarray(labels)
+    if values.size and (values.min() < 0 or values.max() >= num_classes):
+        raise ValueError(
+            f"labels must lie in [0, {num_classes}), got {values.min()} to {values.max()}"
+        )
+    missing = np.flatnonzero(np.bincount(values, minlength=num_classes) == 0)
+    if missing.size:
+        raise ValueError(f"every class needs a sample, none has label {missing.tolist()}")

@@ -1,0 +1,275 @@
+"""Streaming statistics of features by class, exact to rounding in float32.
+
+Two passes over the data. The first keeps counts, means and scatters by class; the second,
+with the means known, projects every sample on their span: the nearest class centre, the
+classifier's decision and the whitened variation, with K x K matrices where K x d ones are
+not needed and never with d x d ones.
+
+Means are kept as an anchor, the first sample seen of the class, plus the mean offset from
+it. Differences of neighbouring floating-point numbers are exact, so that features 10^4 away
+from the origin, or that vary by 1e-7 of their mean, keep their digits.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ncjax.geometry import helmert
+from ncjax.types import Array
+
+CENTRINGS = ("class_mean", "sample_mean")
+
+
+class ClassStatistics(NamedTuple):
+    """First pass: counts, means and scatters of K classes."""
+
+    count: Array  # (K,)    samples seen (int32)
+    anchor: Array  # (K, d)  first sample seen of each class, 0 before
+    offset: Array  # (K, d)  class mean minus anchor
+    scatter: Array  # (K,)    sum over samples of |h - class mean|²
+
+
+class Reference(NamedTuple):
+    """What the second pass compares samples with; made by `reference`."""
+
+    centred: Array  # (K, d)  class means minus the global mean
+    distances: Array  # (K, K)  squared distances of class means
+    whitening: Array  # (r, K)  T with |T M x|² = xᵀ Σ_B⁺ x / K, for M = centred
+
+
+class Comparison(NamedTuple):
+    """Second pass: sums over the samples seen."""
+
+    count: Array  # ()    samples seen (int32)
+    whitened_scatter: Array  # (K,)  sum over samples of δᵀ Σ_B⁺ δ / K, δ = h - class mean
+    mismatches: Array  # ()    classifier and nearest class mean disagree (int32)
+    errors: Array  # ()    classifier is wrong (int32)
+    ncc_errors: Array  # ()    nearest class mean is wrong (int32)
+
+
+def init(num_classes: int, dim: int, dtype=jnp.float32) -> ClassStatistics:
+    """`ClassStatistics` of no sample: the neutral element of `merge`."""
+    return ClassStatistics(
+        count=jnp.zeros(num_classes, jnp.int32),
+        anchor=jnp.zeros((num_classes, dim), dtype),
+        offset=jnp.zeros((num_classes, dim), dtype),
+        scatter=jnp.zeros(num_classes, dtype),
+    )
+
+
+def update(
+    statistics: ClassStatistics, features: Array, labels: Array, mask: Array | None = None
+) -> ClassStatistics:
+    """Take in a batch.
+
+    Args:
+      statistics: of the samples before.
+      features: (B, d), cast to the dtype of the statistics.
+      labels: (B,) integers in [0, K).
+      mask: (B,) booleans; samples at False are left out, whatever they hold.
+
+    Returns:
+      `ClassStatistics` of the samples before and the batch, in any order and grouping the
+      same to rounding.
+    """
+    num_classes, dtype = statistics.count.shape[0], statistics.anchor.dtype
+    members, features = _members(features, labels, mask, num_classes, dtype)
+    first = jnp.argmax(members, axis=0)
+    seen = jnp.any(members, axis=0)
+    anchor = jnp.where(seen[:, None], features[first], 0)
+    from_anchor = features - anchor[labels]
+    one_hot = members.astype(dtype)
+    count = jnp.sum(members, axis=0, dtype=jnp.int32)
+    total = jnp.matmul(one_hot.T, from_anchor, precision="highest")
+    offset = total / jnp.maximum(count, 1)[:, None].astype(dtype)
+    squares = jnp.sum((from_anchor - offset[labels]) ** 2, axis=1)
+    scatter = jnp.matmul(squares, one_hot, precision="highest")
+    return merge(statistics, ClassStatistics(count, anchor, offset, scatter))
+
+
+def merge(first: ClassStatistics, second: ClassStatistics) -> ClassStatistics:
+    r"""Statistics of two disjoint sets of samples together.
+
+    With $\Delta$ the difference of the two means of a class, its scatter is
+    $s_1 + s_2 + |\Delta|^2 n_1 n_2 / (n_1 + n_2)$.
+
+    Source: Chan, Golub, LeVeque (1983), equation (2.1).
+    """
+    dtype = first.anchor.dtype
+    count = first.count + second.count
+    share = fraction(second.count, jnp.maximum(count, 1), dtype)
+    both = ((first.count > 0) & (second.count > 0))[:, None]
+    second_only = (first.count == 0)[:, None]
+    gap = second.anchor - first.anchor
+    # (second mean - first mean), from differences alone.
+    shift = jnp.where(both, (gap + second.offset) - first.offset, 0)
+    weight = first.count.astype(dtype) * share
+    return ClassStatistics(
+        count=count,
+        anchor=jnp.where(second_only, second.anchor, first.anchor),
+        offset=jnp.where(second_only, second.offset, first.offset + share[:, None] * shift),
+        scatter=first.scatter + second.scatter + weight * jnp.sum(shift**2, axis=1),
+    )
+
+
+def all_merge(statistics: ClassStatistics, axis_name: str) -> ClassStatistics:
+    """`merge` over the devices of a mapped axis (`jax.shard_map`), three sums of (K, d)."""
+    dtype = statistics.anchor.dtype
+    device = jax.lax.axis_index(axis_name)
+    absent = jax.lax.axis_size(axis_name)
+    # The anchor of a class comes from the first device that has seen it.
+    owner = jax.lax.pmin(jnp.where(statistics.count > 0, device, absent), axis_name)
+    owned = jnp.where((owner == device)[:, None], statistics.anchor, 0)
+    anchor = jax.lax.psum(owned, axis_name)
+    count = jax.lax.psum(statistics.count, axis_name)
+    local = statistics.count.astype(dtype)
+    from_anchor = (statistics.anchor - anchor) + statistics.offset
+    total = jax.lax.psum(local[:, None] * from_anchor, axis_name)
+    offset = total / jnp.maximum(count, 1)[:, None].astype(dtype)
+    shift = jnp.where((statistics.count > 0)[:, None], from_anchor - offset, 0)
+    local_scatter = statistics.scatter + local * jnp.sum(shift**2, axis=1)
+    return ClassStatistics(
+        count, anchor, offset, scatter=jax.lax.psum(local_scatter, axis_name)
+    )
+
+
+def class_means(statistics: ClassStatistics) -> Array:
+    """Class means (K, d), rounded to the dtype; differences of them lose digits."""
+    return statistics.anchor + statistics.offset
+
+
+def centred_means(statistics: ClassStatistics, centring: str = "class_mean") -> Array:
+    r"""Class means minus the global mean, $\bar h_k - h_G$ (K, d), from differences alone.
+
+    Args:
+      statistics: of at least one sample of every class.
+      centring: "class_mean" for $h_G$ the mean of the class means (the paper),
+        "sample_mean" for the mean of all samples (Zhu et al., 2021).
+
+    Raises:
+      ValueError: centring is neither.
+    """
+    relative = (statistics.anchor - statistics.anchor[:1]) + statistics.offset
+    if centring == "class_mean":
+        return relative - jnp.mean(relative, axis=0, keepdims=True)
+    if centring == "sample_mean":
+        share = fraction(statistics.count, jnp.sum(statistics.count), relative.dtype)
+        return relative - jnp.matmul(share, relative, precision="highest")[None]
+    raise ValueError(f"centring must be one of {CENTRINGS}, got {centring!r}")
+
+
+def reference(statistics: ClassStatistics, centring: str = "class_mean") -> Reference:
+    r"""What the second pass needs to know of the first.
+
+    With $M$ the centred class means and $\Sigma_B = M^\top M / K = V S^2 V^\top / K$, the
+    pseudo-inverse comes from the singular values of $M$ itself, not of $\Sigma_B$: a
+    ratio of spreads of 500 stays 500 and is not squared.
+
+    Args:
+      statistics: of every sample, at least one of every class.
+      centring: as in `centred_means`; the global mean that $\Sigma_B$ is taken about.
+    """
+    centred = centred_means(statistics, centring)
+    num_classes, dtype = centred.shape[0], centred.dtype
+    # Centred at the class mean, the rows of M sum to zero and lose one dimension, which
+    # the Helmert basis takes off exactly: every singular value left is a true one.
+    basis = helmert(num_classes) if centring == "class_mean" else jnp.eye(num_classes)
+    basis = jnp.asarray(basis, dtype)
+    rows = jnp.matmul(basis, centred, precision="highest")
+    left, singular, _ = jnp.linalg.svd(rows, full_matrices=False)
+    cutoff = num_classes * jnp.finfo(dtype).eps * jnp.max(singular)
+    kept = singular > cutoff
+    inverse = jnp.where(kept, 1 / jnp.where(kept, singular, 1), 0)
+    whitening = (inverse**2)[:, None] * jnp.matmul(left.T, basis, precision="highest")
+    return Reference(centred, squared_distances(centred), whitening)
+
+
+def squared_distances(rows: Array) -> Array:
+    """Squared distances (K, K) of the rows of a (K, d) matrix, by plain differences.
+
+    The Gram form `|a|² + |b|² - 2 a·b` is faster and loses the digits of close pairs.
+    """
+
+    def to_all(row):
+        return jnp.sum((rows - row[None]) ** 2, axis=1)
+
+    if rows.shape[0] * rows.size <= 2**22:
+        return jax.vmap(to_all)(rows)
+    return jax.lax.map(to_all, rows)
+
+
+def init_comparison(num_classes: int, dtype=jnp.float32) -> Comparison:
+    """`Comparison` of no sample."""
+    zero = jnp.zeros((), jnp.int32)
+    return Comparison(zero, jnp.zeros(num_classes, dtype), zero, zero, zero)
+
+
+def compare(
+    comparison: Comparison,
+    statistics: ClassStatistics,
+    against: Reference,
+    features: Array,
+    labels: Array,
+    W: Array,
+    b: Array | None = None,
+    mask: Array | None = None,
+) -> Comparison:
+    r"""Second pass: take in a batch. Sums of two comparisons are one (`jax.lax.psum`).
+
+    With $\delta = h - \bar h_y$ and $p = M \delta$, the class means lie at
+    $|h - \bar h_j|^2 = |\delta|^2 + 2 (p_y - p_j) + |\bar h_y - \bar h_j|^2$: no
+    coordinate of the origin enters.
+
+    Args:
+      comparison: of the samples before.
+      statistics: of every sample, the result of the first pass.
+      against: `reference(statistics)`.
+      features: (B, d).
+      labels: (B,) integers in [0, K).
+      W: (K, d) classifier.
+      b: (K,) bias, none if None.
+      mask: (B,) booleans; samples at False are left out.
+
+    Returns:
+      `Comparison` of the samples before and the batch.
+    """
+    num_classes, dtype = statistics.count.shape[0], statistics.anchor.dtype
+    members, features = _members(features, labels, mask, num_classes, dtype)
+    valid = jnp.any(members, axis=1)
+    deviation = (features - statistics.anchor[labels]) - statistics.offset[labels]
+    projected = jnp.matmul(deviation, against.centred.T, precision="highest")
+    own = jnp.take_along_axis(projected, labels[:, None], axis=1)
+    nearest = jnp.argmin(2 * (own - projected) + against.distances[labels], axis=1)
+    logits = jnp.matmul(features, W.T.astype(dtype), precision="highest")
+    if b is not None:
+        logits = logits + b[None].astype(dtype)
+    decided = jnp.argmax(logits, axis=1)
+    whitened = jnp.matmul(projected, against.whitening.T, precision="highest")
+    squares = jnp.sum(whitened**2, axis=1)
+
+    def total(which):
+        return jnp.sum(which & valid, dtype=jnp.int32)
+
+    return Comparison(
+        count=comparison.count + total(valid),
+        whitened_scatter=comparison.whitened_scatter
+        + jnp.matmul(squares, members.astype(dtype), precision="highest"),
+        mismatches=comparison.mismatches + total(decided != nearest),
+        errors=comparison.errors + total(decided != labels),
+        ncc_errors=comparison.ncc_errors + total(nearest != labels),
+    )
+
+
+def fraction(part: Array, whole: Array, dtype) -> Array:
+    """Quotient of two counts in `dtype`; JAX would divide int32 in float32."""
+    return part.astype(dtype) / whole.astype(dtype)
+
+
+def _members(features, labels, mask, num_classes, dtype):
+    """Membership (B, K) under the mask, and features with masked rows set to zero."""
+    members = labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)[None]
+    if mask is not None:
+        members = members & mask[:, None]
+        features = jnp.where(mask[:, None], features, 0)
+    return members, features.astype(dtype)
