@@ -21,7 +21,7 @@ STEP_TOO_SMALL = 2  # the state or its gradient is not finite, or the dtype too 
 
 # First step in x. The controller corrects it within a few trials; diffrax's own guess
 # would turn a start of NaN into a step of NaN, which never ends.
-_FIRST_STEP = 1e-3
+_FIRST_STEP = 0.1
 
 
 class InvariantDrift(NamedTuple):
@@ -172,7 +172,7 @@ def _clock(log_times: Array) -> Array:
     return jnp.log1p(jax.nn.softplus(log_times))
 
 
-def _field(x: Array, params: Params, _args) -> Params:
+def _field(x, params, _args):
     """`dZ/dx` of `gradient_flow`."""
     u = jnp.expm1(x)
     log_loss, gradient = jax.value_and_grad(log_cross_entropy)(params)

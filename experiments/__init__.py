@@ -1,0 +1,1 @@
+"""Experiments of ncjax: `python -m experiments.NAME --help`."""

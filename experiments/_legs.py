@@ -1,0 +1,143 @@
+"""Many seeds of the gradient flow, leg by leg: progress, checkpoints, all devices."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import ncjax
+from experiments import _runs
+
+LEGS = 20
+
+# (states with leading (T,), start) -> columns of (T,), for one seed.
+Measure = Callable[[ncjax.Params, ncjax.Params], dict[str, jax.Array]]
+
+
+class Progress(NamedTuple):
+    """What a checkpoint holds after some legs."""
+
+    legs_done: int
+    state: ncjax.Params  # leading axis (S,)
+    columns: dict[str, np.ndarray]  # (S, T so far) each
+    steps: np.ndarray  # (legs, S, 3) solver steps, rejected ones, result code
+
+
+def log_times(log_t_max: float, num_times: int) -> np.ndarray:
+    """Natural logarithms of times evenly spaced on the clock x = log(1 + log(1 + t)).
+
+    `num_times` is rounded up to a multiple of the number of legs.
+    """
+    count = LEGS * math.ceil(num_times / LEGS)
+    clock = np.linspace(0, np.log1p(np.logaddexp(0, log_t_max)), count + 1)[1:]
+    u = np.expm1(clock)  # log(1 + t)
+    times = u + np.log(-np.expm1(-u))
+    times[-1] = log_t_max
+    return times
+
+
+def solve(
+    starts: ncjax.Params, times: np.ndarray, measure: Measure, folder: Path
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Flow from `starts` (S, ...) through `times` (T,), measured at each.
+
+    Goes on from the checkpoint that `folder` holds, if it holds one, and leaves one after
+    each leg.
+
+    Returns:
+      Columns (S, T) by name, and (legs, S, 3) solver steps, rejected ones, result codes.
+    """
+    legs = times.reshape(LEGS, -1)
+    progress = _load(folder) or _none(starts)
+    flow, measured = _compile(starts, measure)
+    with tqdm(total=LEGS, initial=progress.legs_done, desc="flow", unit="leg") as bar:
+        for leg in legs[progress.legs_done :]:
+            done = progress.legs_done
+            before = -math.inf if done == 0 else legs[done - 1][-1]
+            solution = flow(progress.state, leg, before)
+            progress = _extend(progress, solution, measured(solution.params, starts))
+            _save(folder, progress)
+            bar.set_postfix_str(f"log t = {leg[-1]:.4g}")
+            bar.update()
+    return progress.columns, progress.steps
+
+
+def _compile(starts: ncjax.Params, measure: Measure):
+    """The flow of one leg, sharded over devices, and its measurement, on one of them."""
+    seeds, dtype = starts.W.shape[0], starts.W.dtype
+    count = max(c for c in range(1, jax.device_count() + 1) if seeds % c == 0)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:count]), ("seeds",))
+    by_seed, shared = jax.sharding.PartitionSpec("seeds"), jax.sharding.PartitionSpec()
+
+    def leg(states, times, before):
+        def one(state):
+            return ncjax.gradient_flow(state, times, start_log_time=before)
+
+        return jax.vmap(one)(states)
+
+    # Each device steps through its own seeds at their own pace: no communication.
+    leg = jax.jit(
+        jax.shard_map(
+            leg,
+            mesh=mesh,
+            in_specs=(by_seed, shared, shared),
+            out_specs=by_seed,
+            check_vma=False,
+        )
+    )
+    measure_all = jax.jit(jax.vmap(measure))
+
+    def flow(states, times, before):
+        # Placed alike on every leg, or it would be compiled again for the second.
+        states = jax.device_put(states, jax.sharding.NamedSharding(mesh, by_seed))
+        return leg(states, jnp.asarray(times, dtype), jnp.asarray(before, dtype))
+
+    def measured(states, starts):
+        # On one device: XLA's batched LAPACK calls can deadlock on several CPU devices.
+        return measure_all(*jax.device_put((states, starts), jax.devices()[0]))
+
+    return flow, measured
+
+
+def _none(starts: ncjax.Params) -> Progress:
+    """Progress before the first leg."""
+    return Progress(0, starts, {}, np.zeros((0, starts.W.shape[0], 3), np.int64))
+
+
+def _extend(progress: Progress, solution: ncjax.FlowSolution, new) -> Progress:
+    """Progress after one more leg."""
+    new = jax.device_get(new)
+    old = progress.columns or {name: part[:, :0] for name, part in new.items()}
+    counts = (solution.num_steps, solution.num_rejected, solution.result)
+    taken = np.stack(jax.device_get(counts), axis=-1).astype(np.int64)
+    return Progress(
+        legs_done=progress.legs_done + 1,
+        state=solution.final,
+        columns={k: np.concatenate([old[k], new[k]], axis=1) for k in new},
+        steps=np.concatenate([progress.steps, taken[None]]),
+    )
+
+
+def _save(folder: Path, progress: Progress) -> None:
+    W, H = jax.device_get(tuple(progress.state))
+    columns = {f"column_{name}": values for name, values in progress.columns.items()}
+    arrays = {"legs_done": np.asarray(progress.legs_done), "W": W, "H": H}
+    _runs.save_checkpoint(folder, arrays | {"steps": progress.steps} | columns)
+
+
+def _load(folder: Path) -> Progress | None:
+    stored = _runs.load_checkpoint(folder)
+    if stored is None:
+        return None
+    columns = {
+        name.removeprefix("column_"): values
+        for name, values in stored.items()
+        if name.startswith("column_")
+    }
+    state = ncjax.Params(jnp.asarray(stored["W"]), jnp.asarray(stored["H"]))
+    return Progress(int(stored["legs_done"]), state, columns, stored["steps"])

@@ -1,0 +1,169 @@
+"""Run folders: nothing is overwritten unasked, and nothing is half written."""
+
+import csv
+import datetime
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+CONFIG = "config.json"
+CHECKPOINT = "checkpoint.npz"
+
+
+def default_workdir(name: str) -> str:
+    """`runs/NAME/DATE-TIME`, new for every run."""
+    return f"runs/{name}/{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def open_run(
+    workdir: str, config: Mapping[str, Any], *, overwrite: bool, resume: bool
+) -> Path:
+    """Make or reopen a run folder and write its `config.json`.
+
+    Args:
+      workdir: the folder, made if it does not exist.
+      config: what determines the results; a resumed run must have the same.
+      overwrite: allow a folder that holds a run already; its files are replaced.
+      resume: go on with the run that the folder holds.
+
+    Raises:
+      ValueError: the folder cannot be written, holds a run and neither flag is given, or
+        is to be resumed and holds none or another one.
+    """
+    folder = Path(workdir)
+    if overwrite and resume:
+        raise ValueError("--overwrite and --resume exclude each other: give one of them")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to workdir {workdir!r}: {error.strerror}") from None
+    holds_run = (folder / CONFIG).exists()
+    if resume:
+        _check_same(folder, config)
+    elif holds_run and not overwrite:
+        raise ValueError(
+            f"workdir {workdir!r} holds a run already: give --overwrite to replace it, "
+            "--resume to go on with it, or another --workdir"
+        )
+    else:
+        drop_checkpoint(folder)
+        write_json(folder / CONFIG, {"config": dict(config)} | provenance())
+    return folder
+
+
+def _check_same(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the folder holds a run of this config."""
+    if not (folder / CONFIG).exists():
+        raise ValueError(f"workdir {str(folder)!r} holds no run to resume")
+    try:
+        stored = json.loads((folder / CONFIG).read_text())["config"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{folder / CONFIG} is damaged: cannot resume") from None
+    other = sorted(
+        name for name in {*stored, *config} if stored.get(name) != config.get(name)
+    )
+    if other:
+        asked = ", ".join(f"--{name}={stored.get(name)}" for name in other)
+        raise ValueError(
+            f"the run in {str(folder)!r} has other settings: resume it with {asked}"
+        )
+
+
+def provenance() -> dict[str, Any]:
+    """Command, date, versions and device of a run."""
+    packages = ("ncjax", "jax", "jaxlib", "diffrax", "numpy")
+    return {
+        "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()}
+        | {package: _version(package) for package in packages},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def _module_name() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else Path(sys.argv[0]).stem
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a kill at any moment leaves the old one or the new one."""
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            temporary.unlink()
+            raise
+    temporary.chmod(0o644)
+    temporary.replace(path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as indented JSON."""
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_csv(path: Path, log_times: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
+    """Write columns (S, T) as rows of seed, log_t and values to nine digits."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["seed", "log_t", *columns])
+    for seed, series in enumerate(zip(*columns.values(), strict=True)):
+        for log_t, values in zip(log_times, zip(*series, strict=True), strict=True):
+            writer.writerow([seed, f"{log_t:.9g}", *(f"{value:.9g}" for value in values)])
+    write_atomically(path, text.getvalue().encode())
+
+
+def save_checkpoint(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Replace the folder's checkpoint by these named arrays."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    write_atomically(folder / CHECKPOINT, buffer.getvalue())
+
+
+def drop_checkpoint(folder: Path) -> None:
+    """Remove the folder's checkpoint, if it has one."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def load_checkpoint(folder: Path) -> dict[str, np.ndarray] | None:
+    """The folder's checkpoint, None if it has none.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+    except Exception:
+        raise ValueError(
+            f"{path} is damaged: delete it and give --overwrite to start afresh"
+        ) from None

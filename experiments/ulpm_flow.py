@@ -1,0 +1,229 @@
+"""Figure 2 of the paper: the exact gradient flow of the layer-peeled model collapses."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ncjax
+from experiments import _cli, _fits, _legs, _runs
+from ncjax import plotting
+from ncjax.flow import SUCCESS
+
+NAME = "ulpm_flow"
+# What gradient descent reaches: a million steps of size 0.1.
+DESCENT_REACH = math.log(1e6 * 0.1)
+_NOT_DECAYING = ("accuracy", "ncc_mismatch")
+_SHOWN = (
+    "within_class_variation",
+    "within_class_quotient",
+    "mean_norm_variation",
+    "centred_classifier_norm_variation",
+    "mean_cosine_deviation",
+    "centred_classifier_cosine_deviation",
+    "centred_self_duality",
+    "self_duality",
+    "kkt_angle",
+    "margin_deficit",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Gradient flow of the layer-peeled model from many starts: does it collapse?
+
+    Example: python -m experiments.ulpm_flow --seeds=32 --log_t_max=1000
+    """
+
+    seeds: int = _cli.flag(32, "number of starts, solved side by side")
+    seed: int = _cli.flag(0, "seed that all starts are drawn from")
+    num_classes: int = _cli.flag(10, "K, number of classes")
+    per_class: int = _cli.flag(5, "n, samples of each class")
+    dim: int = _cli.flag(20, "d, feature dimension")
+    init_scale: float = _cli.flag(0.1, "standard deviation of the entries at t = 0")
+    log_t_max: float = _cli.flag(1000.0, "natural logarithm of the last time")
+    num_times: int = _cli.flag(200, f"times measured, up to a multiple of {_legs.LEGS}")
+    dtype: str = _cli.flag("float64", "float64 or float32")
+    workdir: str = _cli.flag("", f"run folder; if empty, a new one under runs/{NAME}")
+    overwrite: bool = _cli.flag(False, "replace the run that workdir holds")
+    resume: bool = _cli.flag(False, "go on with the run that workdir holds")
+
+
+def run(config: Config) -> Path:
+    """Run the experiment and return its folder.
+
+    Writes config.json, metrics.csv (one row per seed and time), summary.json and
+    figure2.png, figure2.pdf. Needs `jax_enable_x64` for float64.
+
+    Raises:
+      ValueError: a setting is out of range or the folder cannot be used.
+      RuntimeError: every seed failed.
+    """
+    _check(config)
+    starts = _starts(config)
+    folder = _runs.open_run(
+        config.workdir or _runs.default_workdir(NAME),
+        _settings(config),
+        overwrite=config.overwrite,
+        resume=config.resume,
+    )
+    log_times = _legs.log_times(config.log_t_max, config.num_times)
+    begun = time.perf_counter()
+    try:
+        columns, steps = _legs.solve(starts, log_times, _measure, folder)
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with --resume --workdir={folder}")
+        raise
+    stats = _solver_stats(config, steps)
+    stats["seconds"] = round(time.perf_counter() - begun, 2)
+    columns["margin_deficit"] = 1 - columns["margin_ratio"]
+    summary = _summarise(config, log_times, columns, stats)
+    _write(folder, log_times, columns, summary)
+    print(_table(config, summary))
+    print(folder)
+    return folder
+
+
+def _check(config: Config) -> None:
+    """Raise ValueError for a setting out of range, before any work."""
+    for name in ("seeds", "num_classes", "per_class", "dim", "num_times"):
+        least = 2 if name == "num_classes" else 1
+        given = getattr(config, name)
+        if given < least:
+            raise ValueError(f"--{name} must be at least {least}, got {given}")
+    if not (math.isfinite(config.log_t_max) and config.log_t_max > 1):
+        raise ValueError(f"--log_t_max must be above 1 and finite, got {config.log_t_max}")
+    if not (math.isfinite(config.init_scale) and config.init_scale > 0):
+        raise ValueError(f"--init_scale must be positive, got {config.init_scale}")
+    if config.dtype not in ("float64", "float32"):
+        raise ValueError(f"--dtype must be float64 or float32, got {config.dtype!r}")
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """The part of the config that determines the results."""
+    handling = ("workdir", "overwrite", "resume")
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in handling}
+
+
+def _starts(config: Config) -> ncjax.Params:
+    """One start per seed, leading axis (seeds,)."""
+
+    def start(key):
+        return ncjax.init_params(
+            key,
+            config.num_classes,
+            config.per_class,
+            config.dim,
+            config.init_scale,
+            jnp.dtype(config.dtype),
+        )
+
+    return jax.vmap(start)(jax.random.split(jax.random.key(config.seed), config.seeds))
+
+
+def _measure(states: ncjax.Params, start: ncjax.Params) -> dict[str, jax.Array]:
+    """Everything measured of one seed, at (T,) times."""
+
+    def at_one_time(state):
+        drift = ncjax.invariant_drift(state, start)
+        return {
+            "log_loss": ncjax.log_cross_entropy(state),
+            "squared_norm": ncjax.squared_norm(state),
+            "margin_ratio": ncjax.margin_ratio(state),
+            "kkt_angle": ncjax.kkt_angle(state),
+            "balance_drift": drift.balance,
+            "classifier_sum_drift": drift.classifier_sum,
+        } | ncjax.collapse_metrics(state)._asdict()
+
+    return jax.vmap(at_one_time)(states)
+
+
+def _solver_stats(config: Config, steps: np.ndarray) -> dict[str, Any]:
+    """Steps and failures from (legs, seeds, 3) counts of steps, rejections and results."""
+    failed = np.flatnonzero((steps[:, :, 2] != SUCCESS).any(axis=0)).tolist()
+    if len(failed) == config.seeds:
+        raise RuntimeError(
+            f"all {config.seeds} seeds failed: the state or its gradient is not finite, or "
+            f"{config.dtype} is too coarse for log t = {config.log_t_max:g}"
+        )
+    return {
+        "steps_per_seed": int(np.median(steps[:, :, 0].sum(axis=0))),
+        "rejected_per_seed": int(np.median(steps[:, :, 1].sum(axis=0))),
+        "failed_seeds": failed,
+    }
+
+
+def _summarise(config, log_times, columns, stats) -> dict[str, Any]:
+    """What summary.json holds."""
+    log_t = log_times[-1]
+    optimum = (config.num_classes - 1) * math.sqrt(config.per_class)
+    norm = columns["squared_norm"][:, -1] / log_t
+    product = np.exp(log_t + columns["log_loss"][:, -1] + math.log(log_t))
+    fields = (*ncjax.CollapseMetrics._fields, "kkt_angle", "margin_deficit")
+    decaying = {k: columns[k] for k in fields if k not in _NOT_DECAYING}
+    return {
+        "log_t": float(log_t),
+        "solver": stats,
+        "final": {name: _fits.spread(v[:, -1]) for name, v in columns.items()},
+        "exponents": _fits.exponent_table(log_times, decaying),
+        "sharp_constants": {
+            "|Z|^2 / log t": {"predicted": 2 * optimum} | _fits.spread(norm),
+            "t L log t": {"predicted": optimum / 2} | _fits.spread(product),
+        },
+        "largest_drift": {
+            name: _fits.spread(np.nanmax(columns[f"{name}_drift"], axis=1))
+            for name in ("balance", "classifier_sum")
+        },
+    } | _runs.provenance()
+
+
+def _write(folder: Path, log_times, columns: Mapping[str, np.ndarray], summary) -> None:
+    """metrics.csv, summary.json and the figure; then the checkpoint may go."""
+    _runs.write_csv(folder / "metrics.csv", log_times, columns)
+    _runs.write_json(folder / "summary.json", summary)
+    figure = plotting.figure_over_log_log_t(
+        log_times,
+        plotting.collapse_panels(columns),
+        reach=DESCENT_REACH,
+        reach_label="shaded: reached by a million steps of gradient descent of size 0.1",
+    )
+    plotting.save_figure(figure, folder, "figure2")
+    _runs.drop_checkpoint(folder)
+
+
+def _table(config: Config, summary: Mapping[str, Any]) -> str:
+    """The printed result."""
+    window, fitted = ([*summary["exponents"].items()] or [("", {})])[-1]
+    lines = [
+        f"{config.seeds} seeds, K={config.num_classes} n={config.per_class} "
+        f"d={config.dim}, {config.dtype}, log t = {summary['log_t']:g}, "
+        f"{summary['solver']['steps_per_seed']} steps, {summary['solver']['seconds']} s",
+        "",
+        f"{'median over seeds':<37}{'value':>11}   p in (log t)^-p, {window}",
+    ]
+    for name in _SHOWN:
+        value = _number(summary["final"][name]["median"], ".3e")
+        exponent = _number(fitted.get(name, {}).get("median"), ".2f")
+        lines.append(f"{name:<37}{value:>11}   {exponent}")
+    for name, entry in summary["sharp_constants"].items():
+        value = _number(entry["median"], ".6g")
+        lines.append(f"{name:<37}{value:>11}   tends to {entry['predicted']:.6g}")
+    for name, entry in summary["largest_drift"].items():
+        lines.append(f"{name + ' drift':<37}{_number(entry['median'], '.1e'):>11}")
+    if summary["solver"]["failed_seeds"]:
+        lines.append(f"failed seeds: {summary['solver']['failed_seeds']}")
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    _cli.main(Config, run, f"experiments.{NAME}")

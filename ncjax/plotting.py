@@ -1,0 +1,168 @@
+"""Figures of the paper, over the iterated logarithm of time."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_STYLE: Any = {
+    "font.family": "STIXGeneral",
+    "mathtext.fontset": "stix",
+    "font.size": 9.5,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "pdf.fonttype": 42,
+}
+_MEANS, _CLASSIFIER, _SHADE, _GUIDE = "#1b6ca8", "#c8553d", "#ececec", "#8a8a8a"
+_EXPONENTS = (1, 2, 4, 10, 30, 100, 434, 1000, 4343, 43430, 434300)
+
+
+class Curve(NamedTuple):
+    """One quantity over time, for several seeds."""
+
+    values: np.ndarray  # (S, T) one row per seed
+    label: str
+    colour: str
+    style: str = "-"
+    width: float = 1.4  # points
+
+
+class Panel(NamedTuple):
+    """One set of axes."""
+
+    title: str
+    curves: Sequence[Curve]
+    guide: int = 1  # exponent p of the dotted line (log t)^-p beside the first curve
+
+
+def collapse_panels(metrics: Mapping[str, np.ndarray]) -> list[Panel]:
+    """The four panels of Figure 2 of Ji et al. (ICLR 2022).
+
+    Args:
+      metrics: fields of `ncjax.CollapseMetrics` by name, each (S, T) for S seeds.
+    """
+
+    def three(means: str, classifier: str) -> list[Curve]:
+        return [
+            Curve(metrics[means], "class means", _MEANS, width=3.2),
+            Curve(metrics[f"centred_{classifier}"], "classifier, centred", _CLASSIFIER),
+            Curve(metrics[classifier], "classifier, raw", _CLASSIFIER, "--"),
+        ]
+
+    return [
+        Panel(
+            "(a) norms: std / mean",
+            three("mean_norm_variation", "classifier_norm_variation"),
+        ),
+        Panel(
+            r"(b) within-class variation: $\mathrm{Tr}(\Sigma_W \Sigma_B^+)\,/\,K$",
+            [Curve(metrics["within_class_variation"], "features", _MEANS)],
+            guide=3,
+        ),
+        Panel(
+            r"(c) angles: mean $|\cos + 1/(K-1)|$",
+            three("mean_cosine_deviation", "classifier_cosine_deviation"),
+        ),
+        Panel(
+            r"(d) self-duality: $|W/|W|_F - M/|M|_F|_F$",
+            [
+                Curve(metrics["centred_self_duality"], "classifier, centred", _CLASSIFIER),
+                Curve(metrics["self_duality"], "classifier, raw", _CLASSIFIER, "--"),
+            ],
+        ),
+    ]
+
+
+def figure_over_log_log_t(
+    log_times: np.ndarray,
+    panels: Sequence[Panel],
+    *,
+    reach: float | None = None,
+    reach_label: str = "",
+) -> Figure:
+    """Panels over log log t, logarithmic upwards: median and quartiles over seeds.
+
+    Args:
+      log_times: (T,) natural logarithms of time, of which those above 1 are drawn.
+      panels: four of them.
+      reach: natural logarithm of the time up to which the background is shaded.
+      reach_label: what the shade means.
+    """
+    shown = log_times > 1
+    x = np.log(log_times[shown])
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 5.2), layout="constrained")
+        axes = figure.subplots(2, 2, sharex=True).ravel()
+        for axis, panel in zip(axes, panels, strict=True):
+            for curve in panel.curves:
+                _draw(axis, x, curve._replace(values=curve.values[:, shown]))
+            _draw_guide(axis, x, panel.curves[0].values[:, shown], panel.guide)
+            _finish(axis, panel, x, reach)
+        for axis in axes[2:]:
+            axis.set_xlabel(r"time $t$ (axis: $\log\,\log\,t$)")
+        if reach is not None:
+            figure.text(0.5, -0.03, reach_label, ha="center", fontsize=8.5, color="#555555")
+    return figure
+
+
+def _draw(axis: Axes, x: np.ndarray, curve: Curve) -> None:
+    """Median and band between the quartiles, over the seeds that got there."""
+    done = np.isfinite(curve.values).any(axis=0)
+    low, median, high = np.nanquantile(curve.values[:, done], (0.25, 0.5, 0.75), axis=0)
+    axis.plot(
+        x[done], median, curve.style, color=curve.colour, lw=curve.width, label=curve.label
+    )
+    if curve.values.shape[0] > 1:
+        axis.fill_between(x[done], low, high, color=curve.colour, alpha=0.2, lw=0)
+
+
+def _draw_guide(axis: Axes, x: np.ndarray, values: np.ndarray, exponent: int) -> None:
+    """A dotted power law above the last sixth of a curve, where that is the asymptote."""
+    median = np.nanmedian(values, axis=0)
+    late = (x > x[-1] - (x[-1] - x[0]) / 6) & np.isfinite(median)
+    if np.exp(x[-1]) < 300 or late.sum() < 2:
+        return
+    line = 2.5 * median[late][-1] * np.exp(-exponent * (x[late] - x[late][-1]))
+    axis.plot(x[late], line, ":", color=_GUIDE, lw=1.2)
+    power = "" if exponent == 1 else f"^{exponent}"
+    axis.annotate(
+        rf"$1/\log{power} t$",
+        (x[late][0], line[0]),
+        xytext=(2, 3),
+        textcoords="offset points",
+        color=_GUIDE,
+        fontsize=8.5,
+    )
+
+
+def _finish(axis: Axes, panel: Panel, x: np.ndarray, reach: float | None) -> None:
+    """Scales, ticks, shade, legend."""
+    axis.set_yscale("log")
+    axis.set_title(panel.title, loc="left")
+    axis.set_xlim(x[0], x[-1])
+    ticks = [p for p in _EXPONENTS if x[0] <= np.log(p * np.log(10)) <= x[-1]]
+    labels = ["10" if p == 1 else f"$10^{{{p}}}$" for p in ticks]
+    axis.set_xticks([np.log(p * np.log(10)) for p in ticks], labels)
+    axis.grid(visible=True, axis="y", lw=0.4, color="#dddddd")
+    axis.set_axisbelow(True)
+    if reach is not None:
+        axis.axvspan(x[0], min(np.log(reach), x[-1]), color=_SHADE, lw=0, zorder=0)
+    if len(panel.curves) > 1:
+        axis.legend(loc="lower left")
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write `name.png` and `name.pdf` into `folder`, the PDF undated."""
+    paths = [folder / f"{name}.png", folder / f"{name}.pdf"]
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(paths[0], dpi=200, bbox_inches="tight")
+        figure.savefig(paths[1], bbox_inches="tight", metadata={"CreationDate": None})
+    return paths
