@@ -127,7 +127,7 @@ def float_dtype(dtype) -> jnp.dtype:
     resolved = jnp.zeros((), float).dtype if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(resolved, jnp.floating):
         raise ValueError(f"dtype must be floating, got {resolved}")
-    if jnp.zeros((), resolved).dtype != resolved:
+    if jax.dtypes.canonicalize_dtype(resolved) != resolved:
         raise ValueError(
             f"dtype {resolved} needs jax.config.update('jax_enable_x64', True)"
         )

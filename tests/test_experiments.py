@@ -1,0 +1,222 @@
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import ncjax
+from experiments import _cli, _fits, _legs, _runs, ulpm_flow
+
+SMALL = ulpm_flow.Config(
+    seeds=2, num_classes=3, per_class=2, dim=4, log_t_max=20.0, num_times=20
+)
+
+
+def small(folder, **changes):
+    return dataclasses.replace(SMALL, workdir=str(folder), **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return ulpm_flow.run(small(tmp_path_factory.mktemp("flow") / "run"))
+
+
+def read_csv(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def test_flow_writes_its_folder(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "config.json",
+        "metrics.csv",
+        "summary.json",
+        "figure2.png",
+        "figure2.pdf",
+    }
+    config = json.loads((finished / "config.json").read_text())
+    assert config["config"]["seeds"] == 2
+    assert {"jax", "diffrax", "python"} <= set(config["versions"])
+
+
+def test_flow_measures_every_seed_at_every_time(finished):
+    rows = read_csv(finished)
+    assert len(rows) == 2 * 20
+    assert set(ncjax.CollapseMetrics._fields) < set(rows[0])
+    assert {row["seed"] for row in rows} == {0, 1}
+
+
+def test_flow_measures_what_the_library_computes(finished):
+    last = read_csv(finished)[-1]
+    start = ulpm_flow._starts(SMALL)
+    start = ncjax.Params(start.W[1], start.H[1])
+    final = ncjax.gradient_flow(start, [20.0]).final
+    metrics = ncjax.collapse_metrics(final)._asdict()
+    for name, value in metrics.items():
+        assert last[name] == pytest.approx(float(value), rel=1e-5, abs=1e-8), name
+    assert last["log_loss"] == pytest.approx(float(ncjax.log_cross_entropy(final)))
+    assert last["margin_deficit"] == pytest.approx(1 - float(ncjax.margin_ratio(final)))
+
+
+def test_summary_says_what_was_found(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["solver"]["failed_seeds"] == []
+    assert summary["sharp_constants"]["|Z|^2 / log t"]["predicted"] == 4 * 2**0.5
+    assert summary["final"]["accuracy"]["median"] == 1
+    assert "log t in [2, 12]" in summary["exponents"]
+
+
+def test_a_folder_that_holds_a_run_is_refused_then_replaced_if_asked(finished):
+    before = (finished / "metrics.csv").read_bytes()
+    with pytest.raises(ValueError, match="holds a run already: give --overwrite"):
+        ulpm_flow.run(small(finished))
+    assert (finished / "metrics.csv").read_bytes() == before
+    ulpm_flow.run(small(finished, overwrite=True))
+    assert (finished / "metrics.csv").read_bytes() == before
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(finished, tmp_path, monkeypatch):
+    save, legs = _legs._save, []
+
+    def interrupt(folder, progress):
+        save(folder, progress)
+        legs.append(progress.legs_done)
+        if len(legs) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_legs, "_save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ulpm_flow.run(small(tmp_path / "run"))
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+    ulpm_flow.run(small(tmp_path / "run", resume=True))
+    assert legs == list(range(1, _legs.LEGS + 1))
+    resumed = (tmp_path / "run" / "metrics.csv").read_bytes()
+    assert resumed == (finished / "metrics.csv").read_bytes()
+
+
+def test_resume_wants_the_same_settings(finished):
+    with pytest.raises(ValueError, match="other settings: resume it with --seed=0"):
+        ulpm_flow.run(small(finished, resume=True, seed=1))
+
+
+def test_resume_wants_a_run(tmp_path):
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        ulpm_flow.run(small(tmp_path, resume=True))
+
+
+def test_damaged_files_are_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is damaged"):
+        _runs.open_run(str(tmp_path), {}, overwrite=False, resume=True)
+    (tmp_path / _runs.CHECKPOINT).write_bytes(b"PK not a zip")
+    with pytest.raises(ValueError, match=r"checkpoint.npz is damaged"):
+        _runs.load_checkpoint(tmp_path)
+
+
+def test_a_pickle_in_a_checkpoint_is_not_loaded(tmp_path):
+    np.savez(tmp_path / _runs.CHECKPOINT, W=np.array([object()], dtype=object))
+    with pytest.raises(ValueError, match=r"checkpoint.npz is damaged"):
+        _runs.load_checkpoint(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    _runs.write_atomically(path, b"old")
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        _runs.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 0}, "--seeds must be at least 1, got 0"),
+        ({"num_classes": 1}, "--num_classes must be at least 2, got 1"),
+        ({"log_t_max": float("nan")}, "--log_t_max must be above 1"),
+        ({"init_scale": -1.0}, "--init_scale must be positive"),
+        ({"dtype": "int8"}, "--dtype must be float64 or float32, got 'int8'"),
+        ({"overwrite": True, "resume": True}, "exclude each other"),
+        ({"folder": "/dev/null/run"}, "cannot write to workdir '/dev/null/run'"),
+    ],
+)
+def test_bad_settings_are_named_before_any_work(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        ulpm_flow.run(small(**{"folder": tmp_path / "run"} | changes))
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+def test_all_seeds_failing_is_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match="all 2 seeds failed"):
+        ulpm_flow.run(small(tmp_path / "run", init_scale=1e200))
+
+
+def command(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.ulpm_flow", *flags],
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--sedes=3", "Unknown command line flag 'sedes'. Did you mean: seeds ?"),
+        ("--seeds=many", "flag --seeds=many: invalid literal"),
+        ("seeds", "expected flags such as --seed=1, got 'seeds'"),
+        ("--dim=0", "--dim must be at least 1, got 0"),
+    ],
+)
+def test_bad_use_is_one_line_and_exit_code_2(flag, message):
+    done = command(flag)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_help_shows_every_flag_with_its_default():
+    done = command("--help")
+    assert done.returncode == 0
+    for field in dataclasses.fields(ulpm_flow.Config):
+        assert f"--{field.name}" in done.stdout
+    assert "--seeds=32" in done.stdout
+
+
+def test_the_command_runs_and_ends_with_its_folder(tmp_path):
+    flags = ("--seeds=3", "--num_classes=3", "--dim=2", "--log_t_max=5", "--num_times=20")
+    done = command(*flags, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "run")
+
+
+def test_flags_are_parsed_by_type():
+    config = _cli.parse(
+        ulpm_flow.Config, ["", "--seeds=3", "--init_scale=1", "--overwrite"]
+    )
+    assert (config.seeds, config.init_scale, config.overwrite) == (3, 1.0, True)
+
+
+def test_exponents_of_exact_power_laws():
+    log_times = np.linspace(10, 1000, 200)
+    values = np.stack([3 * log_times**-1.5, log_times**-0.5])
+    fitted = _fits.exponents(log_times, values, (100, 1000))
+    np.testing.assert_allclose(fitted, [1.5, 0.5])
+    assert np.isnan(_fits.exponents(log_times, values, (990, 1000))).all()
+
+
+def test_times_are_even_on_the_clock():
+    times = _legs.log_times(1000.0, 30)
+    assert len(times) == 40
+    assert times[-1] == 1000.0
+    clock = np.log1p(np.logaddexp(0, times))
+    np.testing.assert_allclose(np.diff(clock), np.diff(clock)[0], rtol=1e-9)

@@ -1,0 +1,276 @@
+import math
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from scipy.integrate import solve_ivp
+from test_losses import random_params
+
+import ncjax
+from ncjax.flow import STEP_LIMIT, STEP_TOO_SMALL, SUCCESS
+
+
+def sine_params(dtype=np.float64):
+    """The start of the reference run: K = 4, n = 3, d = 6."""
+    k, j = np.arange(4)[:, None], np.arange(6)[None]
+    W = 0.3 * np.sin(1 + 3 * k + 7 * j)
+    k, i, j = np.arange(4)[:, None, None], np.arange(3)[None, :, None], np.arange(6)
+    H = 0.3 * np.cos(2 + 5 * k + 11 * i + 13 * j)
+    return ncjax.Params(jnp.asarray(W, dtype), jnp.asarray(H, dtype))
+
+
+# t: L, q_min, |Z|², W[0, 0], H[0, 0, 0]; raw equation in t, DOP853 at rtol 1e-12.
+EARLY = {
+    1: (9.79920660605, -0.126166027668, 13.1756591027, 0.678160021521, 0.219764467778),
+    10: (0.0697560306871, 5.34920211001, 73.0069392265, 1.77454233407, 0.804100695011),
+    100: (0.00349084547924, 8.55600656532, 104.668022063, 2.21080316488, 1.10892365523),
+    1e3: (2.49320152441e-4, 11.3097554347, 132.058865618, 2.56901897706, 1.35188892468),
+    1e5: (1.61649209291e-6, 16.4536544085, 183.082725145, 3.18763475558, 1.74427037646),
+}
+# log(1 + t): log L, |Z|², W[0, 0], H[0, 0, 0]; the clock at tolerance 1e-10.
+LATE = {
+    100: (-103.711361, 1115.07309, 8.5597129, 4.9428132),
+    1000: (-1005.961492, 10491.52622, 26.236817, 15.145522),
+    10000: (-10008.256652, 104046.12128, 82.595737, 47.683309),
+}
+
+
+def test_reference_values_up_to_t_of_1e5():
+    flow = ncjax.gradient_flow(sine_params(), np.log(list(EARLY)), rtol=1e-11, atol=1e-11)
+    got = np.stack(
+        [
+            jnp.exp(flow.log_loss),
+            jax.vmap(lambda p: ncjax.margins(p).min())(flow.params),
+            jax.vmap(ncjax.squared_norm)(flow.params),
+            flow.params.W[:, 0, 0],
+            flow.params.H[:, 0, 0, 0],
+        ],
+        axis=-1,
+    )
+    np.testing.assert_allclose(got, list(EARLY.values()), rtol=2e-9)
+
+
+@pytest.mark.parametrize("log_times", [[100.0], [100.0, 1000.0]])
+def test_reference_values_far_out(log_times):
+    flow = ncjax.gradient_flow(sine_params(), log_times, rtol=1e-10, atol=1e-10)
+    got = np.stack(
+        [
+            flow.log_loss,
+            jax.vmap(ncjax.squared_norm)(flow.params),
+            flow.params.W[:, 0, 0],
+            flow.params.H[:, 0, 0, 0],
+        ],
+        axis=-1,
+    )
+    # The values are printed to eight digits or so; log(1 + t) is log t there.
+    np.testing.assert_allclose(got, [LATE[t] for t in log_times], rtol=2e-8)
+
+
+def test_reference_values_at_log_t_of_10000_at_the_default_tolerance():
+    flow = ncjax.gradient_flow(sine_params(), [10000.0])
+    got = [flow.log_loss[0], ncjax.squared_norm(flow.final), flow.final.W[0, 0]]
+    np.testing.assert_allclose(got, LATE[10000][:3], rtol=1e-7)
+    assert float(flow.drift.balance[0]) < 1e-7
+    assert float(flow.drift.classifier_sum[0]) < 1e-12
+
+
+def test_the_flow_is_the_raw_equation_in_t():
+    params, times = random_params(5, 3, 2, 4, 0.5), [0.1, 1.0, 7.0, 30.0]
+    sizes = (3, 4), (3, 2, 4)
+
+    def field(_t, flat):
+        W, H = flat[:12].reshape(sizes[0]), flat[12:].reshape(sizes[1])
+        log_loss, *gradient = oracles.log_cross_entropy_and_gradient(W, H)
+        loss = np.exp(log_loss)
+        return -np.concatenate([(loss * g).ravel() for g in gradient]).astype(float)
+
+    start = np.concatenate([np.ravel(leaf) for leaf in params])
+    raw = solve_ivp(field, (0, 30), start, "DOP853", times, rtol=1e-10, atol=1e-12)
+    flow = ncjax.gradient_flow(params, np.log(times), rtol=1e-10, atol=1e-10)
+    got = np.concatenate([np.asarray(leaf).reshape(4, -1) for leaf in flow.params], axis=1)
+    np.testing.assert_allclose(got, raw.y.T, rtol=1e-8, atol=1e-9)
+
+
+def test_time_zero_is_the_start_and_no_drift():
+    start = sine_params()
+    flow = ncjax.gradient_flow(start, [-np.inf, 0.0])
+    np.testing.assert_array_equal(flow.params.W[0], start.W)
+    assert float(flow.drift.balance[0]) == 0
+    assert int(flow.result) == SUCCESS
+
+
+def test_legs_join():
+    start = sine_params()
+    whole = ncjax.gradient_flow(start, [20.0, 50.0])
+    first = ncjax.gradient_flow(start, [20.0])
+    second = ncjax.gradient_flow(first.final, [50.0], start_log_time=20.0)
+    np.testing.assert_allclose(second.final.H, whole.final.H, rtol=1e-6)
+
+
+def test_record_replaces_the_state_by_what_it_returns():
+    log_times = np.array([1.0, 5.0])
+    flow = ncjax.gradient_flow(sine_params(), log_times, record=ncjax.collapse_metrics)
+    states = ncjax.gradient_flow(sine_params(), log_times).params
+    assert flow.params is None
+    expected = jax.vmap(ncjax.collapse_metrics)(states)
+    for got, value in zip(flow.recorded, expected, strict=True):
+        np.testing.assert_allclose(got, value, rtol=1e-6)
+
+
+def test_a_failed_seed_is_told_by_its_code_and_harms_no_other():
+    good, log_times = sine_params(), np.array([1.0, 10.0])
+    starts = [good, jax.tree.map(lambda leaf: leaf * np.nan, good), good]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+    flow = jax.vmap(lambda p: ncjax.gradient_flow(p, log_times))(stacked)
+    alone = ncjax.gradient_flow(good, log_times)
+    np.testing.assert_array_equal(flow.result, [SUCCESS, STEP_TOO_SMALL, SUCCESS])
+    np.testing.assert_allclose(flow.params.W[2], alone.params.W, rtol=1e-9)
+    assert np.isnan(flow.params.W[1]).all()
+    assert np.isnan(flow.log_loss[1]).all()
+    assert int(flow.num_steps[1]) < 100
+
+
+def test_the_step_limit_is_told_and_what_was_reached_is_kept():
+    flow = ncjax.gradient_flow(sine_params(), [0.0, 100.0], max_steps=50)
+    assert int(flow.result) == STEP_LIMIT
+    assert np.isfinite(flow.log_loss[0])
+    assert np.isnan(flow.log_loss[1])
+
+
+def test_jit_vmap_and_loop_agree():
+    starts = [random_params(seed, 3, 2, 4, 0.5) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+
+    @jax.jit
+    def many(params, log_times):
+        return jax.vmap(lambda p: ncjax.gradient_flow(p, log_times).log_loss)(params)
+
+    together = many(stacked, jnp.array([1.0, 20.0]))
+    alone = [ncjax.gradient_flow(start, [1.0, 20.0]).log_loss for start in starts]
+    np.testing.assert_allclose(together, alone, rtol=1e-8)
+
+
+def test_float32_stays_float32_and_near_float64():
+    start = sine_params(np.float32)
+    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), start)
+    log_times = np.array([1.0, 10.0, 1000.0])
+    flow = ncjax.gradient_flow(start, log_times)
+    truth = ncjax.gradient_flow(exact, log_times)
+    assert flow.params.W.dtype == flow.log_loss.dtype == jnp.float32
+    got, expected = (np.asarray(f.params.H).reshape(3, -1) for f in (flow, truth))
+    error = np.linalg.norm(got - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert (error < 1e-5).all()
+
+
+def test_a_start_with_huge_wrong_margins_recovers():
+    start = jax.tree.map(lambda leaf: 1e2 * leaf, sine_params())
+    flow = ncjax.gradient_flow(start, [-20.0, 100.0])
+    assert int(flow.result) == SUCCESS
+    assert float(flow.log_loss[0]) > float(flow.log_loss[1])
+
+
+def test_other_solvers_agree():
+    log_times = [1.0, 20.0]
+    tsit5 = ncjax.gradient_flow(sine_params(), log_times)
+    dopri8 = ncjax.gradient_flow(sine_params(), log_times, solver=diffrax.Dopri8())
+    np.testing.assert_allclose(tsit5.params.W, dopri8.params.W, rtol=1e-6)
+
+
+def test_gradient_through_the_flow_agrees_with_differences():
+    start, step = sine_params(), 1e-5
+
+    def loss(shift):
+        moved = start._replace(W=start.W.at[0, 0].add(shift))
+        return ncjax.gradient_flow(moved, [2.0], rtol=1e-11, atol=1e-11).log_loss[0]
+
+    slope = (loss(step) - loss(-step)) / (2 * step)
+    np.testing.assert_allclose(jax.grad(loss)(0.0), slope, rtol=1e-5)
+
+
+def test_descent_converges_to_the_flow_at_first_order():
+    start, errors = sine_params(), []
+    truth = ncjax.gradient_flow(start, [math.log(2.0)]).final
+    for step_size in (2e-3, 1e-3):
+        descent = ncjax.gradient_descent(start, step_size, round(2.0 / step_size))
+        errors.append(np.linalg.norm(descent.final.H - truth.H))
+        np.testing.assert_allclose(descent.log_times[-1], math.log(2.0), rtol=1e-12)
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
+
+
+def test_descent_is_the_plain_loop():
+    params = start = random_params(7, 3, 2, 4, 0.5)
+    descent = ncjax.gradient_descent(start, 0.1, 7, save_steps=[0, 3, 7])
+    for step in range(8):
+        if step in (0, 3, 7):
+            saved = list(descent.steps).index(step)
+            np.testing.assert_allclose(descent.params.W[saved], params.W, rtol=1e-12)
+        gradient = jax.grad(ncjax.cross_entropy)(params)
+        params = jax.tree.map(lambda z, g: z - 0.1 * g, params, gradient)
+
+
+def test_descent_goes_on_after_the_last_saved_step_and_records():
+    start = sine_params()
+    descent = ncjax.gradient_descent(
+        start, 0.1, 20, save_steps=[5], record=ncjax.margin_ratio
+    )
+    assert descent.params is None
+    whole = ncjax.gradient_descent(start, 0.1, 20)
+    np.testing.assert_allclose(descent.final.W, whole.final.W, rtol=1e-12)
+    assert descent.recorded.shape == (1,)
+
+
+def test_descent_maps_over_seeds():
+    starts = jax.vmap(lambda key: ncjax.init_params(key, 3, 2, 4))(
+        jax.random.split(jax.random.key(0), 4)
+    )
+    descent = jax.vmap(lambda p: ncjax.gradient_descent(p, 0.1, 10))(starts)
+    assert descent.log_loss.shape[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"log_times": [1.0, 1.0]}, "log_times must strictly increase"),
+        ({"log_times": [2.0, 1.0]}, "log_times must strictly increase"),
+        ({"log_times": []}, r"non-empty vector \(T,\), got shape \(0,\)"),
+        ({"log_times": 3.0}, r"non-empty vector \(T,\), got shape \(\)"),
+        ({"log_times": [1.0, np.nan]}, "log_times must be numbers below infinity"),
+        ({"log_times": [1.0, np.inf]}, "log_times must be numbers below infinity"),
+        ({"start_log_time": 2.0}, "must not lie before start_log_time = 2.0, got 1.0"),
+        ({"rtol": 0.0}, "rtol must be positive, got 0.0"),
+        ({"atol": -1.0}, "atol must be positive, got -1.0"),
+        ({"max_steps": 0}, "max_steps must be an integer of at least 1, got 0"),
+        ({"params": None}, r"expected ncjax.Params\(W, H\), got NoneType"),
+    ],
+)
+def test_bad_input_to_the_flow_is_named(changes, message):
+    arguments = {"params": sine_params(), "log_times": [1.0, 2.0]} | changes
+    with pytest.raises(ValueError, match=message):
+        ncjax.gradient_flow(**arguments)
+
+
+def test_nan_in_params_is_refused_before_the_solve():
+    start = sine_params()
+    with pytest.raises(ValueError, match="W must be finite, got 1 of 24"):
+        ncjax.gradient_flow(start._replace(W=start.W.at[0, 0].set(jnp.nan)), [1.0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step_size": 0.0}, "step_size must be positive and finite, got 0.0"),
+        ({"step_size": math.inf}, "step_size must be positive and finite, got inf"),
+        ({"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
+        ({"num_steps": 2.5}, "num_steps must be an integer of at least 1, got 2.5"),
+        ({"save_steps": [3, 3]}, "save_steps must be strictly increasing integers"),
+        ({"save_steps": [0.5]}, "save_steps must be strictly increasing integers"),
+        ({"save_steps": [11]}, r"save_steps must lie in \[0, num_steps = 10\], got \[11\]"),
+    ],
+)
+def test_bad_input_to_the_descent_is_named(changes, message):
+    arguments = {"params": sine_params(), "step_size": 0.1, "num_steps": 10} | changes
+    with pytest.raises(ValueError, match=message):
+        ncjax.gradient_descent(**arguments)

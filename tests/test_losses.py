@@ -1,0 +1,140 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ncjax
+from ncjax.losses import log_softplus
+
+
+def random_params(seed, num_classes, per_class, dim, scale, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    W = scale * rng.normal(size=(num_classes, dim))
+    H = scale * rng.normal(size=(num_classes, per_class, dim))
+    return ncjax.Params(jnp.asarray(W, dtype), jnp.asarray(H, dtype))
+
+
+# A few shapes (K, n, d), each compiled once: K > d, K < d, two classes, one sample.
+sizes = st.sampled_from([(2, 1, 1), (3, 2, 7), (6, 1, 4), (5, 4, 5)])
+
+
+@given(st.integers(0, 10**6), sizes, st.sampled_from([1e-8, 0.1, 1.0, 3.0]))
+def test_cross_entropy_is_the_sum_over_samples(seed, shape, scale):
+    params = random_params(seed, *shape, scale)
+    truth = oracles.cross_entropy(np.asarray(params.W), np.asarray(params.H))
+    np.testing.assert_allclose(ncjax.cross_entropy(params), truth, rtol=1e-12)
+    np.testing.assert_allclose(
+        ncjax.log_cross_entropy(params), np.log(truth), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("fn", [ncjax.cross_entropy, ncjax.log_cross_entropy])
+def test_at_the_origin(fn, dtype):
+    params = random_params(0, 5, 3, 4, 0.0, dtype)
+    expected = 15 * np.log(5)
+    expected = expected if fn is ncjax.cross_entropy else np.log(expected)
+    value, gradient = jax.value_and_grad(fn)(params)
+    assert value.dtype == dtype
+    np.testing.assert_allclose(value, expected, rtol=4 * np.finfo(dtype).eps)
+    np.testing.assert_array_equal(gradient.W, 0)
+    np.testing.assert_array_equal(gradient.H, 0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("norm", [1.0, 1e2, 1e3, 1e4])
+def test_far_out_value_and_gradient_agree_with_extended_precision(dtype, norm):
+    # A near-collapsed point with margins up to 1e8: a loss down to exp(-1e6) and beyond.
+    rng = np.random.default_rng(0)
+    etf = np.asarray(ncjax.simplex_etf(4, 5))
+    W = (norm * (etf + 0.01 * rng.normal(size=etf.shape))).astype(dtype)
+    H = (norm * (etf[:, None] + 0.01 * rng.normal(size=(4, 3, 5)))).astype(dtype)
+    value, gradient = jax.value_and_grad(ncjax.log_cross_entropy)(
+        ncjax.Params(jnp.asarray(W), jnp.asarray(H))
+    )
+    truth, truth_W, truth_H = oracles.log_cross_entropy_and_gradient(W, H)
+    eps = np.finfo(dtype).eps
+    # Rounding of a margin m is eps |w| |h|, and moves log L by that much, the weights by
+    # that share of themselves.
+    rounding = 20 * eps * max(1.0, norm**2)
+    np.testing.assert_allclose(value, truth, rtol=0, atol=rounding)
+    if rounding < 1e-2:
+        for got, expected in ((gradient.W, truth_W), (gradient.H, truth_H)):
+            error = np.linalg.norm(np.asarray(got) - expected) / np.linalg.norm(expected)
+            assert error < 2 * rounding + 20 * eps
+    assert np.isfinite(gradient.W).all()
+    assert np.isfinite(gradient.H).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_where_the_loss_is_exp_of_minus_a_million_the_gradient_is_the_direction(dtype):
+    # Exactly collapsed: margins are all equal, so is every weight, and the gradient of
+    # log L is that of minus the mean margin, whatever the norm.
+    etf = ncjax.simplex_etf(4, 4, dtype=dtype)
+    far = ncjax.Params(1e3 * etf, 1e3 * etf[:, None])
+    value, gradient = jax.value_and_grad(ncjax.log_cross_entropy)(far)
+    margin = 1e6 * 4 / 3
+    np.testing.assert_allclose(value, np.log(12) - margin, rtol=4 * np.finfo(dtype).eps)
+    # Sum over j of (w_k - w_j) / (K - 1) is K / (K - 1) w_k; a quarter of it per sample.
+    tolerance = 1e-9 if dtype == np.float64 else 0.3
+    np.testing.assert_allclose(gradient.H[:, 0], -1e3 * etf / 3, rtol=tolerance, atol=1e-3)
+
+
+def test_misclassified_far_out_the_loss_is_linear_in_the_margin():
+    etf = ncjax.simplex_etf(3, 3)
+    wrong = ncjax.Params(1e3 * etf, -1e3 * etf[:, None])
+    value, gradient = jax.value_and_grad(ncjax.cross_entropy)(wrong)
+    np.testing.assert_allclose(value, 3 * (1.5e6 + np.log(2)), rtol=1e-12)
+    assert np.isfinite(gradient.W).all()
+    np.testing.assert_allclose(ncjax.log_cross_entropy(wrong), np.log(value), rtol=1e-14)
+
+
+@given(st.integers(0, 10**6), sizes, st.sampled_from([0.1, 1.0, 3.0]))
+def test_gradient_of_the_logarithm_is_the_logarithmic_gradient(seed, shape, scale):
+    params = random_params(seed, *shape, scale)
+    loss, gradient = jax.value_and_grad(ncjax.cross_entropy)(params)
+    log_gradient = jax.grad(ncjax.log_cross_entropy)(params)
+    for g, log_g in zip(gradient, log_gradient, strict=True):
+        np.testing.assert_allclose(log_g, g / loss, rtol=1e-10, atol=1e-13)
+
+
+def test_second_derivatives_agree_with_differences(key):
+    params = random_params(3, 3, 2, 4, 1.0)
+    direction = random_params(4, 3, 2, 4, 1.0)
+    step = 1e-5
+
+    def gradient(at):
+        shifted = jax.tree.map(lambda z, v: z + at * v, params, direction)
+        return jax.grad(ncjax.log_cross_entropy)(shifted)
+
+    _, product = jax.jvp(gradient, (0.0,), (1.0,))
+    for got, ahead, behind in zip(product, gradient(step), gradient(-step), strict=True):
+        np.testing.assert_allclose(got, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_log_softplus_and_its_derivative_over_the_whole_line(dtype):
+    a = np.concatenate(
+        [-np.logspace(7, -7, 57), [0.0], np.logspace(-7, 7, 57), [-30.1, -29.9]]
+    ).astype(dtype)
+    value, slope = jax.vmap(jax.value_and_grad(log_softplus))(jnp.asarray(a))
+    truth, truth_slope = oracles.log_softplus(a)
+    eps = np.finfo(dtype).eps
+    np.testing.assert_allclose(value, truth, rtol=8 * eps, atol=8 * eps)
+    np.testing.assert_allclose(slope, truth_slope, rtol=40 * eps)
+
+
+def test_vmap_agrees_with_a_loop():
+    many = [random_params(seed, 3, 2, 4, 1.0) for seed in range(5)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *many)
+    together = jax.vmap(ncjax.log_cross_entropy)(stacked)
+    np.testing.assert_allclose(together, [ncjax.log_cross_entropy(p) for p in many])
+
+
+@pytest.mark.parametrize("fn", [ncjax.cross_entropy, ncjax.log_cross_entropy])
+def test_shapes_that_do_not_fit_are_named(fn):
+    with pytest.raises(ValueError, match=r"expected W \(K, d\) and H \(K, n, d\)"):
+        fn(ncjax.Params(jnp.ones((3, 4)), jnp.ones((3, 4))))

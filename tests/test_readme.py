@@ -1,0 +1,44 @@
+"""The README's map and its example hold."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def functions(path):
+    nodes = ast.walk(ast.parse((ROOT / path).read_text()))
+    return {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+
+
+MAP = README.split("## Paper map")[1].split("\n## ")[0]
+ENTRIES = sorted(set(re.findall(r"`([\w/]+\.py):(\w+)`", MAP)))
+
+
+def test_the_map_has_code_and_a_test_for_each_statement():
+    rows = [row for row in MAP.splitlines() if row.startswith("| ")][1:]
+    assert len(rows) >= 9
+    for row in rows:
+        assert len(re.findall(r"`[\w/]+\.py:\w+`", row)) == 2, row
+
+
+@pytest.mark.parametrize(("path", "name"), ENTRIES)
+def test_what_the_map_names_exists(path, name):
+    assert name in functions(path)
+
+
+def test_the_example_runs(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    duality, cdnv = map(float, capsys.readouterr().out.split())
+    assert duality < 1e-3
+    assert cdnv < 0.01
+
+
+def test_links_to_files_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
