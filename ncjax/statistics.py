@@ -15,7 +15,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ncjax.geometry import helmert
 from ncjax.types import Array
 
 CENTRINGS = ("class_mean", "sample_mean")
@@ -39,13 +38,13 @@ class Reference(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Second pass: sums over the samples seen."""
+    """Second pass: sums over the samples seen of each of K classes."""
 
-    count: Array  # ()    samples seen (int32)
-    whitened_scatter: Array  # (K,)  sum over samples of δᵀ Σ_B⁺ δ / K, δ = h - class mean
-    mismatches: Array  # ()    classifier and nearest class mean disagree (int32)
-    errors: Array  # ()    classifier is wrong (int32)
-    ncc_errors: Array  # ()    nearest class mean is wrong (int32)
+    count: Array  # (K,)  samples seen (int32)
+    whitened_scatter: Array  # (K,)  sum of δᵀ Σ_B⁺ δ / K, δ = h - class mean
+    mismatches: Array  # (K,)  classifier and nearest class mean disagree (int32)
+    errors: Array  # (K,)  classifier is wrong (int32)
+    ncc_errors: Array  # (K,)  nearest class mean is wrong (int32)
 
 
 def init(num_classes: int, dim: int, dtype=jnp.float32) -> ClassStatistics:
@@ -58,6 +57,20 @@ def init(num_classes: int, dim: int, dtype=jnp.float32) -> ClassStatistics:
     )
 
 
+def class_statistics(features: Array, labels: Array, num_classes: int) -> ClassStatistics:
+    """`ClassStatistics` of a data set in one piece, features (N, d) and labels (N,).
+
+    Computed in the dtype of the features, in float32 if that is half precision.
+    """
+    empty = init(num_classes, features.shape[1], computing_dtype(features.dtype))
+    return update(empty, features, labels)
+
+
+def computing_dtype(dtype) -> jnp.dtype:
+    """float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
 def update(
     statistics: ClassStatistics, features: Array, labels: Array, mask: Array | None = None
 ) -> ClassStatistics:
@@ -66,7 +79,7 @@ def update(
     Args:
       statistics: of the samples before.
       features: (B, d), cast to the dtype of the statistics.
-      labels: (B,) integers in [0, K).
+      labels: (B,) integers in [0, K); samples of any other label are left out.
       mask: (B,) booleans; samples at False are left out, whatever they hold.
 
     Returns:
@@ -74,7 +87,7 @@ def update(
       same to rounding.
     """
     num_classes, dtype = statistics.count.shape[0], statistics.anchor.dtype
-    members, features = _members(features, labels, mask, num_classes, dtype)
+    members, features, labels = _members(features, labels, mask, num_classes, dtype)
     first = jnp.argmax(members, axis=0)
     seen = jnp.any(members, axis=0)
     anchor = jnp.where(seen[:, None], features[first], 0)
@@ -139,6 +152,12 @@ def class_means(statistics: ClassStatistics) -> Array:
     return statistics.anchor + statistics.offset
 
 
+def global_mean(statistics: ClassStatistics, centring: str = "class_mean") -> Array:
+    """Global mean $h_G$ (d,) of the classes seen; `centring` as in `centred_means`."""
+    means = class_means(statistics)
+    return means[0] - centred_means(statistics, centring)[0]
+
+
 def centred_means(statistics: ClassStatistics, centring: str = "class_mean") -> Array:
     r"""Class means minus the global mean, $\bar h_k - h_G$ (K, d), from differences alone.
 
@@ -151,12 +170,13 @@ def centred_means(statistics: ClassStatistics, centring: str = "class_mean") -> 
       ValueError: centring is neither.
     """
     relative = (statistics.anchor - statistics.anchor[:1]) + statistics.offset
-    if centring == "class_mean":
-        return relative - jnp.mean(relative, axis=0, keepdims=True)
-    if centring == "sample_mean":
-        share = fraction(statistics.count, jnp.sum(statistics.count), relative.dtype)
-        return relative - jnp.matmul(share, relative, precision="highest")[None]
-    raise ValueError(f"centring must be one of {CENTRINGS}, got {centring!r}")
+    share = _shares(statistics, centring)
+    return relative - jnp.matmul(share, relative, precision="highest")[None]
+
+
+def deviations(statistics: ClassStatistics, features: Array, labels: Array) -> Array:
+    r"""$h_i - \bar h_{y_i}$ (N, d), each sample minus its class mean, to full precision."""
+    return (features - statistics.anchor[labels]) - statistics.offset[labels]
 
 
 def reference(statistics: ClassStatistics, centring: str = "class_mean") -> Reference:
@@ -172,10 +192,9 @@ def reference(statistics: ClassStatistics, centring: str = "class_mean") -> Refe
     """
     centred = centred_means(statistics, centring)
     num_classes, dtype = centred.shape[0], centred.dtype
-    # Centred at the class mean, the rows of M sum to zero and lose one dimension, which
-    # the Helmert basis takes off exactly: every singular value left is a true one.
-    basis = helmert(num_classes) if centring == "class_mean" else jnp.eye(num_classes)
-    basis = jnp.asarray(basis, dtype)
+    # The rows of M, weighted by the shares, sum to zero: M loses one dimension. It is taken
+    # off exactly, so that no singular value left is rounding in disguise.
+    basis = _complement(_shares(statistics, centring))
     rows = jnp.matmul(basis, centred, precision="highest")
     left, singular, _ = jnp.linalg.svd(rows, full_matrices=False)
     cutoff = num_classes * jnp.finfo(dtype).eps * jnp.max(singular)
@@ -201,7 +220,7 @@ def squared_distances(rows: Array) -> Array:
 
 def init_comparison(num_classes: int, dtype=jnp.float32) -> Comparison:
     """`Comparison` of no sample."""
-    zero = jnp.zeros((), jnp.int32)
+    zero = jnp.zeros(num_classes, jnp.int32)
     return Comparison(zero, jnp.zeros(num_classes, dtype), zero, zero, zero)
 
 
@@ -235,24 +254,24 @@ def compare(
       `Comparison` of the samples before and the batch.
     """
     num_classes, dtype = statistics.count.shape[0], statistics.anchor.dtype
-    members, features = _members(features, labels, mask, num_classes, dtype)
-    valid = jnp.any(members, axis=1)
-    deviation = (features - statistics.anchor[labels]) - statistics.offset[labels]
+    members, features, labels = _members(features, labels, mask, num_classes, dtype)
+    deviation = deviations(statistics, features, labels)
     projected = jnp.matmul(deviation, against.centred.T, precision="highest")
     own = jnp.take_along_axis(projected, labels[:, None], axis=1)
-    nearest = jnp.argmin(2 * (own - projected) + against.distances[labels], axis=1)
+    to_centres = 2 * (own - projected) + against.distances[labels]
+    nearest = jax.lax.argmin(to_centres, 1, jnp.int32)
     logits = jnp.matmul(features, W.T.astype(dtype), precision="highest")
     if b is not None:
         logits = logits + b[None].astype(dtype)
-    decided = jnp.argmax(logits, axis=1)
+    decided = jax.lax.argmax(logits, 1, jnp.int32)
     whitened = jnp.matmul(projected, against.whitening.T, precision="highest")
     squares = jnp.sum(whitened**2, axis=1)
 
     def total(which):
-        return jnp.sum(which & valid, dtype=jnp.int32)
+        return jnp.sum(members & which[:, None], axis=0, dtype=jnp.int32)
 
     return Comparison(
-        count=comparison.count + total(valid),
+        count=comparison.count + jnp.sum(members, axis=0, dtype=jnp.int32),
         whitened_scatter=comparison.whitened_scatter
         + jnp.matmul(squares, members.astype(dtype), precision="highest"),
         mismatches=comparison.mismatches + total(decided != nearest),
@@ -261,15 +280,39 @@ def compare(
     )
 
 
+def _shares(statistics: ClassStatistics, centring: str) -> Array:
+    """Weight (K,) of each class mean in the global mean."""
+    count, dtype = statistics.count, statistics.anchor.dtype
+    if centring not in CENTRINGS:
+        raise ValueError(f"centring must be one of {CENTRINGS}, got {centring!r}")
+    weights = count if centring == "sample_mean" else (count > 0).astype(jnp.int32)
+    return fraction(weights, jnp.sum(weights, dtype=jnp.int32), dtype)
+
+
+def _complement(weights: Array) -> Array:
+    """Orthonormal basis (K - 1, K) of the complement of positive `weights` (K,).
+
+    All but the first row of the Householder reflection that turns them to the first axis.
+    """
+    identity = jnp.eye(weights.shape[0], dtype=weights.dtype)
+    normal = weights / jnp.linalg.norm(weights) + identity[0]
+    return (identity - 2 * jnp.outer(normal, normal) / jnp.sum(normal**2))[1:]
+
+
 def fraction(part: Array, whole: Array, dtype) -> Array:
     """Quotient of two counts in `dtype`; JAX would divide int32 in float32."""
     return part.astype(dtype) / whole.astype(dtype)
 
 
 def _members(features, labels, mask, num_classes, dtype):
-    """Membership (B, K) under the mask, and features with masked rows set to zero."""
-    members = labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)[None]
+    """Membership (B, K); features and labels with 0 in the rows that are left out.
+
+    Labels are compared as int32: in a narrow type the class numbers would wrap.
+    """
+    labels = labels.astype(jnp.int32)
+    valid = (labels >= 0) & (labels < num_classes)
     if mask is not None:
-        members = members & mask[:, None]
-        features = jnp.where(mask[:, None], features, 0)
-    return members, features.astype(dtype)
+        valid = valid & mask
+    members = labels[:, None] == jnp.arange(num_classes, dtype=jnp.int32)[None]
+    features = jnp.where(valid[:, None], features, 0).astype(dtype)
+    return members & valid[:, None], features, jnp.where(valid, labels, 0)
