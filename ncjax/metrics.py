@@ -72,7 +72,7 @@ def collapse_metrics(params: Params) -> CollapseMetrics:
     offset = jnp.mean(H - anchor[:, None], axis=1)
     deviation = (H - anchor[:, None]) - offset[:, None]
     first_pass = ClassStatistics(
-        count=jnp.full(num_classes, per_class, jnp.int32),
+        counts=jnp.full(num_classes, per_class, jnp.int32),
         anchor=anchor,
         offset=offset,
         scatter=jnp.sum(deviation**2, axis=(1, 2)),
@@ -174,10 +174,10 @@ def metrics_from_statistics(
     means = statistics.centred_means(first_pass)
     W = W.astype(means.dtype)
     centred_W = measures.centre_rows(W)
-    samples = jnp.sum(first_pass.count, dtype=jnp.int32).astype(means.dtype)
+    samples = jnp.sum(first_pass.counts, dtype=jnp.int32).astype(means.dtype)
 
     def share(sums):
-        total, count = (jnp.sum(x, dtype=jnp.int32) for x in (sums, second_pass.count))
+        total, count = (jnp.sum(x, dtype=jnp.int32) for x in (sums, second_pass.counts))
         return statistics.fraction(total, count, means.dtype)
 
     return CollapseMetrics(
@@ -210,7 +210,7 @@ def within_class_quotient(
         `ncjax.statistics.centred_means`.
     """
     means = statistics.centred_means(first_pass, centring)
-    samples = jnp.sum(first_pass.count, dtype=jnp.int32).astype(means.dtype)
+    samples = jnp.sum(first_pass.counts, dtype=jnp.int32).astype(means.dtype)
     return jnp.sum(first_pass.scatter) / samples / jnp.mean(jnp.sum(means**2, axis=1))
 
 
@@ -225,8 +225,8 @@ def class_distance_normalised_variance(
 
     Source: Galanti, György, Hutter (2022), equation (1).
     """
-    num_classes = first_pass.count.shape[0]
-    variance = first_pass.scatter / first_pass.count.astype(first_pass.scatter.dtype)
+    num_classes = first_pass.counts.shape[0]
+    variance = first_pass.scatter / first_pass.counts.astype(first_pass.scatter.dtype)
     distances = statistics.squared_distances(statistics.centred_means(first_pass))
     j, k = np.triu_indices(num_classes, k=1)
     return jnp.mean((variance[j] + variance[k]) / (2 * distances[j, k] ** power))

@@ -23,7 +23,7 @@ CENTRINGS = ("class_mean", "sample_mean")
 class ClassStatistics(NamedTuple):
     """First pass: counts, means and scatters of K classes."""
 
-    count: Array  # (K,)    samples seen (int32)
+    counts: Array  # (K,)    samples seen (int32)
     anchor: Array  # (K, d)  first sample seen of each class, 0 before
     offset: Array  # (K, d)  class mean minus anchor
     scatter: Array  # (K,)    sum over samples of |h - class mean|²
@@ -40,7 +40,7 @@ class Reference(NamedTuple):
 class Comparison(NamedTuple):
     """Second pass: sums over the samples seen of each of K classes."""
 
-    count: Array  # (K,)  samples seen (int32)
+    counts: Array  # (K,)  samples seen (int32)
     whitened_scatter: Array  # (K,)  sum of δᵀ Σ_B⁺ δ / K, δ = h - class mean
     mismatches: Array  # (K,)  classifier and nearest class mean disagree (int32)
     errors: Array  # (K,)  classifier is wrong (int32)
@@ -50,7 +50,7 @@ class Comparison(NamedTuple):
 def init(num_classes: int, dim: int, dtype=jnp.float32) -> ClassStatistics:
     """`ClassStatistics` of no sample: the neutral element of `merge`."""
     return ClassStatistics(
-        count=jnp.zeros(num_classes, jnp.int32),
+        counts=jnp.zeros(num_classes, jnp.int32),
         anchor=jnp.zeros((num_classes, dim), dtype),
         offset=jnp.zeros((num_classes, dim), dtype),
         scatter=jnp.zeros(num_classes, dtype),
@@ -86,7 +86,7 @@ def update(
       `ClassStatistics` of the samples before and the batch, in any order and grouping the
       same to rounding.
     """
-    num_classes, dtype = statistics.count.shape[0], statistics.anchor.dtype
+    num_classes, dtype = statistics.counts.shape[0], statistics.anchor.dtype
     members, features, labels = _members(features, labels, mask, num_classes, dtype)
     first = jnp.argmax(members, axis=0)
     seen = jnp.any(members, axis=0)
@@ -110,16 +110,16 @@ def merge(first: ClassStatistics, second: ClassStatistics) -> ClassStatistics:
     Source: Chan, Golub, LeVeque (1983), equation (2.1).
     """
     dtype = first.anchor.dtype
-    count = first.count + second.count
-    share = fraction(second.count, jnp.maximum(count, 1), dtype)
-    both = ((first.count > 0) & (second.count > 0))[:, None]
-    second_only = (first.count == 0)[:, None]
+    count = first.counts + second.counts
+    share = fraction(second.counts, jnp.maximum(count, 1), dtype)
+    both = ((first.counts > 0) & (second.counts > 0))[:, None]
+    second_only = (first.counts == 0)[:, None]
     gap = second.anchor - first.anchor
     # (second mean - first mean), from differences alone.
     shift = jnp.where(both, (gap + second.offset) - first.offset, 0)
-    weight = first.count.astype(dtype) * share
+    weight = first.counts.astype(dtype) * share
     return ClassStatistics(
-        count=count,
+        counts=count,
         anchor=jnp.where(second_only, second.anchor, first.anchor),
         offset=jnp.where(second_only, second.offset, first.offset + share[:, None] * shift),
         scatter=first.scatter + second.scatter + weight * jnp.sum(shift**2, axis=1),
@@ -132,15 +132,15 @@ def all_merge(statistics: ClassStatistics, axis_name: str) -> ClassStatistics:
     device = jax.lax.axis_index(axis_name)
     absent = jax.lax.axis_size(axis_name)
     # The anchor of a class comes from the first device that has seen it.
-    owner = jax.lax.pmin(jnp.where(statistics.count > 0, device, absent), axis_name)
+    owner = jax.lax.pmin(jnp.where(statistics.counts > 0, device, absent), axis_name)
     owned = jnp.where((owner == device)[:, None], statistics.anchor, 0)
     anchor = jax.lax.psum(owned, axis_name)
-    count = jax.lax.psum(statistics.count, axis_name)
-    local = statistics.count.astype(dtype)
+    count = jax.lax.psum(statistics.counts, axis_name)
+    local = statistics.counts.astype(dtype)
     from_anchor = (statistics.anchor - anchor) + statistics.offset
     total = jax.lax.psum(local[:, None] * from_anchor, axis_name)
     offset = total / jnp.maximum(count, 1)[:, None].astype(dtype)
-    shift = jnp.where((statistics.count > 0)[:, None], from_anchor - offset, 0)
+    shift = jnp.where((statistics.counts > 0)[:, None], from_anchor - offset, 0)
     local_scatter = statistics.scatter + local * jnp.sum(shift**2, axis=1)
     return ClassStatistics(
         count, anchor, offset, scatter=jax.lax.psum(local_scatter, axis_name)
@@ -253,7 +253,7 @@ def compare(
     Returns:
       `Comparison` of the samples before and the batch.
     """
-    num_classes, dtype = statistics.count.shape[0], statistics.anchor.dtype
+    num_classes, dtype = statistics.counts.shape[0], statistics.anchor.dtype
     members, features, labels = _members(features, labels, mask, num_classes, dtype)
     deviation = deviations(statistics, features, labels)
     projected = jnp.matmul(deviation, against.centred.T, precision="highest")
@@ -271,7 +271,7 @@ def compare(
         return jnp.sum(members & which[:, None], axis=0, dtype=jnp.int32)
 
     return Comparison(
-        count=comparison.count + jnp.sum(members, axis=0, dtype=jnp.int32),
+        counts=comparison.counts + jnp.sum(members, axis=0, dtype=jnp.int32),
         whitened_scatter=comparison.whitened_scatter
         + jnp.matmul(squares, members.astype(dtype), precision="highest"),
         mismatches=comparison.mismatches + total(decided != nearest),
@@ -282,7 +282,7 @@ def compare(
 
 def _shares(statistics: ClassStatistics, centring: str) -> Array:
     """Weight (K,) of each class mean in the global mean."""
-    count, dtype = statistics.count, statistics.anchor.dtype
+    count, dtype = statistics.counts, statistics.anchor.dtype
     if centring not in CENTRINGS:
         raise ValueError(f"centring must be one of {CENTRINGS}, got {centring!r}")
     weights = count if centring == "sample_mean" else (count > 0).astype(jnp.int32)

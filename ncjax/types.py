@@ -61,10 +61,10 @@ def init_params(
             stacklevel=2,
         )
     key_W, key_H = jax.random.split(key)
-    scale = jnp.asarray(scale, dtype)
+    std = jnp.asarray(scale, dtype)
     return Params(
-        W=scale * jax.random.normal(key_W, (num_classes, dim), dtype),
-        H=scale * jax.random.normal(key_H, (num_classes, per_class, dim), dtype),
+        W=std * jax.random.normal(key_W, (num_classes, dim), dtype),
+        H=std * jax.random.normal(key_H, (num_classes, per_class, dim), dtype),
     )
 
 
