@@ -2,8 +2,8 @@
 
 Two passes over the data. The first keeps counts, means and scatters by class; the second,
 with the means known, projects every sample on their span: the nearest class centre, the
-classifier's decision and the whitened variation, with K x K matrices where K x d ones are
-not needed and never with d x d ones.
+classifier's decision and the whitened variation. No matrix is larger than a batch of
+samples, K x d or K x K; none is d x d.
 
 Means are kept as an anchor, the first sample seen of the class, plus the mean offset from
 it. Differences of neighbouring floating-point numbers are exact, so that features 10^4 away
@@ -34,7 +34,7 @@ class Reference(NamedTuple):
 
     centred: Array  # (K, d)  class means minus the global mean
     distances: Array  # (K, K)  squared distances of class means
-    whitening: Array  # (r, K)  T with |T M x|² = xᵀ Σ_B⁺ x / K, for M = centred
+    whitening: Array  # (r, d)  T with |T x|² = xᵀ Σ_B⁺ x / K, r at most K - 1
 
 
 class Comparison(NamedTuple):
@@ -182,9 +182,10 @@ def deviations(statistics: ClassStatistics, features: Array, labels: Array) -> A
 def reference(statistics: ClassStatistics, centring: str = "class_mean") -> Reference:
     r"""What the second pass needs to know of the first.
 
-    With $M$ the centred class means and $\Sigma_B = M^\top M / K = V S^2 V^\top / K$, the
-    pseudo-inverse comes from the singular values of $M$ itself, not of $\Sigma_B$: a
-    ratio of spreads of 500 stays 500 and is not squared.
+    With $M$ the centred class means, $\Sigma_B = M^\top M / K$ and $M = U S V^\top$, the
+    whitening is $S^{-1} V^\top$: from the singular values of $M$ itself, applied to samples
+    and not to their projections on $M$. A ratio of spreads of 500 stays 500 in the rounding
+    error and is not squared.
 
     Args:
       statistics: of every sample, at least one of every class.
@@ -196,12 +197,11 @@ def reference(statistics: ClassStatistics, centring: str = "class_mean") -> Refe
     # off exactly, so that no singular value left is rounding in disguise.
     basis = _complement(_shares(statistics, centring))
     rows = jnp.matmul(basis, centred, precision="highest")
-    left, singular, _ = jnp.linalg.svd(rows, full_matrices=False)
+    _, singular, right = jnp.linalg.svd(rows, full_matrices=False)
     cutoff = num_classes * jnp.finfo(dtype).eps * jnp.max(singular)
     kept = singular > cutoff
     inverse = jnp.where(kept, 1 / jnp.where(kept, singular, 1), 0)
-    whitening = (inverse**2)[:, None] * jnp.matmul(left.T, basis, precision="highest")
-    return Reference(centred, squared_distances(centred), whitening)
+    return Reference(centred, squared_distances(centred), inverse[:, None] * right)
 
 
 def squared_distances(rows: Array) -> Array:
@@ -264,7 +264,7 @@ def compare(
     if b is not None:
         logits = logits + b[None].astype(dtype)
     decided = jax.lax.argmax(logits, 1, jnp.int32)
-    whitened = jnp.matmul(projected, against.whitening.T, precision="highest")
+    whitened = jnp.matmul(deviation, against.whitening.T, precision="highest")
     squares = jnp.sum(whitened**2, axis=1)
 
     def total(which):

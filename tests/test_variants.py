@@ -53,7 +53,7 @@ def normalised(data):
 def ood_mean(data):
     labels = jnp.asarray(data.ood_labels)
     seen = statistics.class_statistics(
-        jnp.asarray(data.ood_features), labels, int(labels.max()) + 1
+        jnp.asarray(data.ood_features), labels, int(data.ood_labels.max()) + 1
     )
     return statistics.global_mean(seen)
 
@@ -308,12 +308,24 @@ def test_value_of_another_codebase_is_reproduced(name):
     np.testing.assert_allclose(value, VALUES[name], rtol=rtol)
 
 
-@pytest.mark.parametrize("which", RANDOM)
-def test_formulas_match_their_definitions_on_random_data(which):
+# Shapes that depend on the labels, or a solver outside JAX.
+UNTRACED = ("nc1.nuclear_over_fro", "nc1.numerical_rank", "gnc2.min_one_vs_rest_distance")
+
+
+@pytest.mark.parametrize("which", ["K=2", "d<K-1", "N<d"])
+def test_formulas_match_their_definitions_on_random_data_under_jit(which):
     data = RANDOM[which]
-    for name, call in CALLS.items():
+
+    @jax.jit
+    def traced(features, labels, W, b):
+        known = data._replace(features=features, labels=labels, W=W, b=b)
+        return {name: call(known) for name, call in CALLS.items() if name not in UNTRACED}
+
+    values = traced(*data[:4]) | {name: CALLS[name](data) for name in UNTRACED}
+    assert set(values) == set(CALLS)
+    for name, value in values.items():
         np.testing.assert_allclose(
-            call(data), oracles.FORMULAS[name](data), rtol=1e-9, atol=1e-12, err_msg=name
+            value, oracles.FORMULAS[name](data), rtol=1e-9, atol=1e-12, err_msg=name
         )
 
 
@@ -361,10 +373,9 @@ def test_small_losses_keep_their_digits():
     assert float(loss) == pytest.approx(2 * np.exp(-40), rel=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_lower_precision_is_computed_in_float32(dtype):
+def test_half_precision_is_computed_in_float32():
     data = RANDOM["wide"]
-    data = data._replace(features=data.features.astype(dtype))
+    data = data._replace(features=data.features.astype(np.float16))
     exact = oracles.float64(data)
     for name in ("nc1.vci.sample_mean", "nc1.numerical_rank", "mse.LNC1", "loss.ce"):
         got = CALLS[name](data)
@@ -382,25 +393,6 @@ def test_variation_far_from_the_origin_in_float32():
             np.testing.assert_allclose(
                 CALLS[name](data), oracles.FORMULAS[name](exact), rtol=1e-5, err_msg=name
             )
-
-
-def test_variants_trace_under_jit():
-    data = RANDOM["wide"]
-    W, b = jnp.asarray(data.W), jnp.asarray(data.b)
-
-    @jax.jit
-    def values(features, labels):
-        return {
-            "nc1.vci.sample_mean": variants.variability_collapse_index(features, labels, 5),
-            "nc1.pinv_over_K.class_mean": variants.within_class_variation(
-                features, labels, 5
-            ),
-            "margin.logit_min": jnp.min(variants.logit_margins(features, labels, W, b)),
-            "mse.LNC23": variants.squared_error_parts(features, labels, W, b).nc23,
-        }
-
-    for name, value in values(data.features, data.labels).items():
-        np.testing.assert_allclose(value, oracles.FORMULAS[name](data), rtol=1e-10)
 
 
 def test_unknown_names_are_refused():
