@@ -66,7 +66,12 @@ def collapse_metrics(params: Params) -> CollapseMetrics:
     >>> bool(ncjax.collapse_metrics(collapsed).self_duality < 1e-6)
     True
     """
-    W, H = check_params(params)
+    return _metrics_of_params(check_params(params))
+
+
+@jax.jit
+def _metrics_of_params(params: Params) -> CollapseMetrics:
+    W, H = params
     num_classes, per_class, dim = H.shape
     anchor = H[:, 0]
     offset = jnp.mean(H - anchor[:, None], axis=1)

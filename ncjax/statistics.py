@@ -10,6 +10,7 @@ it. Differences of neighbouring floating-point numbers are exact, so that featur
 from the origin, or that vary by 1e-7 of their mean, keep their digits.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -57,6 +58,7 @@ def init(num_classes: int, dim: int, dtype=jnp.float32) -> ClassStatistics:
     )
 
 
+@partial(jax.jit, static_argnums=2)
 def class_statistics(features: Array, labels: Array, num_classes: int) -> ClassStatistics:
     """`ClassStatistics` of a data set in one piece, features (N, d) and labels (N,).
 

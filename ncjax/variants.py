@@ -12,6 +12,7 @@ piece; those that take statistics stream (`ncjax.statistics`).
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -213,16 +214,7 @@ def ncc_agreement(
     Its mean weighs classes equally, `1 - CollapseMetrics.ncc_mismatch` samples.
     """
     features, labels, W, b = check_features(features, labels, W, b)
-    first_pass = statistics.class_statistics(features, labels, W.shape[0])
-    seen = statistics.compare(
-        statistics.init_comparison(W.shape[0], W.dtype),
-        first_pass,
-        statistics.reference(first_pass),
-        features,
-        labels,
-        W,
-        b,
-    )
+    seen = _compare(features, labels, W.shape[0], "class_mean", W, b)
     return statistics.fraction(seen.counts - seen.mismatches, seen.counts, W.dtype)
 
 
@@ -254,10 +246,15 @@ def _first_pass(features, labels, num_classes):
 
 
 def _compare_with_means(features, labels, num_classes, centring) -> Comparison:
-    """Second pass in one piece; the centred means stand in for a classifier."""
-    first_pass, features, labels = _first_pass(features, labels, num_classes)
+    features, labels = _samples(features, labels, num_classes)
+    return _compare(features, labels, num_classes, centring)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _compare(features, labels, num_classes, centring, W=None, b=None) -> Comparison:
+    """Both passes in one piece; centred means stand in for a missing classifier."""
+    first_pass = statistics.class_statistics(features, labels, num_classes)
     against = statistics.reference(first_pass, centring)
-    empty = statistics.init_comparison(num_classes, features.dtype)
-    return statistics.compare(
-        empty, first_pass, against, features, labels, W=against.centred
-    )
+    empty = statistics.init_comparison(num_classes, first_pass.anchor.dtype)
+    W = against.centred if W is None else W
+    return statistics.compare(empty, first_pass, against, features, labels, W, b)

@@ -282,7 +282,8 @@ def test_no_array_is_of_size_d_by_d():
     seen = list(shapes(jaxpr))
     assert (num_classes, dim) in seen
     assert (num_classes, num_classes) in seen
-    assert max(np.prod(shape, dtype=int) for shape in seen) == samples * dim
+    # The largest is (K, K, d), of differences of class means.
+    assert max(np.prod(shape, dtype=int) for shape in seen) == num_classes**2 * dim
 
 
 def test_memory_beyond_the_features_is_that_of_a_chunk():
@@ -295,7 +296,9 @@ def test_memory_beyond_the_features_is_that_of_a_chunk():
         ).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes(10**6) < temporary_bytes(10**4) + 1000 < 2**21
+    few, many = temporary_bytes(10**4), temporary_bytes(10**6)
+    assert abs(many - few) < 2**16
+    assert many < 2**20
 
 
 # Errors
