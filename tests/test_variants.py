@@ -285,9 +285,8 @@ def random_data(seed, num_classes, dim, samples, scale=1.0, spread=0.5):
 
 RANDOM = {
     "wide": random_data(1, num_classes=5, dim=9, samples=60),
-    "K=2": random_data(2, num_classes=2, dim=3, samples=30),
+    "K=2, N<d": random_data(2, num_classes=2, dim=20, samples=12, scale=30.0),
     "d<K-1": random_data(3, num_classes=6, dim=3, samples=50),
-    "N<d": random_data(4, num_classes=3, dim=20, samples=12, scale=30.0),
 }
 
 
@@ -328,7 +327,7 @@ def test_value_of_another_codebase_is_reproduced(name):
     np.testing.assert_allclose(value, VALUES[name], rtol=rtol)
 
 
-@pytest.mark.parametrize("which", ["K=2", "d<K-1", "N<d"])
+@pytest.mark.parametrize("which", ["K=2, N<d", "d<K-1"])
 def test_formulas_match_their_definitions_on_random_data(which):
     for name, value in values(which).items():
         exact = oracles.FORMULAS[name](RANDOM[which])
@@ -382,7 +381,7 @@ def test_half_precision_is_computed_in_float32():
     data = RANDOM["wide"]
     data = data._replace(features=data.features.astype(np.float16))
     exact = oracles.float64(data)
-    for name in ("nc1.vci.sample_mean", "nc1.numerical_rank", "mse.LNC1", "loss.ce"):
+    for name in ("nc1.vci.sample_mean", "loss.ce"):
         got = CALLS[name](data)
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, oracles.FORMULAS[name](exact), rtol=1e-4)
