@@ -169,6 +169,7 @@ def _metrics_in_chunks(features, labels, W, b, chunk_size):
     return metrics_from_statistics(first_pass, second_pass, W)
 
 
+@jax.jit
 def metrics_from_statistics(
     first_pass: ClassStatistics, second_pass: Comparison, W: Array
 ) -> CollapseMetrics:

@@ -104,7 +104,7 @@ def test_features_far_from_the_origin_in_float32(offset):
     smooth = [
         field for field in oracles.FIELDS if field not in ("ncc_mismatch", "accuracy")
     ]
-    assert_matches_definition(got, data, rtol=2e-5, fields=smooth)
+    assert_matches_definition(got, data, rtol=2e-6, fields=smooth)
     # Logits of 1e4 round at 1e-2: a few decisions of 200 may flip.
     assert_matches_definition(got, data, 0, 0.02, fields=("ncc_mismatch", "accuracy"))
 
@@ -127,7 +127,7 @@ def test_variation_of_1e_7_of_the_means_in_float32():
     got = computed(data)
     assert 0 < float(got.within_class_quotient) < 1e-12
     fields = ("within_class_variation", "within_class_quotient", "cdnv")
-    assert_matches_definition(got, data, rtol=2e-5, fields=fields)
+    assert_matches_definition(got, data, rtol=2e-6, fields=fields)
 
 
 @pytest.mark.parametrize("offset", [0, 3000])
@@ -287,18 +287,13 @@ def test_no_array_is_of_size_d_by_d():
 
 
 def test_memory_beyond_the_features_is_that_of_a_chunk():
-    def temporary_bytes(samples):
-        function = jax.jit(partial(ncjax.collapse_metrics_from_features, chunk_size=500))
-        compiled = function.lower(
-            jax.ShapeDtypeStruct((samples, 64), jnp.float32),
-            jax.ShapeDtypeStruct((samples,), jnp.int32),
-            jax.ShapeDtypeStruct((10, 64), jnp.float32),
-        ).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    few, many = temporary_bytes(10**4), temporary_bytes(10**6)
-    assert abs(many - few) < 2**16
-    assert many < 2**20
+    function = jax.jit(partial(ncjax.collapse_metrics_from_features, chunk_size=500))
+    compiled = function.lower(
+        jax.ShapeDtypeStruct((10**6, 64), jnp.float32),
+        jax.ShapeDtypeStruct((10**6,), jnp.int32),
+        jax.ShapeDtypeStruct((10, 64), jnp.float32),
+    ).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 500 * 64 * 4
 
 
 # Errors
