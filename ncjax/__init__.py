@@ -4,6 +4,9 @@ The unconstrained layer-peeled model of Ji, Lu, Zhang, Deng and Su (ICLR 2022) a
 functions: losses, exact gradient flow, collapse metrics.
 """
 
+from ncjax import measures as measures
+from ncjax import statistics as statistics
+from ncjax import variants as variants
 from ncjax.flow import DescentSolution as DescentSolution
 from ncjax.flow import FlowSolution as FlowSolution
 from ncjax.flow import InvariantDrift as InvariantDrift

@@ -18,6 +18,11 @@ def centre_rows(rows: Array) -> Array:
     return rows - jnp.mean(rows, axis=0, keepdims=True)
 
 
+def unit_rows(rows: Array) -> Array:
+    r"""$v_k / |v_k|$ of `rows` (K, d)."""
+    return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+
+
 def norm_variation(rows: Array, ddof: int = 1) -> Array:
     r"""Coefficient of variation of norms, $\mathrm{std}_k |v_k| / \mathrm{mean}_k |v_k|$.
 
@@ -34,7 +39,7 @@ def norm_variation(rows: Array, ddof: int = 1) -> Array:
 
 def pair_cosines(rows: Array) -> Array:
     r"""Cosines $\cos(v_j, v_k)$ of the K(K-1)/2 pairs j < k of `rows` (K, d)."""
-    unit = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+    unit = unit_rows(rows)
     gram = jnp.matmul(unit, unit.T, precision="highest")
     return gram[np.triu_indices(rows.shape[0], k=1)]
 
@@ -79,5 +84,14 @@ def self_duality(rows: Array, others: Array, squared: bool = False) -> Array:
 
 def row_cosines(rows: Array, others: Array) -> Array:
     r"""$\cos(v_k, c_k)$ (K,) of matching rows of two (K, d) matrices."""
-    norms = jnp.linalg.norm(rows, axis=1) * jnp.linalg.norm(others, axis=1)
-    return jnp.sum(rows * others, axis=1) / norms
+    return jnp.sum(unit_rows(rows) * unit_rows(others), axis=1)
+
+
+def row_dots(rows: Array, others: Array) -> Array:
+    r"""$v_k^\top c_k$ (K,) of matching rows of two (K, d) matrices."""
+    return jnp.sum(rows * others, axis=1)
+
+
+def row_distances(rows: Array, others: Array) -> Array:
+    r"""$|v_k - c_k|$ (K,) of matching rows of two (K, d) matrices."""
+    return jnp.linalg.norm(rows - others, axis=1)

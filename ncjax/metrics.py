@@ -15,6 +15,7 @@ from ncjax.types import (
     check_finite,
     check_integer,
     check_params,
+    check_sizes,
 )
 
 # Elements of one chunk of features and of its distances to the centres.
@@ -65,13 +66,18 @@ def collapse_metrics(params: Params) -> CollapseMetrics:
     >>> bool(ncjax.collapse_metrics(collapsed).self_duality < 1e-6)
     True
     """
-    W, H = check_params(params)
+    return _metrics_of_params(check_params(params))
+
+
+@jax.jit
+def _metrics_of_params(params: Params) -> CollapseMetrics:
+    W, H = params
     num_classes, per_class, dim = H.shape
     anchor = H[:, 0]
     offset = jnp.mean(H - anchor[:, None], axis=1)
     deviation = (H - anchor[:, None]) - offset[:, None]
     first_pass = ClassStatistics(
-        count=jnp.full(num_classes, per_class, jnp.int32),
+        counts=jnp.full(num_classes, per_class, jnp.int32),
         anchor=anchor,
         offset=offset,
         scatter=jnp.sum(deviation**2, axis=(1, 2)),
@@ -163,6 +169,7 @@ def _metrics_in_chunks(features, labels, W, b, chunk_size):
     return metrics_from_statistics(first_pass, second_pass, W)
 
 
+@jax.jit
 def metrics_from_statistics(
     first_pass: ClassStatistics, second_pass: Comparison, W: Array
 ) -> CollapseMetrics:
@@ -173,11 +180,15 @@ def metrics_from_statistics(
     means = statistics.centred_means(first_pass)
     W = W.astype(means.dtype)
     centred_W = measures.centre_rows(W)
-    samples = jnp.sum(first_pass.count).astype(means.dtype)
-    between = jnp.mean(jnp.sum(means**2, axis=1))
+    samples = jnp.sum(first_pass.counts, dtype=jnp.int32).astype(means.dtype)
+
+    def share(sums):
+        total, count = (jnp.sum(x, dtype=jnp.int32) for x in (sums, second_pass.counts))
+        return statistics.fraction(total, count, means.dtype)
+
     return CollapseMetrics(
         within_class_variation=jnp.sum(second_pass.whitened_scatter) / samples,
-        within_class_quotient=jnp.sum(first_pass.scatter) / samples / between,
+        within_class_quotient=within_class_quotient(first_pass),
         cdnv=class_distance_normalised_variance(first_pass),
         mean_norm_variation=measures.norm_variation(means),
         classifier_norm_variation=measures.norm_variation(W),
@@ -189,12 +200,24 @@ def metrics_from_statistics(
         self_duality=measures.self_duality(W, means),
         centred_self_duality=measures.self_duality(centred_W, means),
         product_etf_error=measures.product_etf_error(W, means),
-        ncc_mismatch=statistics.fraction(
-            second_pass.mismatches, second_pass.count, means.dtype
-        ),
-        accuracy=1
-        - statistics.fraction(second_pass.errors, second_pass.count, means.dtype),
+        ncc_mismatch=share(second_pass.mismatches),
+        accuracy=1 - share(second_pass.errors),
     )
+
+
+def within_class_quotient(
+    first_pass: ClassStatistics, centring: str = "class_mean"
+) -> Array:
+    r"""$\operatorname{Tr} \Sigma_W / \operatorname{Tr} \Sigma_B$, a scalar.
+
+    Args:
+      first_pass: of every sample.
+      centring: global mean that $\Sigma_B$ is taken about, as in
+        `ncjax.statistics.centred_means`.
+    """
+    means = statistics.centred_means(first_pass, centring)
+    samples = jnp.sum(first_pass.counts, dtype=jnp.int32).astype(means.dtype)
+    return jnp.sum(first_pass.scatter) / samples / jnp.mean(jnp.sum(means**2, axis=1))
 
 
 def class_distance_normalised_variance(
@@ -208,8 +231,8 @@ def class_distance_normalised_variance(
 
     Source: Galanti, György, Hutter (2022), equation (1).
     """
-    num_classes = first_pass.count.shape[0]
-    variance = first_pass.scatter / first_pass.count.astype(first_pass.scatter.dtype)
+    num_classes = first_pass.counts.shape[0]
+    variance = first_pass.scatter / first_pass.counts.astype(first_pass.scatter.dtype)
     distances = statistics.squared_distances(statistics.centred_means(first_pass))
     j, k = np.triu_indices(num_classes, k=1)
     return jnp.mean((variance[j] + variance[k]) / (2 * distances[j, k] ** power))
@@ -221,30 +244,49 @@ def check_features(features, labels, W, b=None, num_classes=None):
     Raises:
       ValueError: as in `collapse_metrics_from_features`.
     """
-    features, labels, W = jnp.asarray(features), jnp.asarray(labels), jnp.asarray(W)
-    if features.ndim != 2 or W.ndim != 2 or features.shape[1] != W.shape[1]:
+    W = jnp.asarray(W)
+    if W.ndim != 2 or jnp.ndim(features) != 2 or jnp.shape(features)[1] != W.shape[1]:
         raise ValueError(
-            f"expected features (N, d) and W (K, d), got {features.shape} and {W.shape}"
+            f"expected features (N, d) and W (K, d), got {jnp.shape(features)} and "
+            f"{W.shape}"
         )
+    if num_classes is not None and num_classes != W.shape[0]:
+        raise ValueError(f"num_classes is {num_classes} but W has {W.shape[0]} rows")
+    features, labels = check_samples(features, labels, W.shape[0])
+    b = None if b is None else jnp.asarray(b)
+    if b is not None and b.shape != W.shape[:1]:
+        raise ValueError(f"expected b ({W.shape[0]},), got {b.shape}")
+    for name, array in (("W", W), *(() if b is None else (("b", b),))):
+        _check_floating(name, array)
+    dtype = statistics.computing_dtype(features.dtype)
+    return features, labels, W.astype(dtype), None if b is None else b.astype(dtype)
+
+
+def check_samples(features, labels, num_classes: int) -> tuple[Array, Array]:
+    """Features (N, d) and labels (N,) as arrays, labels as int32, once they are sound.
+
+    Raises:
+      ValueError: as in `collapse_metrics_from_features`.
+    """
+    features, labels = jnp.asarray(features), jnp.asarray(labels)
+    if features.ndim != 2:
+        raise ValueError(f"expected features (N, d), got {features.shape}")
     if labels.shape != features.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"expected labels of integers ({features.shape[0]},), got {labels.dtype} "
             f"{labels.shape}"
         )
-    check_integer("num_classes", W.shape[0], least=2)
-    if num_classes is not None and num_classes != W.shape[0]:
-        raise ValueError(f"num_classes is {num_classes} but W has {W.shape[0]} rows")
-    b = None if b is None else jnp.asarray(b)
-    if b is not None and b.shape != W.shape[:1]:
-        raise ValueError(f"expected b ({W.shape[0]},), got {b.shape}")
-    named = {"features": features, "W": W} | ({} if b is None else {"b": b})
-    for name, array in named.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} must be floating, got {array.dtype}")
-        check_finite(name, array)
-    _check_labels(labels, W.shape[0])
-    dtype = jnp.float64 if features.dtype == jnp.float64 else jnp.float32
-    return features, labels, W.astype(dtype), None if b is None else b.astype(dtype)
+    check_sizes(num_classes=num_classes, dim=features.shape[1])
+    _check_floating("features", features)
+    _check_labels(labels, num_classes)
+    return features, labels.astype(jnp.int32)
+
+
+def _check_floating(name: str, array: Array) -> None:
+    """Raise ValueError unless `array` is floating and, where it is known, finite."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating, got {array.dtype}")
+    check_finite(name, array)
 
 
 def _check_labels(labels: Array, num_classes: int) -> None:
@@ -256,6 +298,8 @@ def _check_labels(labels: Array, num_classes: int) -> None:
         raise ValueError(
             f"labels must lie in [0, {num_classes}), got {values.min()} to {values.max()}"
         )
-    missing = np.flatnonzero(np.bincount(values, minlength=num_classes) == 0)
+    missing = np.flatnonzero(
+        np.bincount(values.astype(np.int64), minlength=num_classes) == 0
+    )
     if missing.size:
         raise ValueError(f"every class needs a sample, none has label {missing.tolist()}")

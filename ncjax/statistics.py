@@ -2,20 +2,20 @@
 
 Two passes over the data. The first keeps counts, means and scatters by class; the second,
 with the means known, projects every sample on their span: the nearest class centre, the
-classifier's decision and the whitened variation, with K x K matrices where K x d ones are
-not needed and never with d x d ones.
+classifier's decision and the whitened variation. No matrix is larger than a batch of
+samples, K x d or K x K; none is d x d.
 
 Means are kept as an anchor, the first sample seen of the class, plus the mean offset from
 it. Differences of neighbouring floating-point numbers are exact, so that features 10^4 away
 from the origin, or that vary by 1e-7 of their mean, keep their digits.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ncjax.geometry import helmert
 from ncjax.types import Array
 
 CENTRINGS = ("class_mean", "sample_mean")
@@ -24,7 +24,7 @@ CENTRINGS = ("class_mean", "sample_mean")
 class ClassStatistics(NamedTuple):
     """First pass: counts, means and scatters of K classes."""
 
-    count: Array  # (K,)    samples seen (int32)
+    counts: Array  # (K,)    samples seen (int32)
     anchor: Array  # (K, d)  first sample seen of each class, 0 before
     offset: Array  # (K, d)  class mean minus anchor
     scatter: Array  # (K,)    sum over samples of |h - class mean|²
@@ -35,27 +35,42 @@ class Reference(NamedTuple):
 
     centred: Array  # (K, d)  class means minus the global mean
     distances: Array  # (K, K)  squared distances of class means
-    whitening: Array  # (r, K)  T with |T M x|² = xᵀ Σ_B⁺ x / K, for M = centred
+    whitening: Array  # (r, d)  T with |T x|² = xᵀ Σ_B⁺ x / K, r at most K - 1
 
 
 class Comparison(NamedTuple):
-    """Second pass: sums over the samples seen."""
+    """Second pass: sums over the samples seen of each of K classes."""
 
-    count: Array  # ()    samples seen (int32)
-    whitened_scatter: Array  # (K,)  sum over samples of δᵀ Σ_B⁺ δ / K, δ = h - class mean
-    mismatches: Array  # ()    classifier and nearest class mean disagree (int32)
-    errors: Array  # ()    classifier is wrong (int32)
-    ncc_errors: Array  # ()    nearest class mean is wrong (int32)
+    counts: Array  # (K,)  samples seen (int32)
+    whitened_scatter: Array  # (K,)  sum of δᵀ Σ_B⁺ δ / K, δ = h - class mean
+    mismatches: Array  # (K,)  classifier and nearest class mean disagree (int32)
+    errors: Array  # (K,)  classifier is wrong (int32)
+    ncc_errors: Array  # (K,)  nearest class mean is wrong (int32)
 
 
 def init(num_classes: int, dim: int, dtype=jnp.float32) -> ClassStatistics:
     """`ClassStatistics` of no sample: the neutral element of `merge`."""
     return ClassStatistics(
-        count=jnp.zeros(num_classes, jnp.int32),
+        counts=jnp.zeros(num_classes, jnp.int32),
         anchor=jnp.zeros((num_classes, dim), dtype),
         offset=jnp.zeros((num_classes, dim), dtype),
         scatter=jnp.zeros(num_classes, dtype),
     )
+
+
+@partial(jax.jit, static_argnums=2)
+def class_statistics(features: Array, labels: Array, num_classes: int) -> ClassStatistics:
+    """`ClassStatistics` of a data set in one piece, features (N, d) and labels (N,).
+
+    Computed in the dtype of the features, in float32 if that is half precision.
+    """
+    empty = init(num_classes, features.shape[1], computing_dtype(features.dtype))
+    return update(empty, features, labels)
+
+
+def computing_dtype(dtype) -> jnp.dtype:
+    """float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def update(
@@ -66,15 +81,15 @@ def update(
     Args:
       statistics: of the samples before.
       features: (B, d), cast to the dtype of the statistics.
-      labels: (B,) integers in [0, K).
+      labels: (B,) integers in [0, K); samples of any other label are left out.
       mask: (B,) booleans; samples at False are left out, whatever they hold.
 
     Returns:
       `ClassStatistics` of the samples before and the batch, in any order and grouping the
       same to rounding.
     """
-    num_classes, dtype = statistics.count.shape[0], statistics.anchor.dtype
-    members, features = _members(features, labels, mask, num_classes, dtype)
+    num_classes, dtype = statistics.counts.shape[0], statistics.anchor.dtype
+    members, features, labels = _members(features, labels, mask, num_classes, dtype)
     first = jnp.argmax(members, axis=0)
     seen = jnp.any(members, axis=0)
     anchor = jnp.where(seen[:, None], features[first], 0)
@@ -97,16 +112,16 @@ def merge(first: ClassStatistics, second: ClassStatistics) -> ClassStatistics:
     Source: Chan, Golub, LeVeque (1983), equation (2.1).
     """
     dtype = first.anchor.dtype
-    count = first.count + second.count
-    share = fraction(second.count, jnp.maximum(count, 1), dtype)
-    both = ((first.count > 0) & (second.count > 0))[:, None]
-    second_only = (first.count == 0)[:, None]
+    count = first.counts + second.counts
+    share = fraction(second.counts, jnp.maximum(count, 1), dtype)
+    both = ((first.counts > 0) & (second.counts > 0))[:, None]
+    second_only = (first.counts == 0)[:, None]
     gap = second.anchor - first.anchor
     # (second mean - first mean), from differences alone.
     shift = jnp.where(both, (gap + second.offset) - first.offset, 0)
-    weight = first.count.astype(dtype) * share
+    weight = first.counts.astype(dtype) * share
     return ClassStatistics(
-        count=count,
+        counts=count,
         anchor=jnp.where(second_only, second.anchor, first.anchor),
         offset=jnp.where(second_only, second.offset, first.offset + share[:, None] * shift),
         scatter=first.scatter + second.scatter + weight * jnp.sum(shift**2, axis=1),
@@ -119,15 +134,15 @@ def all_merge(statistics: ClassStatistics, axis_name: str) -> ClassStatistics:
     device = jax.lax.axis_index(axis_name)
     absent = jax.lax.axis_size(axis_name)
     # The anchor of a class comes from the first device that has seen it.
-    owner = jax.lax.pmin(jnp.where(statistics.count > 0, device, absent), axis_name)
+    owner = jax.lax.pmin(jnp.where(statistics.counts > 0, device, absent), axis_name)
     owned = jnp.where((owner == device)[:, None], statistics.anchor, 0)
     anchor = jax.lax.psum(owned, axis_name)
-    count = jax.lax.psum(statistics.count, axis_name)
-    local = statistics.count.astype(dtype)
+    count = jax.lax.psum(statistics.counts, axis_name)
+    local = statistics.counts.astype(dtype)
     from_anchor = (statistics.anchor - anchor) + statistics.offset
     total = jax.lax.psum(local[:, None] * from_anchor, axis_name)
     offset = total / jnp.maximum(count, 1)[:, None].astype(dtype)
-    shift = jnp.where((statistics.count > 0)[:, None], from_anchor - offset, 0)
+    shift = jnp.where((statistics.counts > 0)[:, None], from_anchor - offset, 0)
     local_scatter = statistics.scatter + local * jnp.sum(shift**2, axis=1)
     return ClassStatistics(
         count, anchor, offset, scatter=jax.lax.psum(local_scatter, axis_name)
@@ -137,6 +152,12 @@ def all_merge(statistics: ClassStatistics, axis_name: str) -> ClassStatistics:
 def class_means(statistics: ClassStatistics) -> Array:
     """Class means (K, d), rounded to the dtype; differences of them lose digits."""
     return statistics.anchor + statistics.offset
+
+
+def global_mean(statistics: ClassStatistics, centring: str = "class_mean") -> Array:
+    """Global mean $h_G$ (d,) of the classes seen; `centring` as in `centred_means`."""
+    means = class_means(statistics)
+    return means[0] - centred_means(statistics, centring)[0]
 
 
 def centred_means(statistics: ClassStatistics, centring: str = "class_mean") -> Array:
@@ -151,20 +172,22 @@ def centred_means(statistics: ClassStatistics, centring: str = "class_mean") -> 
       ValueError: centring is neither.
     """
     relative = (statistics.anchor - statistics.anchor[:1]) + statistics.offset
-    if centring == "class_mean":
-        return relative - jnp.mean(relative, axis=0, keepdims=True)
-    if centring == "sample_mean":
-        share = fraction(statistics.count, jnp.sum(statistics.count), relative.dtype)
-        return relative - jnp.matmul(share, relative, precision="highest")[None]
-    raise ValueError(f"centring must be one of {CENTRINGS}, got {centring!r}")
+    share = _shares(statistics, centring)
+    return relative - jnp.matmul(share, relative, precision="highest")[None]
+
+
+def deviations(statistics: ClassStatistics, features: Array, labels: Array) -> Array:
+    r"""$h_i - \bar h_{y_i}$ (N, d), each sample minus its class mean, to full precision."""
+    return (features - statistics.anchor[labels]) - statistics.offset[labels]
 
 
 def reference(statistics: ClassStatistics, centring: str = "class_mean") -> Reference:
     r"""What the second pass needs to know of the first.
 
-    With $M$ the centred class means and $\Sigma_B = M^\top M / K = V S^2 V^\top / K$, the
-    pseudo-inverse comes from the singular values of $M$ itself, not of $\Sigma_B$: a
-    ratio of spreads of 500 stays 500 and is not squared.
+    With $M$ the centred class means, $\Sigma_B = M^\top M / K$ and $M = U S V^\top$, the
+    whitening is $S^{-1} V^\top$: from the singular values of $M$ itself, applied to samples
+    and not to their projections on $M$. A ratio of spreads of 500 stays 500 in the rounding
+    error and is not squared.
 
     Args:
       statistics: of every sample, at least one of every class.
@@ -172,17 +195,15 @@ def reference(statistics: ClassStatistics, centring: str = "class_mean") -> Refe
     """
     centred = centred_means(statistics, centring)
     num_classes, dtype = centred.shape[0], centred.dtype
-    # Centred at the class mean, the rows of M sum to zero and lose one dimension, which
-    # the Helmert basis takes off exactly: every singular value left is a true one.
-    basis = helmert(num_classes) if centring == "class_mean" else jnp.eye(num_classes)
-    basis = jnp.asarray(basis, dtype)
+    # The rows of M, weighted by the shares, sum to zero: M loses one dimension. It is taken
+    # off exactly, so that no singular value left is rounding in disguise.
+    basis = _complement(_shares(statistics, centring))
     rows = jnp.matmul(basis, centred, precision="highest")
-    left, singular, _ = jnp.linalg.svd(rows, full_matrices=False)
+    _, singular, right = jnp.linalg.svd(rows, full_matrices=False)
     cutoff = num_classes * jnp.finfo(dtype).eps * jnp.max(singular)
     kept = singular > cutoff
     inverse = jnp.where(kept, 1 / jnp.where(kept, singular, 1), 0)
-    whitening = (inverse**2)[:, None] * jnp.matmul(left.T, basis, precision="highest")
-    return Reference(centred, squared_distances(centred), whitening)
+    return Reference(centred, squared_distances(centred), inverse[:, None] * right)
 
 
 def squared_distances(rows: Array) -> Array:
@@ -201,7 +222,7 @@ def squared_distances(rows: Array) -> Array:
 
 def init_comparison(num_classes: int, dtype=jnp.float32) -> Comparison:
     """`Comparison` of no sample."""
-    zero = jnp.zeros((), jnp.int32)
+    zero = jnp.zeros(num_classes, jnp.int32)
     return Comparison(zero, jnp.zeros(num_classes, dtype), zero, zero, zero)
 
 
@@ -234,25 +255,25 @@ def compare(
     Returns:
       `Comparison` of the samples before and the batch.
     """
-    num_classes, dtype = statistics.count.shape[0], statistics.anchor.dtype
-    members, features = _members(features, labels, mask, num_classes, dtype)
-    valid = jnp.any(members, axis=1)
-    deviation = (features - statistics.anchor[labels]) - statistics.offset[labels]
+    num_classes, dtype = statistics.counts.shape[0], statistics.anchor.dtype
+    members, features, labels = _members(features, labels, mask, num_classes, dtype)
+    deviation = deviations(statistics, features, labels)
     projected = jnp.matmul(deviation, against.centred.T, precision="highest")
     own = jnp.take_along_axis(projected, labels[:, None], axis=1)
-    nearest = jnp.argmin(2 * (own - projected) + against.distances[labels], axis=1)
+    to_centres = 2 * (own - projected) + against.distances[labels]
+    nearest = jax.lax.argmin(to_centres, 1, jnp.int32)
     logits = jnp.matmul(features, W.T.astype(dtype), precision="highest")
     if b is not None:
         logits = logits + b[None].astype(dtype)
-    decided = jnp.argmax(logits, axis=1)
-    whitened = jnp.matmul(projected, against.whitening.T, precision="highest")
+    decided = jax.lax.argmax(logits, 1, jnp.int32)
+    whitened = jnp.matmul(deviation, against.whitening.T, precision="highest")
     squares = jnp.sum(whitened**2, axis=1)
 
     def total(which):
-        return jnp.sum(which & valid, dtype=jnp.int32)
+        return jnp.sum(members & which[:, None], axis=0, dtype=jnp.int32)
 
     return Comparison(
-        count=comparison.count + total(valid),
+        counts=comparison.counts + jnp.sum(members, axis=0, dtype=jnp.int32),
         whitened_scatter=comparison.whitened_scatter
         + jnp.matmul(squares, members.astype(dtype), precision="highest"),
         mismatches=comparison.mismatches + total(decided != nearest),
@@ -261,15 +282,39 @@ def compare(
     )
 
 
+def _shares(statistics: ClassStatistics, centring: str) -> Array:
+    """Weight (K,) of each class mean in the global mean."""
+    count, dtype = statistics.counts, statistics.anchor.dtype
+    if centring not in CENTRINGS:
+        raise ValueError(f"centring must be one of {CENTRINGS}, got {centring!r}")
+    weights = count if centring == "sample_mean" else (count > 0).astype(jnp.int32)
+    return fraction(weights, jnp.sum(weights, dtype=jnp.int32), dtype)
+
+
+def _complement(weights: Array) -> Array:
+    """Orthonormal basis (K - 1, K) of the complement of positive `weights` (K,).
+
+    All but the first row of the Householder reflection that turns them to the first axis.
+    """
+    identity = jnp.eye(weights.shape[0], dtype=weights.dtype)
+    normal = weights / jnp.linalg.norm(weights) + identity[0]
+    return (identity - 2 * jnp.outer(normal, normal) / jnp.sum(normal**2))[1:]
+
+
 def fraction(part: Array, whole: Array, dtype) -> Array:
     """Quotient of two counts in `dtype`; JAX would divide int32 in float32."""
     return part.astype(dtype) / whole.astype(dtype)
 
 
 def _members(features, labels, mask, num_classes, dtype):
-    """Membership (B, K) under the mask, and features with masked rows set to zero."""
-    members = labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)[None]
+    """Membership (B, K); features and labels with 0 in the rows that are left out.
+
+    Labels are compared as int32: in a narrow type the class numbers would wrap.
+    """
+    labels = labels.astype(jnp.int32)
+    valid = (labels >= 0) & (labels < num_classes)
     if mask is not None:
-        members = members & mask[:, None]
-        features = jnp.where(mask[:, None], features, 0)
-    return members, features.astype(dtype)
+        valid = valid & mask
+    members = labels[:, None] == jnp.arange(num_classes, dtype=jnp.int32)[None]
+    features = jnp.where(valid[:, None], features, 0).astype(dtype)
+    return members & valid[:, None], features, jnp.where(valid, labels, 0)

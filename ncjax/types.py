@@ -115,7 +115,7 @@ def check_finite(name: str, array: Array) -> None:
     """Raise ValueError if a concrete `array` holds NaN or infinity."""
     if isinstance(array, jax.core.Tracer):
         return
-    bad = int(np.count_nonzero(~np.isfinite(np.asarray(array, np.float64))))
+    bad = int(np.count_nonzero(~np.isfinite(np.asarray(array))))
     if bad:
         raise ValueError(
             f"{name} must be finite, got {bad} of {array.size} entries NaN or infinite"

@@ -24,7 +24,7 @@ sizes = st.sampled_from([(2, 1, 1), (3, 2, 7), (6, 1, 4), (5, 4, 5)])
 @given(st.integers(0, 10**6), sizes, st.sampled_from([1e-8, 0.1, 1.0, 3.0]))
 def test_cross_entropy_is_the_sum_over_samples(seed, shape, scale):
     params = random_params(seed, *shape, scale)
-    truth = oracles.cross_entropy(np.asarray(params.W), np.asarray(params.H))
+    truth = oracles.ulpm_cross_entropy(np.asarray(params.W), np.asarray(params.H))
     np.testing.assert_allclose(ncjax.cross_entropy(params), truth, rtol=1e-12)
     np.testing.assert_allclose(
         ncjax.log_cross_entropy(params), np.log(truth), rtol=1e-12, atol=1e-12

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_losses import random_params
 
 import ncjax
 from experiments import _fits, ulpm_flow
-from test_losses import random_params
 
 K, N, D = 4, 3, 6
 LOG_TIMES = np.array([1.0, 10.0, 100.0, 300.0, 1000.0])

@@ -1,0 +1,148 @@
+r"""Margins and losses of a linear classifier on features, published with collapse metrics.
+
+Notation and conventions as in `ncjax.variants`, which gives these functions too.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ncjax import measures, statistics
+from ncjax.metrics import check_features
+from ncjax.types import Array
+
+
+def logit_margins(
+    features: Array, labels: Array, W: Array, b: Array | None = None
+) -> Array:
+    r"""$z_{i, y_i} - \max_{k \ne y_i} z_{ik}$ (N,), negative where the classifier errs."""
+    features, labels, W, b = _classified(features, labels, W, b)
+    return _own_minus_best_other(_logits(features, W, b), labels)
+
+
+def cosine_margins(
+    features: Array,
+    labels: Array,
+    W: Array,
+    *,
+    centring: str = "sample_mean",
+    centred_product: bool = True,
+) -> Array:
+    r"""Margins (N,) of the cosines of $h_i - h_G$ and $w_k - \bar w$.
+
+    $s_{i, y_i} - \max_{k \ne y_i} s_{ik}$ with
+    $s_{ik} = (w_k - \bar w)^\top (h_i - h_G) / (|w_k - \bar w|\, |h_i - h_G|)$.
+
+    Args:
+      features: (N, d).
+      labels: (N,) integers in [0, K).
+      W: (K, d).
+      centring: what $h_G$ is.
+      centred_product: False takes $w_k^\top h_i$ in the numerator, and centres the norms
+        alone, as the code of Zhou et al. (2022) does.
+
+    Raises:
+      ValueError: shapes, dtypes or values do not fit, or centring is unknown.
+
+    Source: Zhou et al. (2022), "Are all losses created equal".
+    """
+    features, labels, W, _ = _classified(features, labels, W)
+    first_pass = statistics.class_statistics(features, labels, W.shape[0])
+    means = statistics.centred_means(first_pass, centring)
+    centred = statistics.deviations(first_pass, features, labels) + means[labels]
+    centred_W = measures.centre_rows(W)
+    product = _logits(centred, centred_W) if centred_product else _logits(features, W)
+    norms = jnp.linalg.norm(centred, axis=1, keepdims=True)
+    scores = product / norms / jnp.linalg.norm(centred_W, axis=1)[None]
+    return _own_minus_best_other(scores, labels)
+
+
+def mean_cross_entropy(
+    features: Array, labels: Array, W: Array, b: Array | None = None
+) -> Array:
+    r"""$\tfrac1N \sum_i \log(1 + \sum_{k \ne y_i} e^{z_{ik} - z_{i, y_i}})$, a scalar.
+
+    In margin form, which keeps the digits of small losses.
+    """
+    features, labels, W, b = _classified(features, labels, W, b)
+    logits = _logits(features, W, b)
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    others = _others(labels, W.shape[0])
+    return jnp.mean(jax.nn.softplus(jax.nn.logsumexp(logits - own, axis=1, where=others)))
+
+
+def mean_squared_error(
+    features: Array, labels: Array, W: Array, b: Array | None = None
+) -> Array:
+    r"""$\tfrac1N \sum_i |z_i - e_{y_i}|^2$, summed over classes and with no factor 1/2."""
+    features, labels, W, b = _classified(features, labels, W, b)
+    targets = jax.nn.one_hot(labels, W.shape[0], dtype=W.dtype)
+    return jnp.mean(jnp.sum((_logits(features, W, b) - targets) ** 2, axis=1))
+
+
+class SquaredErrorParts(NamedTuple):
+    """Parts of half the squared error with weight decay. Scalars."""
+
+    nc1: Array  # within-class variation, seen by the least-squares classifier
+    nc23: Array  # class means short of a simplex ETF
+    perpendicular: Array  # classifier off the least-squares one
+
+
+def squared_error_parts(
+    features: Array, labels: Array, W: Array, b: Array, *, weight_decay: float = 5e-4
+) -> SquaredErrorParts:
+    r"""Parts of $\tfrac12$ MSE $+ \tfrac\lambda2 |\tilde W|_F^2$, $\lambda$ half the decay.
+
+    With $\tilde M = [\bar H, 1]$ (K, d + 1), $\tilde W = [W, b]$, $\tilde\Sigma_W$ with a
+    row and column of zeros, $A = \tilde\Sigma_W + \tfrac1K \tilde M^\top \tilde M + \lambda
+    I$ and $W_{LS} = \tfrac1K \tilde M A^{-1}$:
+    $\tfrac12 \operatorname{Tr} W_{LS} (\tilde\Sigma_W + \lambda I) W_{LS}^\top$,
+    $\tfrac1{2K} |\tilde M W_{LS}^\top - I|_F^2$ and
+    $\tfrac12 \operatorname{Tr} (\tilde W - W_{LS}) A (\tilde W - W_{LS})^\top$.
+    They sum to the loss for classes of equal size. $A = R^\top R$ comes from the QR
+    decomposition of its factor; it is d + 1 wide because the whole of $\Sigma_W$
+    enters.
+
+    Source: Han, Papyan, Donoho (2022), "Neural collapse under MSE loss", Section 2.
+    """
+    features, labels, W, b = _classified(features, labels, W, b)
+    first_pass = statistics.class_statistics(features, labels, W.shape[0])
+    (samples, dim), size, decay = features.shape, W.shape[0], weight_decay / 2
+    deviation = statistics.deviations(first_pass, features, labels) / math.sqrt(samples)
+    means = jnp.pad(statistics.class_means(first_pass), ((0, 0), (0, 1)), constant_values=1)
+    ridge = math.sqrt(decay) * jnp.eye(dim + 1, dtype=W.dtype)
+    factor = [jnp.pad(deviation, ((0, 0), (0, 1))), means / math.sqrt(size), ridge]
+    root = jnp.linalg.qr(jnp.concatenate(factor), mode="r")
+    least = jax.scipy.linalg.cho_solve((root, False), means.T / size).T
+    noise = jnp.matmul(least[:, :-1], deviation.T, precision="highest")
+    fit = jnp.matmul(means, least.T, precision="highest") - jnp.eye(size, dtype=W.dtype)
+    gap = jnp.concatenate([W, b[:, None]], axis=1) - least
+    return SquaredErrorParts(
+        nc1=(jnp.sum(noise**2) + decay * jnp.sum(least**2)) / 2,
+        nc23=jnp.sum(fit**2) / (2 * size),
+        perpendicular=jnp.sum(jnp.matmul(gap, root.T, precision="highest") ** 2) / 2,
+    )
+
+
+def _classified(features, labels, W, b=None):
+    """Checked features, labels, classifier and bias, floating ones of one dtype."""
+    features, labels, W, b = check_features(features, labels, W, b)
+    return features.astype(W.dtype), labels, W, b
+
+
+def _logits(features, W, b=None):
+    product = jnp.matmul(features, W.T, precision="highest")
+    return product if b is None else product + b[None]
+
+
+def _others(labels, num_classes):
+    """(N, K), False at the sample's own class."""
+    return labels[:, None] != jnp.arange(num_classes, dtype=labels.dtype)[None]
+
+
+def _own_minus_best_other(scores, labels):
+    own = jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
+    best = jnp.max(scores, axis=1, where=_others(labels, scores.shape[1]), initial=-jnp.inf)
+    return own - best
