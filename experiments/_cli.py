@@ -4,6 +4,7 @@ The only place that sets `jax.config`.
 """
 
 import dataclasses
+import inspect
 import os
 import sys
 import warnings
@@ -50,7 +51,7 @@ def parse(config_class: type, argv: Sequence[str]):
 
 def usage(config_class: type, name: str) -> str:
     """Help text: what it does, an example, each flag with its default."""
-    summary = (config_class.__doc__ or "").strip()
+    summary = inspect.getdoc(config_class) or ""
     lines = [summary, "", f"Usage: python -m {name} [--flag=value ...]", ""]
     for field in dataclasses.fields(config_class):
         default = field.default if field.default != "" else '""'
@@ -92,4 +93,11 @@ def _fail(error: Exception, code: int) -> int:
 def set_up_jax() -> None:
     """Float64 at hand, and one CPU device for each core so that seeds can share them."""
     jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    jax.config.update("jax_num_cpu_devices", _cores())
+
+
+def _cores() -> int:
+    """CPU cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -18,6 +18,7 @@ import numpy as np
 
 CONFIG = "config.json"
 CHECKPOINT = "checkpoint.npz"
+SUMMARY = "summary.json"  # written last: a folder that holds it holds a finished run
 
 
 def default_workdir(name: str) -> str:
@@ -58,9 +59,15 @@ def open_run(
             "--resume to go on with it, or another --workdir"
         )
     else:
+        (folder / SUMMARY).unlink(missing_ok=True)
         drop_checkpoint(folder)
         write_json(folder / CONFIG, {"config": dict(config)} | provenance())
     return folder
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run of this folder has come to its end."""
+    return (folder / SUMMARY).exists()
 
 
 def _check_same(folder: Path, config: Mapping[str, Any]) -> None:

@@ -73,6 +73,9 @@ def run(config: Config) -> Path:
         overwrite=config.overwrite,
         resume=config.resume,
     )
+    if _runs.is_finished(folder):
+        print(f"nothing to resume, the run is finished\n{folder}")
+        return folder
     log_times = _legs.log_times(config.log_t_max, config.num_times)
     begun = time.perf_counter()
     try:
@@ -184,9 +187,8 @@ def _summarise(config, log_times, columns, stats) -> dict[str, Any]:
 
 
 def _write(folder: Path, log_times, columns: Mapping[str, np.ndarray], summary) -> None:
-    """metrics.csv, summary.json and the figure; then the checkpoint may go."""
+    """metrics.csv, the figure and, as the sign of the end, summary.json."""
     _runs.write_csv(folder / "metrics.csv", log_times, columns)
-    _runs.write_json(folder / "summary.json", summary)
     figure = plotting.figure_over_log_log_t(
         log_times,
         plotting.collapse_panels(columns),
@@ -194,6 +196,7 @@ def _write(folder: Path, log_times, columns: Mapping[str, np.ndarray], summary) 
         reach_label="shaded: reached by a million steps of gradient descent of size 0.1",
     )
     plotting.save_figure(figure, folder, "figure2")
+    _runs.write_json(folder / _runs.SUMMARY, summary)
     _runs.drop_checkpoint(folder)
 
 

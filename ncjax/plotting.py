@@ -22,7 +22,8 @@ _STYLE: Any = {
     "pdf.fonttype": 42,
 }
 _MEANS, _CLASSIFIER, _SHADE, _GUIDE = "#1b6ca8", "#c8553d", "#ececec", "#8a8a8a"
-_EXPONENTS = (1, 2, 4, 10, 30, 100, 434, 1000, 4343, 43430, 434300)
+_EXPONENTS = (1, 2, 4, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000, 300_000)
+_MOST_TICKS = 9
 
 
 class Curve(NamedTuple):
@@ -149,6 +150,7 @@ def _finish(axis: Axes, panel: Panel, x: np.ndarray, reach: float | None) -> Non
     axis.set_title(panel.title, loc="left")
     axis.set_xlim(x[0], x[-1])
     ticks = [p for p in _EXPONENTS if x[0] <= np.log(p * np.log(10)) <= x[-1]]
+    ticks = ticks[:: -(-len(ticks) // _MOST_TICKS)] if ticks else []
     labels = ["10" if p == 1 else f"$10^{{{p}}}$" for p in ticks]
     axis.set_xticks([np.log(p * np.log(10)) for p in ticks], labels)
     axis.grid(visible=True, axis="y", lw=0.4, color="#dddddd")

@@ -98,6 +98,13 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(finished, tmp_path, monkey
     assert resumed == (finished / "metrics.csv").read_bytes()
 
 
+def test_a_finished_run_is_not_run_again(finished, capsys):
+    before = (finished / "summary.json").stat().st_mtime_ns
+    assert ulpm_flow.run(small(finished, resume=True)) == finished
+    assert "the run is finished" in capsys.readouterr().out
+    assert (finished / "summary.json").stat().st_mtime_ns == before
+
+
 def test_resume_wants_the_same_settings(finished):
     with pytest.raises(ValueError, match="other settings: resume it with --seed=0"):
         ulpm_flow.run(small(finished, resume=True, seed=1))
