@@ -112,4 +112,5 @@ def test_exponents_of_the_asymptotic_regime(tmp_path):
         assert fitted[name]["median"] == pytest.approx(exponent, abs=0.03), name
     constants = summary["sharp_constants"]
     assert constants["|Z|^2 / log t"]["median"] == pytest.approx(40.302, abs=0.01)
-    assert constants["t L log t"]["median"] == pytest.approx(10.041, abs=0.02)
+    # 10.0502 at tolerances 1e-10 (Tsit5) and 1e-11 (Dopri8), for every start.
+    assert constants["t L log t"]["median"] == pytest.approx(10.0502, abs=2e-3)
