@@ -1,9 +1,11 @@
 """Hessian-vector products of a scalar function of a pytree, on the sphere too."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ncjax.types import Array
 
@@ -39,7 +41,8 @@ def hvp(fn: Callable, params, vector, *, batches=None, sphere: bool = False):
     params = check_floating(params, sphere)
     vector = jax.tree.map(jnp.asarray, vector)
     given, expected = jax.tree.map(jnp.shape, vector), jax.tree.map(jnp.shape, params)
-    if jax.tree.structure(vector) != jax.tree.structure(params) or given != expected:
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (vector, params)]
+    if structures[0] != structures[1] or given != expected:
         raise ValueError(
             f"vector must be like params, a pytree of shapes {expected}, got {given}"
         )
@@ -159,9 +162,11 @@ def hashable(fn: Callable) -> Callable:
     return fn
 
 
-def is_concrete(array) -> bool:
-    """Whether the value of `array` is known, as it is not under `jax.jit`."""
-    return not isinstance(array, jax.core.Tracer)
+def concrete(array) -> np.ndarray | None:
+    """The value of `array`; None where it is not known here, as under `jax.jit`."""
+    if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
+        return None
+    return np.asarray(array)
 
 
 def check_floating(params, sphere: bool):
@@ -177,46 +182,45 @@ def check_floating(params, sphere: bool):
                 f"{name} must be real and floating, got {leaf.dtype}: cast it, or close "
                 "over what is not to be differentiated"
             )
-        bad = jnp.sum(~jnp.isfinite(leaf))
-        if is_concrete(bad) and int(bad):
+    values = [concrete(leaf) for leaf in leaves]
+    for (path, leaf), value in zip(named, values, strict=True):
+        bad = 0 if value is None else np.count_nonzero(~np.isfinite(value))
+        if bad:
             raise ValueError(
-                f"{name} must be finite, got {int(bad)} of {leaf.size} entries NaN or "
-                "infinite"
+                f"params{jax.tree_util.keystr(path)} must be finite, got {bad} of "
+                f"{leaf.size} entries NaN or infinite"
             )
-    if sphere:
-        moved = [jnp.any(leaf != 0) for leaf in leaves]
-        if all(map(is_concrete, moved)) and not any(map(bool, moved)):
-            raise ValueError(
-                "sphere=True needs params away from the origin, got all zeros: pass "
-                "sphere=False for the plain Hessian there"
-            )
+    if sphere and all(value is not None and not value.any() for value in values):
+        raise ValueError(
+            "sphere=True needs params away from the origin, got all zeros: pass "
+            "sphere=False for the plain Hessian there"
+        )
     return jax.tree.unflatten(treedef, leaves)
 
 
 def check_fn(fn, params, batches):
     """`batches` as JAX arrays, once they fit together and `fn` is scalar on one."""
-    arguments: tuple = (params,)
-    if batches is not None:
+    if batches is None:
+        value = jax.eval_shape(fn, params)
+    else:
         batches = jax.tree.map(jnp.asarray, batches)
         shapes = [leaf.shape for leaf in jax.tree.leaves(batches)]
-        if (
-            len({shape[:1] for shape in shapes}) != 1
-            or not shapes[0][:1]
-            or not shapes[0][0]
-        ):
+        counts = {shape[0] if shape else 0 for shape in shapes}
+        if len(counts) != 1 or 0 in counts:
             raise ValueError(
                 "batches must be arrays with one leading axis of at least 1 batch in "
                 f"common, got shapes {shapes}"
             )
-        arguments = (params, jax.tree.map(lambda leaf: leaf[0], batches))
-    value = jax.eval_shape(fn, *arguments)
+        value = jax.eval_shape(
+            lambda params, batches: fn(params, jax.tree.map(lambda x: x[0], batches)),
+            params,
+            batches,
+        )
     is_array = isinstance(value, jax.ShapeDtypeStruct)
-    if not is_array or value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
-        given = (
-            f"{value.dtype} of shape {value.shape}" if is_array else type(value).__name__
-        )
-        raise ValueError(
-            f"fn must return one real floating scalar, got {given}: reduce it, or pick "
-            "the loss from what it returns"
-        )
-    return batches
+    if is_array and not value.shape and jnp.issubdtype(value.dtype, jnp.floating):
+        return batches
+    given = f"{value.dtype} of shape {value.shape}" if is_array else type(value).__name__
+    raise ValueError(
+        f"fn must return one real floating scalar, got {given}: reduce it, or pick the "
+        "loss from what it returns"
+    )

@@ -37,12 +37,13 @@ class EigenPairs(NamedTuple):
 
 
 class _Krylov(NamedTuple):
-    """`A V = V T + β v e_mᵀ`, V the first m rows of `basis` and v the last, as columns."""
+    """`A V = V T + r e_mᵀ`, with the rows of `basis` as the columns of V."""
 
-    basis: Array  # (m + 1, D) orthonormal rows, zero where not yet reached
+    basis: Array  # (m, D) orthonormal rows, zero where not yet reached
     projected: Array  # (m, m)  T
-    coupling: Array  # ()  β, zero after a breakdown
-    scale: Array  # ()  largest |A v| seen
+    remainder: Array  # (D,)  r, orthogonal to the basis
+    coupling: Array  # ()  |r|; zero after a breakdown, and before a fresh start
+    scale: Array  # ()  norm of A as far as met
     key: Array
 
 
@@ -62,10 +63,10 @@ def eigh_ends(
     *,
     count: int,
     which: str,
-    tol: float,
+    tol: float | Array,
     eps: float,
     num_vectors: int,
-    max_matvecs: int,
+    max_matvecs: int | Array,
     dtype,
 ) -> EigenPairs:
     r"""Smallest, largest or both ends of the spectrum of a symmetric operator.
@@ -91,36 +92,28 @@ def eigh_ends(
     exhaustive = num_vectors == dim
     # A single smallest eigenvalue has no second copy to be missed.
     verify = count > ends and not exhaustive
-    key, probe_key, start_key = jax.random.split(key, 3)
-
-    # In these units no square overflows or underflows. A power of two: exact.
-    unit = _power_of_two(matvec(_random_unit(probe_key, dim, dtype)))
-    advance = partial(_extend, lambda v: matvec(v) / unit, threshold=eps**0.8)
+    advance = partial(_extend, matvec, threshold=eps**0.8)
 
     def cycle(state: _State) -> _State:
         krylov = advance(state.krylov, state.kept)
-        theta, rotation = _ritz(krylov, order)
+        theta, rotation = _ritz(krylov.projected, order)
         estimate = krylov.coupling * jnp.abs(rotation[-1])
         scale = jnp.maximum(krylov.scale, jnp.max(jnp.abs(theta)))
         converged = jnp.all(estimate[:count] <= _LOCK * tol * scale) | exhaustive
-        settled = converged & (not verify)
-        restart_fresh = jnp.asarray(False)
+        done, restart = converged, jnp.asarray(False)
         if verify:
             changed = jnp.any(jnp.abs(theta[:count] - state.locked) > tol * scale)
-            found = ~state.fresh | changed
-            restart_fresh = converged & found
-            settled = (
-                converged & ~found & _is_clear(theta, estimate, count, ends, tol, scale)
-            )
-        krylov, kept = _restart(
-            krylov._replace(scale=scale), theta, rotation, count, restart_fresh
-        )
+            restart = converged & (changed | ~state.fresh)
+            clear = _is_clear(theta, estimate, count, ends, tol * scale)
+            done = converged & ~restart & clear
+        krylov = krylov._replace(scale=scale)
+        krylov, kept = _restart(krylov, theta, rotation, count, restart)
         return _State(
             krylov=krylov,
             kept=kept,
-            locked=jnp.where(restart_fresh, theta[:count], state.locked),
-            fresh=state.fresh | restart_fresh,
-            done=settled,
+            locked=jnp.where(restart, theta[:count], state.locked),
+            fresh=state.fresh | restart,
+            done=done,
             num_matvecs=state.num_matvecs + (num_vectors - state.kept),
         )
 
@@ -130,16 +123,15 @@ def eigh_ends(
 
     zero = jnp.zeros((), jnp.int32)
     state = _State(
-        krylov=_start(_random_unit(start_key, dim, dtype), num_vectors, key),
+        krylov=_empty(num_vectors, dim, dtype, key),
         kept=zero,
         locked=jnp.zeros(count, dtype),
         fresh=jnp.asarray(False),
         done=jnp.asarray(False),
-        num_matvecs=zero + 1,
+        num_matvecs=zero,
     )
     state = jax.lax.while_loop(unfinished, cycle, state)
-    vectors = state.krylov.basis[:count]
-    pairs = rayleigh(matvec, vectors, tol * state.krylov.scale * unit)
+    pairs = rayleigh(matvec, state.krylov.basis[:count], tol * state.krylov.scale)
     return pairs._replace(
         converged=pairs.converged & state.done,
         num_matvecs=state.num_matvecs + count,
@@ -170,29 +162,37 @@ def rayleigh(matvec, vectors: Array, tolerance: Array) -> EigenPairs:
     )
 
 
-def gauss_quadrature(matvec, start: Array, key: Array, *, num_steps: int, eps: float):
-    r"""Gauss rule of the spectral measure of a vector: $u^\top f(A) u = \sum_i w_i f(x_i)$.
+def gauss_quadrature(
+    matvec: Callable[[Array], Array],
+    dim: int,
+    key: Array,
+    *,
+    num_steps: int,
+    eps: float,
+    dtype,
+) -> tuple[Array, Array]:
+    r"""Gauss rule of the spectral measure of a random unit vector u.
+
+    $$u^\top f(A)\, u \approx \sum_i w_i f(x_i)$$
 
     Exact for polynomials up to degree `2 num_steps - 1`. After a breakdown the nodes that
     belong to other vectors carry no weight, so the rule stays exact.
 
     Args:
       matvec: `v -> A v`, (D,) to (D,), symmetric and linear.
-      start: (D,) unit vector u.
-      key: PRNG key, used on breakdown.
+      dim: D.
+      key: PRNG key, for u and for the vectors that follow a breakdown.
       num_steps: number of nodes, at most D.
       eps: relative rounding error of `matvec`.
+      dtype: floating dtype of the vectors.
 
     Returns:
       Nodes (num_steps,), ascending, and weights (num_steps,) that sum to 1.
     """
-    unit = _power_of_two(matvec(start))
-    krylov = _start(start, num_steps, key)
-    krylov = _extend(
-        lambda v: matvec(v) / unit, krylov, jnp.zeros((), jnp.int32), threshold=eps**0.8
-    )
-    nodes, rotation = _ritz(krylov, np.arange(num_steps))
-    return nodes * unit, rotation[0] ** 2
+    krylov = _empty(num_steps, dim, dtype, key)
+    krylov = _extend(matvec, krylov, jnp.zeros((), jnp.int32), threshold=eps**0.8)
+    nodes, rotation = _ritz(krylov.projected, np.arange(num_steps))
+    return nodes, rotation[0] ** 2
 
 
 def _order(which: str, size: int) -> np.ndarray:
@@ -203,13 +203,13 @@ def _order(which: str, size: int) -> np.ndarray:
     return up if which == "smallest" else down
 
 
-def _start(vector: Array, num_vectors: int, key: Array) -> _Krylov:
-    """A basis that holds the unit `vector` (D,) alone."""
-    zero = jnp.zeros((), vector.dtype)
-    basis = jnp.zeros((num_vectors + 1, len(vector)), vector.dtype)
+def _empty(num_vectors: int, dim: int, dtype, key: Array) -> _Krylov:
+    """No basis yet: the first step draws a random vector, as after a breakdown."""
+    zero = jnp.zeros((), dtype)
     return _Krylov(
-        basis=basis.at[0].set(vector),
-        projected=jnp.zeros((num_vectors, num_vectors), vector.dtype),
+        basis=jnp.zeros((num_vectors, dim), dtype),
+        projected=jnp.zeros((num_vectors, num_vectors), dtype),
+        remainder=jnp.zeros(dim, dtype),
         coupling=zero,
         scale=zero,
         key=key,
@@ -217,27 +217,26 @@ def _start(vector: Array, num_vectors: int, key: Array) -> _Krylov:
 
 
 def _extend(matvec, krylov: _Krylov, kept: Array, *, threshold: float) -> _Krylov:
-    """Lanczos steps from row `kept` of the basis to its end."""
+    """Lanczos steps that fill the basis from row `kept` on."""
     size = len(krylov.projected)
 
     def step(j, krylov: _Krylov) -> _Krylov:
-        basis, projected, _, scale, key = krylov
-        product = matvec(basis[j])
-        scale = jnp.maximum(scale, jnp.linalg.norm(product))
-        remainder, column = _orthogonalise(basis, product)
-        projected = projected.at[:, j].set(column[:size]).at[j].set(column[:size])
-        length = jnp.linalg.norm(remainder)
-        broken = length <= threshold * scale
+        basis, projected, remainder, coupling, scale, key = krylov
         key, fresh_key = jax.random.split(key)
-        following = jax.lax.cond(
-            broken,
+        vector = jax.lax.cond(
+            coupling == 0,
             lambda: _random_orthogonal(fresh_key, basis),
-            lambda: remainder / length,
+            lambda: remainder / coupling,
         )
+        basis = basis.at[j].set(vector)
+        product = matvec(vector)
+        remainder, column = _orthogonalise(basis, product)
+        scale, length = jnp.maximum(scale, _norm(product)), _norm(remainder)
         return _Krylov(
-            basis=basis.at[j + 1].set(following),
-            projected=projected,
-            coupling=jnp.where(broken, 0.0, length),
+            basis=basis,
+            projected=projected.at[:, j].set(column).at[j].set(column),
+            remainder=remainder,
+            coupling=jnp.where(length <= threshold * scale, 0.0, length),
             scale=scale,
             key=key,
         )
@@ -245,39 +244,33 @@ def _extend(matvec, krylov: _Krylov, kept: Array, *, threshold: float) -> _Krylo
     return jax.lax.fori_loop(kept, jnp.asarray(size, kept.dtype), step, krylov)
 
 
-def _ritz(krylov: _Krylov, order: np.ndarray) -> tuple[Array, Array]:
+def _ritz(projected: Array, order: np.ndarray) -> tuple[Array, Array]:
     """Ritz values (m,) and their coefficients in the basis (m, m), columns, in `order`."""
-    theta, rotation = jnp.linalg.eigh(krylov.projected)
-    return theta[order], rotation[:, order]
+    unit = _power_of_two(projected)
+    theta, rotation = jnp.linalg.eigh(projected / unit)
+    return theta[order] * unit, rotation[:, order]
 
 
-def _is_clear(theta, estimate, count, ends, tol, scale) -> Array:
+def _is_clear(theta, estimate, count: int, ends: int, tolerance: Array) -> Array:
     """Whether the best Ritz values not wanted are known to lie beyond the wanted ones."""
     wanted, beyond = theta[count - ends : count], theta[count : count + ends]
     gap = jnp.abs(beyond - wanted)
     error = estimate[count : count + ends]
-    return jnp.all(error <= jnp.maximum(tol * scale, _CLEAR * gap))
+    return jnp.all(error <= jnp.maximum(tolerance, _CLEAR * gap))
 
 
 def _restart(krylov: _Krylov, theta, rotation, count: int, fresh) -> tuple[_Krylov, Array]:
-    """Keep the best Ritz vectors and go on with v, or with a random vector if `fresh`."""
+    """Keep the best Ritz vectors; go on with r, or with a random vector if `fresh`."""
     size = len(theta)
-    most = min(count + (size - count) // 2, size - 1) if size > count else count
+    most = min(count + (size - count) // 2, max(size - 1, count))
     kept = jnp.where(fresh, count, most).astype(jnp.int32)
     within = jnp.arange(size, dtype=jnp.int32) < kept
-    rows = jnp.matmul(rotation[:, :most].T, krylov.basis[:size], precision="highest")
+    rows = jnp.matmul(rotation[:, :most].T, krylov.basis, precision="highest")
     rows = jnp.where(within[:most, None], rows, 0.0)
-    key, fresh_key = jax.random.split(krylov.key)
-    basis = jnp.zeros_like(krylov.basis).at[:most].set(rows)
-    following = jax.lax.cond(
-        fresh,
-        lambda: _random_orthogonal(fresh_key, basis),
-        lambda: krylov.basis[size],
-    )
     restarted = krylov._replace(
-        basis=basis.at[kept].set(following),
+        basis=jnp.zeros_like(krylov.basis).at[:most].set(rows),
         projected=jnp.diag(jnp.where(within, theta, 0.0)),
-        key=key,
+        coupling=jnp.where(fresh, 0.0, krylov.coupling),
     )
     return restarted, kept
 
@@ -296,16 +289,9 @@ def _orthogonalise(basis: Array, vector: Array) -> tuple[Array, Array]:
 
 
 def _random_orthogonal(key: Array, basis: Array) -> Array:
-    """Random unit vector orthogonal to the rows of `basis`."""
-    vector = _random_unit(key, basis.shape[1], basis.dtype)
+    """Random unit vector orthogonal to the rows of `basis` (m, D)."""
+    vector = jax.random.normal(key, basis.shape[1:], basis.dtype)
     vector, _ = _orthogonalise(basis, vector)
-    length = jnp.linalg.norm(vector)
-    return vector / jnp.where(length > 0, length, 1.0)
-
-
-def _random_unit(key: Array, dim: int, dtype) -> Array:
-    """Random unit vector (D,), uniform on the sphere."""
-    vector = jax.random.normal(key, (dim,), dtype)
     return vector / jnp.linalg.norm(vector)
 
 

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ncjax.hessian import (
     Flat,
     check_floating,
     check_fn,
+    concrete,
     hashable,
-    is_concrete,
     tangent_operator,
 )
 from ncjax.lanczos import EigenPairs, eigh_ends, gauss_quadrature, rayleigh
@@ -136,14 +137,14 @@ def hessian_eig(
         params,
         batches,
         jax.random.key(0) if key is None else key,
+        tol,
+        max_hvps,
         fn=hashable(fn),
         count=count,
         which=which,
         sphere=sphere,
         method=method,
-        tol=tol,
         num_vectors=num_vectors,
-        max_hvps=max_hvps,
     )
     _check_finite_result("eigenvalues", eig.eigenvalues)
     return eig
@@ -229,13 +230,10 @@ def spectral_density(
 
 
 @partial(
-    jax.jit,
-    static_argnames=(
-        *("fn", "count", "which", "sphere", "method", "tol", "num_vectors", "max_hvps"),
-    ),
+    jax.jit, static_argnames=("fn", "count", "which", "sphere", "method", "num_vectors")
 )
 def _solve(
-    params, batches, key, *, fn, count, which, sphere, method, tol, num_vectors, max_hvps
+    params, batches, key, tol, max_hvps, *, fn, count, which, sphere, method, num_vectors
 ) -> HessianEig:
     flat = Flat(params)
     matvec, embed, dim = tangent_operator(fn, params, batches, sphere)
@@ -256,7 +254,7 @@ def _solve(
         )
     return HessianEig(
         eigenvalues=pairs.values,
-        eigenvectors=jax.lax.map(lambda v: flat.unravel(embed(v)), pairs.vectors),
+        eigenvectors=jax.vmap(lambda v: flat.unravel(embed(v)))(pairs.vectors),
         residuals=pairs.residuals,
         converged=pairs.converged,
         num_hvps=pairs.num_matvecs,
@@ -264,10 +262,12 @@ def _solve(
     )
 
 
-def _eigh_dense(matvec, dim: int, dtype, count: int, which: str, tol: float) -> EigenPairs:
+def _eigh_dense(matvec, dim: int, dtype, count: int, which: str, tol) -> EigenPairs:
     """Eigenpairs at the ends of the spectrum from the matrix itself."""
-    identity = jnp.eye(dim, dtype=dtype)
-    matrix = jax.lax.map(matvec, identity, batch_size=min(_DENSE_BATCH, dim))
+    size = min(_DENSE_BATCH, dim)
+    identity = jnp.eye(-(-dim // size) * size, dim, dtype=dtype)
+    columns = jax.lax.map(jax.vmap(matvec), identity.reshape(-1, size, dim))
+    matrix = columns.reshape(-1, dim)[:dim]
     values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
     low = {"smallest": count, "largest": 0, "both": (count + 1) // 2, "all": count}[which]
     chosen = jnp.concatenate([jnp.arange(low), jnp.arange(dim - (count - low), dim)])
@@ -287,10 +287,9 @@ def _density(
     matvec, _, dim = tangent_operator(fn, params, batches, sphere)
 
     def probe(key):
-        probe_key, key = jax.random.split(key)
-        start = jax.random.normal(probe_key, (dim,), flat.dtype)
-        start = start / jnp.linalg.norm(start)
-        return gauss_quadrature(matvec, start, key, num_steps=num_steps, eps=flat.eps)
+        return gauss_quadrature(
+            matvec, dim, key, num_steps=num_steps, eps=flat.eps, dtype=flat.dtype
+        )
 
     nodes, weights = jax.lax.map(probe, jax.random.split(key, num_probes))
     weights = weights / num_probes
@@ -373,8 +372,8 @@ def _choose_method(method: str, which: str, dim: int, num_vectors: int) -> str:
 
 def _check_finite_result(name: str, values: Array) -> None:
     """Raise ValueError if concrete `values` hold NaN or infinity."""
-    finite = jnp.all(jnp.isfinite(values))
-    if is_concrete(finite) and not bool(finite):
+    known = concrete(values)
+    if known is not None and not np.isfinite(known).all():
         raise ValueError(
             f"Hessian-vector products of fn must be finite, got {name} that are not: "
             "check that fn is twice differentiable at params"
