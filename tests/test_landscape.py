@@ -28,6 +28,14 @@ SADDLES = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Nearly all of the time here goes to the compiler, and nothing hangs on its best."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def quadratic(x, matrix):
     """`x·A x/2` of a flat or structured x, with Hessian A; one A per batch."""
     x = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(x)])
