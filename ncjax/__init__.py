@@ -19,6 +19,11 @@ from ncjax.geometry import margin_ratio as margin_ratio
 from ncjax.geometry import margins as margins
 from ncjax.geometry import simplex_etf as simplex_etf
 from ncjax.geometry import squared_norm as squared_norm
+from ncjax.hessian import hvp as hvp
+from ncjax.landscape import HessianEig as HessianEig
+from ncjax.landscape import SpectralDensity as SpectralDensity
+from ncjax.landscape import hessian_eig as hessian_eig
+from ncjax.landscape import spectral_density as spectral_density
 from ncjax.losses import cross_entropy as cross_entropy
 from ncjax.losses import log_cross_entropy as log_cross_entropy
 from ncjax.metrics import CollapseMetrics as CollapseMetrics

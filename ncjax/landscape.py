@@ -1,0 +1,380 @@
+"""Curvature of a loss: Hessian eigenpairs, on the sphere too, and spectral densities."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ncjax.hessian import (
+    Flat,
+    check_floating,
+    check_fn,
+    concrete,
+    hashable,
+    tangent_operator,
+)
+from ncjax.lanczos import EigenPairs, eigh_ends, gauss_quadrature, rayleigh
+from ncjax.types import Array, check_integer
+
+# Up to this dimension method="auto" forms the Hessian and calls LAPACK or cuSOLVER.
+DENSE_LIMIT = 1000
+
+# Columns of a dense Hessian that are computed at once.
+_DENSE_BATCH = 16
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["eigenvalues", "eigenvectors", "residuals", "converged", "num_hvps"],
+    meta_fields=["method"],
+)
+@dataclass(frozen=True)
+class HessianEig:
+    """Eigenpairs of a Hessian, and how they were computed."""
+
+    eigenvalues: Array  # (k,)  ascending
+    eigenvectors: Any  # (k, ...) leaves in the structure of `params`, orthonormal
+    residuals: Array  # (k,)  |H v - λ v|, from a Hessian-vector product of its own
+    converged: Array  # (k,)  residual within tol * |H|, and no copy or pair missed
+    num_hvps: Array  # ()    Hessian-vector products (int32)
+    method: str  # "dense" or "lanczos"
+
+
+class SpectralDensity(NamedTuple):
+    """Density of eigenvalues, and the quadrature behind it."""
+
+    grid: Array  # (T,)  eigenvalues
+    density: Array  # (T,)  integrates to 1 over the real line
+    nodes: Array  # (P, m)  tr f(H) / D is estimated by sum(weights * f(nodes))
+    weights: Array  # (P, m)  not negative, sum to 1
+
+
+def hessian_eig(
+    fn: Callable,
+    params,
+    *,
+    batches=None,
+    k: int | None = None,
+    which: str = "smallest",
+    sphere: bool = False,
+    method: str = "auto",
+    key: Array | None = None,
+    tol: float | None = None,
+    num_vectors: int | None = None,
+    max_hvps: int = 20_000,
+) -> HessianEig:
+    r"""Eigenvalues and eigenvectors of the Hessian of a scalar function of a pytree.
+
+    $$\nabla^2 f(Z)\, v = \lambda v, \qquad \text{or} \quad \Bigl( P\, \nabla^2 f\, P
+    - \tfrac{\langle \nabla f, Z \rangle}{|Z|^2} P \Bigr) v = \lambda v, \quad
+    P = I - \tfrac{Z Z^\top}{|Z|^2}$$
+
+    on the tangent space, of dimension D - 1, of the sphere $|Z|$ = const for
+    `sphere=True`. Dense up to `DENSE_LIMIT` = 1000 parameters. Above it Lanczos with full
+    reorthogonalisation and thick restarts; where k > 1 a fresh random start must then
+    find nothing that was missed, so multiple eigenvalues come with all their copies.
+
+    Works under `jax.jit`, with `params` or `batches` sharded over devices too. Compiled
+    once per function object: pass the same `fn` with other params.
+
+    Args:
+      fn: scalar function of `params`, or of `params` and a batch if `batches` is given.
+        Arrays it closes over are compiled in, so pass large data as `batches`.
+      params: any pytree of floating arrays, Z.
+      batches: pytree of arrays with a leading axis of C batches; f is then
+        `sum_c fn(params, batches[c])`, taken one batch at a time in bounded memory.
+      k: number of eigenpairs, from each end for `which="both"`; 1 if None.
+      which: "smallest", "largest", "both" (2k in all, at most D) or "all" (dense).
+      sphere: Riemannian Hessian on the sphere. For the layer-peeled model pass
+        `ncjax.log_cross_entropy`: at a critical direction its Hessian on the sphere is
+        that of the loss over the loss, and it does not underflow.
+      method: "dense", "lanczos", or "auto" to choose by size.
+      key: PRNG key of the start vectors, `jax.random.key(0)` if None.
+      tol: residuals are to be below `tol` times the largest |eigenvalue| (met or
+        estimated); `eps**(2/3)` of the coarsest dtype in `params` if None, which is
+        4e-11 in float64 and 2e-5 in float32. Eigenvalues are then accurate to the square
+        of it over their distance to the next one.
+      num_vectors: Lanczos basis, `max(2 k + 10, 20)` vectors (k counting both ends) if
+        None. Memory is twice `num_vectors * D` numbers at the most.
+      max_hvps: Lanczos begins no restart once so many products are spent.
+
+    Returns:
+      `HessianEig`. Eigenvectors are unit vectors of the flattened parameters, in the
+      dtypes of `params`. Under jit, values that are not finite come back as NaN, and
+      `converged` as False.
+
+    Raises:
+      ValueError: params are not floating and finite, fn is not scalar, Z = 0 with
+        `sphere`, k or another argument is out of range, or (outside jit) a
+        Hessian-vector product holds NaN or infinity.
+
+    Source: the Riemannian Hessian sharpens Theorem 3.3 of Ji et al. (ICLR 2022); at a
+    KKT direction its least eigenvalue tells saddles from minimisers. Lanczos with thick
+    restarts: Wu and Simon (SIAM J. Matrix Anal. Appl. 22, 2000).
+
+    >>> import ncjax
+    >>> saddle = ncjax.block_saddle(num_blocks=2, block_size=2, per_class=1, dim=4)
+    >>> far = ncjax.Params(30 * saddle.W, 30 * saddle.H)
+    >>> eig = ncjax.hessian_eig(ncjax.log_cross_entropy, far, k=2, sphere=True)
+    >>> [round(float(value), 3) for value in eig.eigenvalues]
+    [-0.25, -0.25]
+    """
+    params = check_floating(params, sphere)
+    batches = check_fn(fn, params, batches)
+    flat = Flat(params)
+    dim = flat.dim - 1 if sphere else flat.dim
+    count = _check_count(k, which, dim, sphere)
+    tol = flat.eps ** (2 / 3) if tol is None else _check_tol(tol)
+    check_integer("max_hvps", max_hvps, least=1)
+    num_vectors = _check_num_vectors(num_vectors, count, dim)
+    method = _choose_method(method, which, dim, num_vectors)
+    eig = _solve(
+        params,
+        batches,
+        jax.random.key(0) if key is None else key,
+        tol,
+        max_hvps,
+        fn=hashable(fn),
+        count=count,
+        which=which,
+        sphere=sphere,
+        method=method,
+        num_vectors=num_vectors,
+    )
+    _check_finite_result("eigenvalues", eig.eigenvalues)
+    return eig
+
+
+def spectral_density(
+    fn: Callable,
+    params,
+    *,
+    batches=None,
+    sphere: bool = False,
+    grid=None,
+    num_points: int = 1024,
+    num_probes: int = 8,
+    num_steps: int = 64,
+    width: float | None = None,
+    key: Array | None = None,
+) -> SpectralDensity:
+    r"""Density of the eigenvalues of a Hessian, by stochastic Lanczos quadrature.
+
+    $$\rho(x) = \frac1D \sum_i \delta(x - \lambda_i) \approx \frac1P \sum_{p,s}
+    w_{ps}\, \mathcal N(x;\, x_{ps}, \text{width}^2)$$
+
+    The P probes are random unit vectors $u_p$ and $\sum_s w_{ps} f(x_{ps})$ is Gauss
+    quadrature of $u_p^\top f(H) u_p$, exact for polynomials up to degree `2 m - 1`: the
+    only error of the moments is that of the Monte Carlo mean over probes.
+
+    Args:
+      fn: scalar function of `params`, or of `params` and a batch if `batches` is given.
+      params: any pytree of floating arrays.
+      batches: as in `hessian_eig`.
+      sphere: Riemannian Hessian on the sphere, as in `hessian_eig`.
+      grid: (T,) eigenvalues at which to give the density; if None, `num_points` evenly
+        spaced ones that reach 5 widths beyond the outermost nodes.
+      num_points: T where `grid` is None, at least 2.
+      num_probes: P, at least 1.
+      num_steps: m, Lanczos steps per probe, at most D. The memory is m * D numbers.
+      width: standard deviation of the Gaussians; 1 % of the nodes' range if None.
+      key: PRNG key of the probes, `jax.random.key(0)` if None.
+
+    Returns:
+      `SpectralDensity`.
+
+    Raises:
+      ValueError: as `hessian_eig`, or `grid` or `width` is out of range.
+
+    Source: Ubaru, Chen and Saad (SIAM J. Matrix Anal. Appl. 38, 2017); for networks
+    Papyan (JMLR 21, 2020).
+
+    >>> import jax.numpy as jnp, ncjax
+    >>> density = ncjax.spectral_density(lambda x: jnp.sum(x**2), jnp.ones(5))
+    >>> round(float(jnp.sum(density.weights * density.nodes)), 4)  # trace of 2 I over 5
+    2.0
+    """
+    params = check_floating(params, sphere)
+    batches = check_fn(fn, params, batches)
+    flat = Flat(params)
+    dim = flat.dim - 1 if sphere else flat.dim
+    _check_count(1, "smallest", dim, sphere)
+    for name, value in (("num_probes", num_probes), ("num_steps", num_steps)):
+        check_integer(name, value, least=1)
+    check_integer("num_points", num_points, least=2)
+    if width is not None and not (math.isfinite(width) and width > 0):
+        raise ValueError(f"width must be positive and finite, got {width}")
+    if grid is not None:
+        grid = jnp.asarray(grid, flat.dtype)
+        if grid.ndim != 1:
+            raise ValueError(f"grid must be a vector (T,), got shape {grid.shape}")
+    density = _density(
+        params,
+        batches,
+        jax.random.key(0) if key is None else key,
+        grid,
+        fn=hashable(fn),
+        sphere=sphere,
+        num_points=num_points,
+        num_probes=num_probes,
+        num_steps=min(num_steps, dim),
+        width=width,
+    )
+    _check_finite_result("nodes", density.nodes)
+    return density
+
+
+@partial(
+    jax.jit, static_argnames=("fn", "count", "which", "sphere", "method", "num_vectors")
+)
+def _solve(
+    params, batches, key, tol, max_hvps, *, fn, count, which, sphere, method, num_vectors
+) -> HessianEig:
+    flat = Flat(params)
+    matvec, embed, dim = tangent_operator(fn, params, batches, sphere)
+    if method == "dense":
+        pairs = _eigh_dense(matvec, dim, flat.dtype, count, which, tol)
+    else:
+        pairs = eigh_ends(
+            matvec,
+            dim,
+            key,
+            count=count,
+            which=which,
+            tol=tol,
+            eps=flat.eps,
+            num_vectors=num_vectors,
+            max_matvecs=max_hvps,
+            dtype=flat.dtype,
+        )
+    return HessianEig(
+        eigenvalues=pairs.values,
+        eigenvectors=jax.vmap(lambda v: flat.unravel(embed(v)))(pairs.vectors),
+        residuals=pairs.residuals,
+        converged=pairs.converged,
+        num_hvps=pairs.num_matvecs,
+        method=method,
+    )
+
+
+def _eigh_dense(matvec, dim: int, dtype, count: int, which: str, tol) -> EigenPairs:
+    """Eigenpairs at the ends of the spectrum from the matrix itself."""
+    size = min(_DENSE_BATCH, dim)
+    identity = jnp.eye(-(-dim // size) * size, dim, dtype=dtype)
+    columns = jax.lax.map(jax.vmap(matvec), identity.reshape(-1, size, dim))
+    matrix = columns.reshape(-1, dim)[:dim]
+    values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
+    low = {"smallest": count, "largest": 0, "both": (count + 1) // 2, "all": count}[which]
+    chosen = jnp.concatenate([jnp.arange(low), jnp.arange(dim - (count - low), dim)])
+    norm = jnp.max(jnp.abs(values))
+    pairs = rayleigh(matvec, vectors.T[chosen], tol * norm)
+    return pairs._replace(num_matvecs=pairs.num_matvecs + dim)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("fn", "sphere", "num_points", "num_probes", "num_steps", "width"),
+)
+def _density(
+    params, batches, key, grid, *, fn, sphere, num_points, num_probes, num_steps, width
+) -> SpectralDensity:
+    flat = Flat(params)
+    matvec, _, dim = tangent_operator(fn, params, batches, sphere)
+
+    def probe(key):
+        return gauss_quadrature(
+            matvec, dim, key, num_steps=num_steps, eps=flat.eps, dtype=flat.dtype
+        )
+
+    nodes, weights = jax.lax.map(probe, jax.random.split(key, num_probes))
+    weights = weights / num_probes
+    low, high = jnp.min(nodes), jnp.max(nodes)
+    if width is None:
+        # Of a single point, repeated, a little more than its rounding error.
+        size = jnp.maximum(jnp.abs(low), jnp.abs(high))
+        spread = jnp.maximum((high - low) / 100, math.sqrt(flat.eps) * size)
+        spread = jnp.where(spread > 0, spread, 0.01)
+    else:
+        spread = jnp.asarray(width, flat.dtype)
+    if grid is None:
+        grid = jnp.linspace(low - 5 * spread, high + 5 * spread, num_points)
+    return SpectralDensity(
+        grid=grid,
+        density=_mixture(grid, nodes, weights, spread),
+        nodes=nodes,
+        weights=weights,
+    )
+
+
+def _mixture(grid: Array, nodes: Array, weights: Array, spread: Array) -> Array:
+    """Density at `grid` (T,) of Gaussians about `nodes`, with `weights`."""
+
+    def at(x):
+        kernel = jnp.exp(-(((x - nodes) / spread) ** 2) / 2)
+        return jnp.sum(weights * kernel) / (spread * math.sqrt(2 * math.pi))
+
+    return jax.lax.map(at, grid)
+
+
+def _check_count(k, which: str, dim: int, sphere: bool) -> int:
+    """Number of eigenpairs that `k` and `which` ask for."""
+    choices = ("smallest", "largest", "both", "all")
+    if which not in choices:
+        raise ValueError(f"which must be one of {choices}, got {which!r}")
+    k = (dim if which == "all" else 1) if k is None else k
+    if not dim:
+        raise ValueError("sphere=True needs at least 2 parameters, got 1")
+    check_integer("k", k, least=1)
+    space = "the tangent space" if sphere else "params"
+    if k > dim or (which == "all" and k != dim):
+        expected = f"{dim} or None for which='all'" if which == "all" else f"at most {dim}"
+        raise ValueError(f"k must be {expected}, the dimension of {space}, got {k}")
+    return min(2 * k, dim) if which == "both" else int(k)
+
+
+def _check_tol(tol) -> float:
+    if not (math.isfinite(tol) and tol > 0):
+        raise ValueError(f"tol must be positive and finite, got {tol}")
+    return float(tol)
+
+
+def _check_num_vectors(num_vectors, count: int, dim: int) -> int:
+    """Size of the Lanczos basis."""
+    least = min(count + 4, dim)
+    if num_vectors is None:
+        return min(max(2 * count + 10, 20), dim)
+    check_integer("num_vectors", num_vectors, least=1)
+    if num_vectors < least:
+        raise ValueError(
+            f"num_vectors must be at least {least} for {count} eigenpairs, "
+            f"got {num_vectors}"
+        )
+    return min(num_vectors, dim)
+
+
+def _choose_method(method: str, which: str, dim: int, num_vectors: int) -> str:
+    """The method that "auto" stands for, or the one given."""
+    choices = ("auto", "dense", "lanczos")
+    if method not in choices:
+        raise ValueError(f"method must be one of {choices}, got {method!r}")
+    if method == "lanczos" and which == "all":
+        raise ValueError("which='all' needs method='dense' or 'auto', got 'lanczos'")
+    small = dim <= DENSE_LIMIT or num_vectors == dim or which == "all"
+    if method == "auto":
+        return "dense" if small else "lanczos"
+    return method
+
+
+def _check_finite_result(name: str, values: Array) -> None:
+    """Raise ValueError if concrete `values` hold NaN or infinity."""
+    known = concrete(values)
+    if known is not None and not np.isfinite(known).all():
+        raise ValueError(
+            f"Hessian-vector products of fn must be finite, got {name} that are not: "
+            "check that fn is twice differentiable at params"
+        )
