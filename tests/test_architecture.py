@@ -22,6 +22,9 @@ MAY_IMPORT = {
     "variants": {"types", "measures", "statistics", "metrics", "classifier"},
     "separation": {"types", "losses", "geometry"},
     "flow": {"types", "losses", "geometry"},
+    "lanczos": set(),
+    "hessian": {"types"},
+    "landscape": {"types", "hessian", "lanczos"},
     "plotting": set(),
 }
 

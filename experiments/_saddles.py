@@ -1,0 +1,140 @@
+"""Critical directions of the flow whose curvature is known in closed form."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ncjax
+
+
+# (m, b), by the number of classes K = m b.
+_BLOCKS = (
+    *((1, 2), (1, 4), (2, 2), (3, 2), (2, 3), (4, 2), (3, 3), (5, 2), (2, 5)),
+    *((1, 12), (6, 2), (4, 3), (3, 4), (2, 6)),
+)
+
+
+class Block(NamedTuple):
+    """A member of the block family, `ncjax.block_saddle`."""
+
+    num_blocks: int  # m
+    block_size: int  # b
+    per_class: int  # n
+    dim: int  # d
+
+    @property
+    def num_classes(self) -> int:
+        """K = m b."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def sigma_max(self) -> float:
+        """K / (K - b) for a saddle, 1 for collapse."""
+        if self.num_blocks == 1:
+            return 1.0
+        return self.num_classes / (self.num_classes - self.block_size)
+
+    @property
+    def eigenvalue(self) -> float:
+        """Most negative eigenvalue of the Riemannian Hessian of log L, as |Z| grows."""
+        if self.num_blocks == 1:
+            return 0.0
+        others = self.num_classes - self.block_size
+        return -self.block_size / (others * self.num_classes * math.sqrt(self.per_class))
+
+    @property
+    def multiplicity(self) -> int:
+        """(m - 1)(d - K + m) for a saddle; 0 where there is no negative eigenvalue."""
+        return (self.num_blocks - 1) * (self.dim - self.num_classes + self.num_blocks)
+
+    @property
+    def escape_exponent(self) -> float:
+        """The unstable part of Z/|Z| grows like (log t) to this power."""
+        return (self.sigma_max - 1) / 2
+
+    def params(self, scale: float) -> ncjax.Params:
+        """The point itself, `scale` times that of `ncjax.block_saddle`."""
+        return jax.tree.map(lambda leaf: scale * leaf, ncjax.block_saddle(*self))
+
+
+def family(max_classes: int) -> list[Block]:
+    """Block sizes of every kind with K up to `max_classes`, several n and d."""
+    return [
+        Block(m, b, n, dim)
+        for m, b in _BLOCKS
+        if m * b <= max_classes
+        for n, dim in _settings(m, b)
+    ]
+
+
+def _settings(num_blocks: int, block_size: int) -> list[tuple[int, int]]:
+    """(n, d): d as large as K, larger, and as small as the blocks allow."""
+    num_classes = num_blocks * block_size
+    if num_classes <= 6:
+        least = max(num_blocks * (block_size - 1), 1)
+        return [(1, num_classes), (3, num_classes + 2), (2, least)]
+    return [(2, num_classes)]
+
+
+class Escape(NamedTuple):
+    """A flow that leaves a saddle."""
+
+    log_times: np.ndarray  # (T,)
+    unstable: np.ndarray  # (S, T)  norm of the unstable part of Z/|Z|
+
+
+def escape(
+    block: Block,
+    log_times: np.ndarray,
+    *,
+    distance: float,
+    seeds: int,
+    key: jax.Array,
+    scale: float = 1.0,
+) -> Escape:
+    """Flow from points near `block`, and their part in its unstable eigenspace.
+
+    Args:
+      block: a saddle.
+      log_times: (T,) natural logarithms of the times measured.
+      distance: relative size of the unstable part of the start.
+      seeds: S, directions within the unstable eigenspace.
+      key: PRNG key of these directions.
+      scale: norm of the start, as that of `ncjax.block_saddle`.
+    """
+    unstable = unstable_space(block)
+    saddle = block.params(scale)
+    coefficients = jax.random.normal(key, (seeds, block.multiplicity))
+    coefficients /= jnp.linalg.norm(coefficients, axis=1, keepdims=True)
+    size = distance * jnp.sqrt(ncjax.squared_norm(saddle))
+
+    def one(weights):
+        start = jax.tree.map(
+            lambda z, u: z + size * jnp.tensordot(weights, u, 1), saddle, unstable
+        )
+        return ncjax.gradient_flow(
+            start, log_times, record=_part(unstable), rtol=1e-10, atol=1e-12
+        ).recorded
+
+    return Escape(log_times, np.asarray(jax.jit(jax.vmap(one))(coefficients)))
+
+
+def unstable_space(block: Block) -> ncjax.Params:
+    """Orthonormal basis of the unstable eigenspace, `Params` with a leading axis."""
+    far = block.params(30.0)
+    return ncjax.hessian_eig(
+        ncjax.log_cross_entropy, far, k=block.multiplicity, sphere=True
+    ).eigenvectors
+
+
+def _part(basis: ncjax.Params):
+    """Function of the state: the norm of the projection of Z/|Z| on `basis`."""
+
+    def part(state):
+        products = [jnp.tensordot(u, z, z.ndim) for u, z in zip(basis, state, strict=True)]
+        return jnp.linalg.norm(sum(products)) / jnp.sqrt(ncjax.squared_norm(state))
+
+    return part
