@@ -1,6 +1,7 @@
 """Run folders: nothing is overwritten unasked, and nothing is half written."""
 
 import csv
+import dataclasses
 import datetime
 import importlib.metadata
 import io
@@ -9,7 +10,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ SUMMARY = "summary.json"  # written last: a folder that holds it holds a finishe
 def default_workdir(name: str) -> str:
     """`runs/NAME/DATE-TIME`, new for every run."""
     return f"runs/{name}/{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """The part of a config dataclass that determines the results."""
+    handling = ("workdir", "overwrite", "resume")
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in handling}
 
 
 def open_run(
@@ -137,13 +144,34 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_csv(path: Path, log_times: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
     """Write columns (S, T) as rows of seed, log_t and values to nine digits."""
+    rows = [
+        {"seed": seed, "log_t": log_t} | dict(zip(columns, values, strict=True))
+        for seed, series in enumerate(zip(*columns.values(), strict=True))
+        for log_t, values in zip(log_times, zip(*series, strict=True), strict=True)
+    ]
+    write_rows(path, rows)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV, floats to nine digits."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["seed", "log_t", *columns])
-    for seed, series in enumerate(zip(*columns.values(), strict=True)):
-        for log_t, values in zip(log_times, zip(*series, strict=True), strict=True):
-            writer.writerow([seed, f"{log_t:.9g}", *(f"{value:.9g}" for value in values)])
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     write_atomically(path, text.getvalue().encode())
+
+
+def write_table(stem: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as `stem`.csv and, for reading, as the Markdown table `stem`.md."""
+    write_rows(stem.with_suffix(".csv"), rows)
+    lines = [[name.replace("_", " ") for name in rows[0]], ["---"] * len(rows[0])]
+    lines += [[_cell(value) for value in row.values()] for row in rows]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    write_atomically(stem.with_suffix(".md"), text.encode())
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.9g}" if isinstance(value, float | np.floating) else str(value)
 
 
 def save_checkpoint(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:

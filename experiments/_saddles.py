@@ -9,7 +9,6 @@ import numpy as np
 
 import ncjax
 
-
 # (m, b), by the number of classes K = m b.
 _BLOCKS = (
     *((1, 2), (1, 4), (2, 2), (3, 2), (2, 3), (4, 2), (3, 3), (5, 2), (2, 5)),
@@ -120,6 +119,12 @@ def escape(
         ).recorded
 
     return Escape(log_times, np.asarray(jax.jit(jax.vmap(one))(coefficients)))
+
+
+def relative_loss(params: ncjax.Params):
+    """A function whose plain Hessian is that of L divided by L, at any norm."""
+    log_loss = ncjax.log_cross_entropy(params)
+    return jnp.exp(log_loss - jax.lax.stop_gradient(log_loss))
 
 
 def unstable_space(block: Block) -> ncjax.Params:

@@ -69,7 +69,7 @@ def run(config: Config) -> Path:
     starts = _starts(config)
     folder = _runs.open_run(
         config.workdir or _runs.default_workdir(NAME),
-        _settings(config),
+        _runs.settings(config),
         overwrite=config.overwrite,
         resume=config.resume,
     )
@@ -106,12 +106,6 @@ def _check(config: Config) -> None:
         raise ValueError(f"--init_scale must be positive, got {config.init_scale}")
     if config.dtype not in ("float64", "float32"):
         raise ValueError(f"--dtype must be float64 or float32, got {config.dtype!r}")
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """The part of the config that determines the results."""
-    handling = ("workdir", "overwrite", "resume")
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in handling}
 
 
 def _starts(config: Config) -> ncjax.Params:

@@ -29,6 +29,12 @@ from ncjax.losses import log_cross_entropy as log_cross_entropy
 from ncjax.metrics import CollapseMetrics as CollapseMetrics
 from ncjax.metrics import collapse_metrics as collapse_metrics
 from ncjax.metrics import collapse_metrics_from_features as collapse_metrics_from_features
+from ncjax.separation import KKT as KKT
+from ncjax.separation import VERDICTS as VERDICTS
+from ncjax.separation import Certificate as Certificate
+from ncjax.separation import certificate as certificate
+from ncjax.separation import kkt as kkt
 from ncjax.separation import kkt_angle as kkt_angle
+from ncjax.separation import solve_separation as solve_separation
 from ncjax.types import Params as Params
 from ncjax.types import init_params as init_params

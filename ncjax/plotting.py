@@ -22,6 +22,7 @@ _STYLE: Any = {
     "pdf.fonttype": 42,
 }
 _MEANS, _CLASSIFIER, _SHADE, _GUIDE = "#1b6ca8", "#c8553d", "#ececec", "#8a8a8a"
+_COLOURS = (_MEANS, _CLASSIFIER, "#5b8c5a")
 _EXPONENTS = (1, 2, 4, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000, 300_000)
 _MOST_TICKS = 9
 
@@ -159,6 +160,56 @@ def _finish(axis: Axes, panel: Panel, x: np.ndarray, reach: float | None) -> Non
         axis.axvspan(x[0], min(np.log(reach), x[-1]), color=_SHADE, lw=0, zorder=0)
     if len(panel.curves) > 1:
         axis.legend(loc="lower left")
+
+
+def saddle_figure(
+    *,
+    log_times: np.ndarray,
+    stationarity: np.ndarray,
+    excess: np.ndarray,
+    escapes: Sequence[tuple[str, np.ndarray, np.ndarray, float]],
+    angles: np.ndarray,
+    descents: Sequence[tuple[str, np.ndarray, np.ndarray]],
+) -> Figure:
+    """Certificates along the flow, escapes from saddles, descents on the sphere.
+
+    Args:
+      log_times: (T,) natural logarithms of time of the next two.
+      stationarity: (S, T) KKT residual.
+      excess: (S, T) distance of sigma_max from 1.
+      escapes: label, log times (T',), unstable part of Z/|Z| (S', T'), exponent predicted.
+      angles: (A,) radians.
+      descents: label, log L along the circle over |Z|² (A,), its parabola (A,).
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.6, 3.0), layout="constrained")
+        flow, escape, descent = figure.subplots(1, 3)
+        for values, label, colour in (
+            (stationarity, "KKT residual", _MEANS),
+            (excess, r"$|\sigma_{\max} - 1|$", _CLASSIFIER),
+        ):
+            curve = Curve(values, label, colour)
+            _draw(flow, log_times, curve)
+        flow.set(xscale="log", yscale="log", xlabel=r"$\log t$")
+        flow.set_title("(a) flow from random starts", loc="left")
+        for (label, times, unstable, exponent), colour in zip(
+            escapes, _COLOURS, strict=False
+        ):
+            _draw(escape, times, Curve(unstable, label, colour))
+            line = np.median(unstable[:, -1]) * (times / times[-1]) ** exponent
+            escape.plot(times, line, ":", color=_GUIDE, lw=1.2)
+        escape.set(xscale="log", yscale="log", xlabel=r"$\log t$")
+        escape.set_title(r"(b) unstable part of $Z/|Z|$ off a saddle", loc="left")
+        for (label, computed, predicted), colour in zip(descents, _COLOURS, strict=False):
+            descent.plot(angles, computed, color=colour, lw=1.4, label=label)
+            descent.plot(angles, predicted, ":", color=_GUIDE, lw=1.2)
+        descent.set(xlabel="angle from the saddle (radians)")
+        descent.set_title(r"(c) change of $\log L\,/\,|Z|^2$ on the sphere", loc="left")
+        for axis in (flow, escape, descent):
+            axis.legend(loc="best")
+            axis.grid(visible=True, axis="y", lw=0.4, color="#dddddd")
+        figure.text(0.5, -0.05, "dotted: predicted", ha="center", color="#555555")
+    return figure
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:

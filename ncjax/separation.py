@@ -1,11 +1,209 @@
-"""Minimum-norm separation: how near a point is to a KKT direction."""
+"""Minimum-norm separation: multipliers, KKT residuals, certificate of optimality."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ncjax.geometry import squared_norm
+from ncjax.geometry import block_saddle, margins, squared_norm
 from ncjax.losses import log_cross_entropy
-from ncjax.types import Array, Params
+from ncjax.types import Array, Params, check_params, check_sizes
+
+# Values of `Certificate.verdict`, and what they say.
+GLOBAL_OPTIMUM = 0
+STRICT_SADDLE = 1
+NOT_KKT = 2
+NOT_SEPARATED = 3
+VERDICTS = (
+    "globally optimal direction",
+    "strict saddle direction",
+    "not a KKT point",
+    "not separated: a sample is misclassified",
+)
+MULTIPLIERS = ("softmax", "nnls")
+
+# The loosest tolerance of a verdict, for points at a small norm.
+_LOOSEST = 0.1
+
+
+class KKT(NamedTuple):
+    r"""How near $\tilde Z = Z / \sqrt{q_{\min}}$ is to a KKT point of (P2)."""
+
+    multipliers: Array  # (K, n, K)  λ_kij >= 0, zero where j = k
+    stationarity: Array  # ()  |Z̃ - Σ λ ∇m| / |Z̃|
+    complementarity: Array  # ()  Σ λ (m̃ - 1) / Σ λ m̃
+    infeasibility: Array  # ()  1 - min m̃, zero to rounding
+    beta: Array  # ()  <Z, -∇L> / (|Z| |∇L|), tends to 1 along the flow
+
+
+class Certificate(NamedTuple):
+    """Whether a KKT direction is the global optimum, and how it goes down if not."""
+
+    dual: Array  # (K, K n)  S, column k n + i for sample (k, i)
+    sigma_max: Array  # ()  largest singular value of S; at most 1 at the optimum
+    gap: Array  # ()  (|Z̃|²/2 - Σλ / max(1, sigma_max)) / ((K-1)√n)
+    excess: Array  # ()  |Z̃|²/2 / ((K-1)√n) - 1
+    direction: Params  # unit tangent direction of the top singular vectors
+    residual: Array  # ()  the larger of stationarity and complementarity
+    tolerance: Array  # ()  that residual and sigma_max - 1 are held to
+    verdict: Array  # ()  index into VERDICTS (int32)
+
+
+def solve_separation(num_classes: int, per_class: int, dim: int, dtype=None) -> Params:
+    r"""A minimiser of the minimum-norm separation problem, in closed form.
+
+    $$\min \tfrac12 |W|_F^2 + \tfrac12 |H|_F^2 \quad \text{s.t.} \quad
+    (w_k - w_j)^\top h_{k,i} \ge 1 \; (j \ne k)$$
+
+    The minimum is $(K-1) \sqrt n$, taken at neural collapse and nowhere else; all other
+    minimisers are rotations of this one.
+
+    Args:
+      num_classes: `K`, at least 2.
+      per_class: `n`, at least 1.
+      dim: `d`, at least `K - 1`.
+      dtype: floating dtype; JAX's default one if None.
+
+    Returns:
+      `Params` with every margin equal to 1.
+
+    Raises:
+      ValueError: a size is out of range, or `dim < num_classes - 1`, where no simplex ETF
+        fits.
+
+    Source: Ji et al. (ICLR 2022), Theorem 3.1 and problem (P2).
+
+    >>> import ncjax
+    >>> solution = ncjax.solve_separation(num_classes=4, per_class=9, dim=5)
+    >>> round(float(ncjax.squared_norm(solution)) / 2, 4)  # (K - 1) √n
+    9.0
+    """
+    check_sizes(num_classes=num_classes, per_class=per_class, dim=dim)
+    collapse = block_saddle(1, num_classes, per_class, dim, dtype)
+    scale = ((num_classes - 1) / num_classes) ** 0.5  # margins of K/(K-1) before
+    return Params(W=scale * collapse.W, H=scale * collapse.H)
+
+
+def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
+    r"""Multipliers and KKT residuals of the minimum-norm separation problem.
+
+    With $\tilde Z = Z / \sqrt{q_{\min}}$ and its margins $\tilde m$, a KKT point has
+
+    $$\tilde Z = \sum \lambda_{kij} \nabla \tilde m_{kij}, \qquad \lambda_{kij} \ge 0,
+    \qquad \lambda_{kij} (\tilde m_{kij} - 1) = 0, \qquad \tilde m_{kij} \ge 1.$$
+
+    Along the flow the softmax weights $p_{kij} / \mathcal L$ give the multipliers up to a
+    scale, which is fitted by least squares; stationarity is then `kkt_angle`.
+
+    Args:
+      params: `W` (K, d) and `H` (K, n, d) with every sample classified rightly.
+      multipliers: "softmax", the weights of the loss at this norm, in the log domain, so
+        valid at any norm; or "nnls", those of the direction alone that leave the least
+        $|\tilde Z - \sum \lambda \nabla \tilde m|^2 + \sum \lambda^2 (\tilde m - 1)^2$ over
+        $\lambda \ge 0$, by SciPy's active set on the host (K n (K-1) unknowns).
+
+    Returns:
+      `KKT`; NaN under jit where a sample is misclassified.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit, multipliers has another value, or (outside
+        jit) a sample is misclassified or params are not finite.
+
+    Source: Ji et al. (ICLR 2022), Theorem 3.2 and Appendix; Lyu, Li (2020).
+
+    >>> import ncjax
+    >>> solution = ncjax.solve_separation(3, 2, 4)
+    >>> bool(ncjax.kkt(solution).stationarity < 1e-3)
+    True
+    """
+    if multipliers not in MULTIPLIERS:
+        raise ValueError(f"multipliers must be one of {MULTIPLIERS}, got {multipliers!r}")
+    params = _check_separated(params)
+    scaled = _normalise(params)
+    if multipliers == "softmax":
+        weights = _softmax_weights(params)
+        weights = weights * _fitted_scale(scaled, weights)
+    else:
+        weights = _least_squares_multipliers(scaled)
+    gradient = jax.grad(log_cross_entropy)(params)
+    lengths = jnp.sqrt(squared_norm(gradient) * squared_norm(params))
+    rest = jax.tree.map(jnp.subtract, scaled, _combination(weights, scaled))
+    scaled_margins = _finite_margins(scaled)
+    slack = jnp.sum(weights * (scaled_margins - 1)) / jnp.sum(weights * scaled_margins)
+    return KKT(
+        multipliers=weights,
+        stationarity=jnp.sqrt(squared_norm(rest) / squared_norm(scaled)),
+        complementarity=slack,
+        infeasibility=1 - jnp.min(margins(scaled)),
+        beta=-_inner(gradient, params) / lengths,
+    )
+
+
+def certificate(
+    params: Params, *, multipliers: str = "softmax", tol: float | None = None
+) -> Certificate:
+    r"""Certificate of global optimality of a direction, or a direction of descent.
+
+    (P2) is the factored form of $\min |M|_*$ subject to margins of $M = W H^\top$ of at
+    least 1. Its dual variable is
+
+    $$S = \sum \lambda_{kij} (e_k - e_j) e_{ki}^\top \in \mathbb R^{K \times K n},$$
+
+    KKT reads $\tilde W = S \tilde H$, $\tilde H = S^\top \tilde W$, and the point is a
+    global minimiser if and only if $\sigma_{\max}(S) \le 1$. Otherwise the top singular
+    vectors u, v and a unit vector a orthogonal to all rows of W and H give the tangent
+    direction $(u a^\top, v a^\top) / \sqrt2$ along which the loss on the sphere falls.
+
+    Args:
+      params: `W` (K, d) and `H` (K, n, d) with every sample classified rightly.
+      multipliers: as in `kkt`. Softmax weights speak of the direction only at a large
+        norm: scale a direction up, or take "nnls".
+      tol: largest residual, and largest `sigma_max - 1`, taken for zero. None takes
+        $1/\sqrt{q_{\min}}$, the rate at which the residuals of the flow fade (1/√log t),
+        but 0.1 at most and 100 roundings at least.
+
+    At a saddle the multipliers need not be unique, and `sigma_max` may depend on them;
+    the verdict does not.
+
+    Returns:
+      `Certificate`. `VERDICTS[int(verdict)]` is the verdict in words. The direction is NaN
+      where the rows of W and H span the whole space, so that no a is left.
+
+    Raises:
+      ValueError: as `kkt`, or tol is negative.
+
+    Source: ncjax; the nuclear-norm form follows Haeffele, Vidal (2015).
+
+    >>> import ncjax
+    >>> saddle = ncjax.block_saddle(num_blocks=2, block_size=2, per_class=1, dim=4)
+    >>> far = ncjax.Params(30 * saddle.W, 30 * saddle.H)
+    >>> ncjax.VERDICTS[int(ncjax.certificate(far).verdict)]
+    'strict saddle direction'
+    """
+    if tol is not None and not tol >= 0:
+        raise ValueError(f"tol must not be negative, got {tol}")
+    found = kkt(params, multipliers=multipliers)
+    params = check_params(params)
+    num_classes, per_class, _ = params.H.shape
+    optimum = (num_classes - 1) * per_class**0.5
+    dual = _dual_matrix(found.multipliers)
+    left, singular, right = jnp.linalg.svd(dual, full_matrices=False)
+    sigma_max = singular[0]
+    primal = squared_norm(_normalise(params)) / 2
+    bound = jnp.sum(found.multipliers) / jnp.maximum(1, sigma_max)
+    residual = jnp.maximum(found.stationarity, jnp.abs(found.complementarity))
+    tolerance = _tolerance(params, tol)
+    return Certificate(
+        dual=dual,
+        sigma_max=sigma_max,
+        gap=(primal - bound) / optimum,
+        excess=primal / optimum - 1,
+        direction=_descent_direction(params, left[:, 0], right[0]),
+        residual=residual,
+        tolerance=tolerance,
+        verdict=_verdict(params, residual, sigma_max, tolerance),
+    )
 
 
 def kkt_angle(params: Params) -> Array:
@@ -29,7 +227,135 @@ def kkt_angle(params: Params) -> Array:
     Source: Ji et al. (ICLR 2022), Theorem 3.2: along the flow beta tends to 1.
     """
     gradient = jax.grad(log_cross_entropy)(params)
-    inner = sum(jnp.vdot(g, z) for g, z in zip(gradient, params, strict=True))
-    radial = inner / squared_norm(params)
+    radial = _inner(gradient, params) / squared_norm(params)
     tangent = jax.tree.map(lambda g, z: g - radial * z, gradient, params)
     return jnp.sqrt(squared_norm(tangent) / squared_norm(gradient))
+
+
+def _tolerance(params: Params, tol: float | None) -> Array:
+    dtype = params.W.dtype
+    if tol is not None:
+        return jnp.asarray(tol, dtype)
+    least = jnp.min(margins(params))
+    return jnp.clip(1 / jnp.sqrt(least), 100 * float(jnp.finfo(dtype).eps), _LOOSEST)
+
+
+def _verdict(params: Params, residual: Array, sigma_max: Array, tolerance: Array) -> Array:
+    critical = residual <= tolerance
+    optimal = sigma_max <= 1 + tolerance
+    code = jnp.where(critical, jnp.where(optimal, GLOBAL_OPTIMUM, STRICT_SADDLE), NOT_KKT)
+    separated = jnp.min(margins(params)) > 0
+    return jnp.where(separated, code, NOT_SEPARATED).astype(jnp.int32)
+
+
+def _check_separated(params: Params) -> Params:
+    """`params` once sound, and with a positive margin where that is known."""
+    params = check_params(params, finite=True)
+    least = jnp.min(margins(params))
+    if not isinstance(least, jax.core.Tracer) and not least > 0:
+        raise ValueError(
+            f"every margin must be positive, got q_min = {float(least):.3g}: multipliers "
+            "are not defined where a sample is misclassified; follow the flow until the "
+            "loss is below log 2"
+        )
+    return params
+
+
+def _normalise(params: Params) -> Params:
+    """`Z / sqrt(q_min)`, of least margin 1; NaN where q_min is not positive."""
+    least = jnp.min(margins(params))
+    root = jnp.sqrt(jnp.where(least > 0, least, jnp.nan))
+    return Params(params.W / root, params.H / root)
+
+
+def _finite_margins(params: Params) -> Array:
+    """Margins (K, n, K) with 0 where j = k."""
+    all_margins = margins(params)
+    return jnp.where(jnp.isposinf(all_margins), 0, all_margins)
+
+
+def _softmax_weights(params: Params) -> Array:
+    """`p_kij / L`, (K, n, K), p the probability of class j at sample (k, i)."""
+    negative = -margins(params)
+    log_normaliser = jax.nn.softplus(jax.nn.logsumexp(negative, axis=-1, keepdims=True))
+    return jnp.exp(negative - log_normaliser - log_cross_entropy(params))
+
+
+def _fitted_scale(scaled: Params, weights: Array) -> Array:
+    """The s that makes `s Σ weights ∇m` nearest to Z̃."""
+    combined = _combination(weights, scaled)
+    return _inner(combined, scaled) / squared_norm(combined)
+
+
+def _inner(first: Params, second: Params) -> Array:
+    """Inner product of two points."""
+    return jnp.vdot(first.W, second.W) + jnp.vdot(first.H, second.H)
+
+
+def _dual_matrix(multipliers: Array) -> Array:
+    """S (K, K n): column (k, i) has Σ_j λ_kij in row k and -λ_kij in row j."""
+    num_classes, per_class, _ = multipliers.shape
+    own = jnp.eye(num_classes, dtype=multipliers.dtype)[:, None, :]
+    columns = own * jnp.sum(multipliers, axis=-1, keepdims=True) - multipliers
+    return columns.reshape(num_classes * per_class, num_classes).T
+
+
+def _combination(multipliers: Array, params: Params) -> Params:
+    """`Σ λ ∇m = (S H, Sᵀ W)`."""
+    dual = _dual_matrix(multipliers)
+    W, H = params
+    features = H.reshape(-1, H.shape[-1])
+    return Params(
+        W=jnp.matmul(dual, features, precision="highest"),
+        H=jnp.matmul(dual.T, W, precision="highest").reshape(H.shape),
+    )
+
+
+def _descent_direction(params: Params, u: Array, v: Array) -> Params:
+    """`(u aᵀ, v aᵀ) / √2` with a unit a orthogonal to every row; NaN if there is none."""
+    W, H = params
+    rows = jnp.concatenate([W, H.reshape(-1, H.shape[-1])])
+    values, vectors = jnp.linalg.eigh(jnp.matmul(rows.T, rows, precision="highest"))
+    room = values[0] <= 1e3 * float(jnp.finfo(W.dtype).eps) * values[-1]
+    a = jnp.where(room, vectors[:, 0], jnp.nan) / 2**0.5
+    return Params(W=jnp.outer(u, a), H=jnp.outer(v, a).reshape(H.shape))
+
+
+def _least_squares_multipliers(scaled: Params) -> Array:
+    """Non-negative multipliers (K, n, K) of least KKT residual, computed on the host."""
+    num_classes, per_class, _ = scaled.H.shape
+    shape = (num_classes, per_class, num_classes)
+
+    def on_host(W, H):
+        return _nnls(np.asarray(W, np.float64), np.asarray(H, np.float64)).astype(W.dtype)
+
+    result = jax.ShapeDtypeStruct(shape, scaled.W.dtype)
+    return jax.pure_callback(on_host, result, *scaled, vmap_method="sequential")
+
+
+def _nnls(W: np.ndarray, H: np.ndarray) -> np.ndarray:
+    """Active-set non-negative least squares on stationarity and complementarity."""
+    from scipy.optimize import nnls  # type: ignore[import-untyped]  # half a second
+
+    num_classes, per_class, dim = H.shape
+    k, i, j = np.nonzero(
+        np.broadcast_to(
+            ~np.eye(num_classes, dtype=bool)[:, None, :],
+            (num_classes, per_class, num_classes),
+        )
+    )
+    column = np.arange(k.size)
+    by_W = np.zeros((num_classes, dim, k.size))
+    by_W[k, :, column] += H[k, i]
+    by_W[j, :, column] -= H[k, i]
+    by_H = np.zeros((num_classes, per_class, dim, k.size))
+    by_H[k, i, :, column] = W[k] - W[j]
+    slack = np.diag(np.sum((W[k] - W[j]) * H[k, i], axis=1) - 1)
+    rows = [by_W.reshape(-1, k.size), by_H.reshape(-1, k.size), slack]
+    system = np.concatenate(rows)
+    if not np.isfinite(system).all():
+        return np.full((num_classes, per_class, num_classes), np.nan)
+    target = np.concatenate([W.ravel(), H.ravel(), np.zeros(k.size)])
+    found = np.zeros((num_classes, per_class, num_classes))
+    found[k, i, j], _ = nnls(system, target, maxiter=100 * k.size)
+    return found

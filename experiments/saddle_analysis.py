@@ -1,0 +1,287 @@
+"""Which critical directions are saddles, and how the flow leaves them."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import ncjax
+from experiments import _cli, _fits, _runs, _saddles
+from ncjax import plotting
+from ncjax.separation import GLOBAL_OPTIMUM, STRICT_SADDLE
+
+NAME = "saddle_analysis"
+ESCAPES = (
+    _saddles.Block(2, 2, 1, 4),
+    _saddles.Block(3, 2, 1, 6),
+    _saddles.Block(2, 3, 1, 6),
+)
+STOPS = np.array([3.0, 10.0, 30.0, 100.0, 300.0, 1000.0])
+ANGLES = np.linspace(0.0, 0.5, 51)
+FIT_WINDOW = (1e3, 1e4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Curvature, certificate and escape at the critical directions of the flow.
+
+    Example: python -m experiments.saddle_analysis --max_classes=12
+    """
+
+    max_classes: int = _cli.flag(12, "largest K of the block family")
+    scale: float = _cli.flag(30.0, "norm factor c of the saddles, Z = c (W, H)")
+    seeds: int = _cli.flag(16, "flows from random starts, stopped along the way")
+    seed: int = _cli.flag(0, "seed of all random starts")
+    num_classes: int = _cli.flag(4, "K of the random starts")
+    per_class: int = _cli.flag(2, "n of the random starts")
+    dim: int = _cli.flag(6, "d of the random starts")
+    workdir: str = _cli.flag("", f"run folder; if empty, a new one under runs/{NAME}")
+    overwrite: bool = _cli.flag(False, "replace the run that workdir holds")
+
+
+def run(config: Config) -> Path:
+    """Run the experiment and return its folder.
+
+    Writes family, directions, escape and descent as .csv, family and escape as .md too,
+    summary.json, and saddles.png, saddles.pdf. Needs `jax_enable_x64`.
+
+    Raises:
+      ValueError: a setting is out of range or the folder cannot be used.
+    """
+    _check(config)
+    folder = _runs.open_run(
+        config.workdir or _runs.default_workdir(NAME),
+        _runs.settings(config),
+        overwrite=config.overwrite,
+        resume=False,
+    )
+    family = [
+        family_row(block, config.scale)
+        for block in tqdm(_saddles.family(config.max_classes), desc="block family")
+    ]
+    _runs.write_table(folder / "family", family)
+    directions = _directions(config)
+    _runs.write_csv(folder / "directions.csv", STOPS, directions)
+    escapes = [_escape(block, config) for block in tqdm(ESCAPES, desc="escape")]
+    _runs.write_table(folder / "escape", [row for row, _ in escapes])
+    descents = [_descent(block, config.scale) for block in tqdm(ESCAPES, desc="descent")]
+    _write_descent(folder / "descent.csv", descents)
+    plotting.save_figure(_figure(directions, escapes, descents), folder, "saddles")
+    summary = _summarise(family, directions, [row for row, _ in escapes], descents)
+    _runs.write_json(folder / _runs.SUMMARY, summary | _runs.provenance())
+    print(_report(summary))
+    print(folder)
+    return folder
+
+
+def _check(config: Config) -> None:
+    """Raise ValueError for a setting out of range, before any work."""
+    least = {"max_classes": 2, "num_classes": 2, "seeds": 1, "per_class": 1, "dim": 1}
+    for name, bound in least.items():
+        if getattr(config, name) < bound:
+            raise ValueError(
+                f"--{name} must be at least {bound}, got {getattr(config, name)}"
+            )
+    if not (math.isfinite(config.scale) and config.scale > 0):
+        raise ValueError(f"--scale must be positive and finite, got {config.scale}")
+
+
+def family_row(block: _saddles.Block, scale: float) -> dict[str, Any]:
+    """Predicted against computed at one member of the block family."""
+    params = block.params(scale)
+    eig = ncjax.hessian_eig(
+        ncjax.log_cross_entropy, params, k=block.multiplicity + 1, sphere=True
+    )
+    plain = ncjax.hessian_eig(_saddles.relative_loss, params)
+    certificate = ncjax.certificate(params)
+    values, target = np.asarray(eig.eigenvalues), block.eigenvalue
+    is_saddle = block.num_blocks > 1
+    found = np.abs(values - target) < 1e-9 if is_saddle else values < -1e-9
+    return block._asdict() | {
+        "num_classes": block.num_classes,
+        "predicted_eigenvalue": target,
+        "computed_eigenvalue": float(values[0]),
+        "predicted_multiplicity": block.multiplicity,
+        "computed_multiplicity": int(found.sum()),
+        "plain_eigenvalue": float(plain.eigenvalues[0]),
+        "predicted_sigma_max": block.sigma_max,
+        "computed_sigma_max": float(certificate.sigma_max),
+        "verdict": ncjax.VERDICTS[int(certificate.verdict)],
+    }
+
+
+def _directions(config: Config) -> dict[str, np.ndarray]:
+    """Columns (S, T) along flows from random starts, at the times `STOPS`."""
+    keys = jax.random.split(jax.random.key(config.seed), config.seeds)
+
+    def one(key):
+        start = ncjax.init_params(key, config.num_classes, config.per_class, config.dim)
+        flow = ncjax.gradient_flow(start, STOPS, rtol=1e-10, atol=1e-10)
+        return jax.vmap(at_one_time)(flow.params)
+
+    def at_one_time(state):
+        eig = ncjax.hessian_eig(ncjax.log_cross_entropy, state, sphere=True)
+        certificate = ncjax.certificate(state)
+        return {
+            "kkt_angle": ncjax.kkt_angle(state),
+            "stationarity": ncjax.kkt(state).stationarity,
+            "sigma_max": certificate.sigma_max,
+            "duality_gap": certificate.gap,
+            "verdict": certificate.verdict,
+            "eigenvalue": eig.eigenvalues[0],
+        }
+
+    return jax.device_get(jax.jit(jax.vmap(one))(keys))
+
+
+def _escape(block: _saddles.Block, config: Config):
+    """Fitted against predicted growth off one saddle, and the flows themselves."""
+    log_times = np.geomspace(10, FIT_WINDOW[1], 40)
+    flows = _saddles.escape(
+        block, log_times, distance=1e-6, seeds=4, key=jax.random.key(config.seed)
+    )
+    fitted = -_fits.exponents(log_times, flows.unstable, FIT_WINDOW)
+    row = block._asdict() | {
+        "predicted_exponent": block.escape_exponent,
+        "fitted_exponent": float(np.median(fitted)),
+        "largest_error": float(np.abs(fitted - block.escape_exponent).max()),
+    }
+    return row, flows
+
+
+def _descent(block: _saddles.Block, scale: float) -> dict[str, Any]:
+    """Loss along the certified descent direction, on the sphere, and its parabola."""
+    params = block.params(scale)
+    direction = ncjax.certificate(params).direction
+    size = math.sqrt(ncjax.squared_norm(params))
+    length = math.sqrt(ncjax.squared_norm(direction))
+
+    def at(angle):
+        turned = jax.tree.map(
+            lambda z, x: jnp.cos(angle) * z + jnp.sin(angle) * size / length * x,
+            params,
+            direction,
+        )
+        return ncjax.log_cross_entropy(turned)
+
+    change = jax.vmap(at)(jnp.asarray(ANGLES)) - at(0.0)
+    return {
+        "block": block,
+        "computed": np.asarray(change) / size**2,
+        "predicted": block.eigenvalue * ANGLES**2 / 2,
+    }
+
+
+def _write_descent(path: Path, descents: Sequence[Mapping[str, Any]]) -> None:
+    """One row per saddle and angle."""
+    rows = [
+        entry["block"]._asdict()
+        | {"angle": angle, "log_loss_change": computed, "parabola": predicted}
+        for entry in descents
+        for angle, computed, predicted in zip(
+            ANGLES, entry["computed"], entry["predicted"], strict=True
+        )
+    ]
+    _runs.write_rows(path, rows)
+
+
+def _figure(directions, escapes, descents):
+    """Verdicts along the flow, escapes and descents."""
+    return plotting.saddle_figure(
+        log_times=STOPS,
+        stationarity=directions["stationarity"],
+        excess=np.abs(directions["sigma_max"] - 1),
+        escapes=[
+            (_label(row), flows.log_times, flows.unstable, row["predicted_exponent"])
+            for row, flows in escapes
+        ],
+        angles=ANGLES,
+        descents=[
+            (_label(d["block"]._asdict()), d["computed"], d["predicted"]) for d in descents
+        ],
+    )
+
+
+def _label(block: Mapping[str, Any]) -> str:
+    return f"{block['num_blocks']} blocks of {block['block_size']}"
+
+
+def _summarise(family, directions, escapes, descents) -> dict[str, Any]:
+    """What summary.json holds."""
+    error = [r["computed_eigenvalue"] - r["predicted_eigenvalue"] for r in family]
+    sigma = [r["computed_sigma_max"] - r["predicted_sigma_max"] for r in family]
+    wrong = [
+        r
+        for r in family
+        if r["computed_multiplicity"] != r["predicted_multiplicity"]
+        or r["verdict"] != ncjax.VERDICTS[_expected(r)]
+    ]
+    final = directions["verdict"][:, -1]
+    return {
+        "family": {
+            "members": len(family),
+            "largest_eigenvalue_error": float(np.abs(error).max()),
+            "largest_sigma_max_error": float(np.abs(sigma).max()),
+            "wrong_multiplicity_or_verdict": wrong,
+            "plain_hessian_negative_at_collapse": all(
+                r["plain_eigenvalue"] < 0 for r in family if r["num_blocks"] == 1
+            ),
+        },
+        "directions": {
+            "log_t": float(STOPS[-1]),
+            "seeds": len(final),
+            "globally_optimal": int(np.sum(final == GLOBAL_OPTIMUM)),
+            "stationarity": _fits.spread(directions["stationarity"][:, -1]),
+            "sigma_max": _fits.spread(directions["sigma_max"][:, -1]),
+            "eigenvalue": _fits.spread(directions["eigenvalue"][:, -1]),
+        },
+        "escape": escapes,
+        "descent": [
+            entry["block"]._asdict()
+            | {
+                "curvature": float(2 * entry["computed"][1] / ANGLES[1] ** 2),
+                "predicted": entry["block"].eigenvalue,
+            }
+            for entry in descents
+        ],
+    }
+
+
+def _expected(row: Mapping[str, Any]) -> int:
+    return GLOBAL_OPTIMUM if row["num_blocks"] == 1 else STRICT_SADDLE
+
+
+def _report(summary: Mapping[str, Any]) -> str:
+    """The printed verdicts."""
+    family, flow = summary["family"], summary["directions"]
+    lines = [
+        f"block family, {family['members']} members: eigenvalues off by at most "
+        f"{family['largest_eigenvalue_error']:.1e}, sigma_max by "
+        f"{family['largest_sigma_max_error']:.1e}; wrong multiplicities or verdicts: "
+        f"{len(family['wrong_multiplicity_or_verdict'])}",
+        "plain Hessian of L at collapse: negative eigenvalues "
+        f"{family['plain_hessian_negative_at_collapse']}, so it cannot tell",
+        f"{flow['seeds']} flows at log t = {flow['log_t']:g}: {flow['globally_optimal']} "
+        f"certified optimal, sigma_max {flow['sigma_max']['median']:.6f}",
+    ]
+    lines += [
+        f"escape, {_label(row)}: (log t)^{row['fitted_exponent']:.4f}, predicted "
+        f"{row['predicted_exponent']:.4f}"
+        for row in summary["escape"]
+    ]
+    lines += [
+        f"descent, {_label(row)}: curvature {row['curvature']:.6f}, predicted "
+        f"{row['predicted']:.6f}"
+        for row in summary["descent"]
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    _cli.main(Config, run, f"experiments.{NAME}")

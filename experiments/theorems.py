@@ -1,0 +1,455 @@
+"""Every statement of the theory, computed: one line each, with its number and verdict."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import ncjax
+from experiments import _cli, _fits, _runs, _saddles
+
+NAME = "theorems"
+OURS = "ncjax"
+K, N, D = 4, 3, 6
+OPTIMUM = (K - 1) * N**0.5
+TIMES = np.concatenate([[5.0, 10.0, 30.0, 100.0, 300.0], np.geomspace(1e3, 1e4, 12)])
+SADDLES = [
+    _saddles.Block(2, 2, 1, 4),
+    _saddles.Block(3, 2, 1, 6),
+    _saddles.Block(2, 2, 3, 4),
+    _saddles.Block(2, 3, 2, 8),
+]
+COLLAPSE = _saddles.Block(1, K, N, D)
+SCALE = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Check every statement of the theory, in less than two minutes on two cores.
+
+    Example: python -m experiments.theorems
+    """
+
+    seeds: int = _cli.flag(8, "random starts of the flow")
+    seed: int = _cli.flag(0, "seed of everything random")
+    workdir: str = _cli.flag("", f"run folder; if empty, a new one under runs/{NAME}")
+    overwrite: bool = _cli.flag(False, "replace the run that workdir holds")
+
+
+class Statement(NamedTuple):
+    """One statement and what was found."""
+
+    source: str
+    statement: str
+    on: str
+    number: float
+    bound: float
+    passed: bool
+
+
+def run(config: Config) -> Path:
+    """Check the statements, print a line each, and return the run folder.
+
+    Writes theorems.csv, theorems.md and summary.json. Needs `jax_enable_x64`.
+
+    Raises:
+      ValueError: a setting is out of range or the folder cannot be used.
+      RuntimeError: a statement failed.
+    """
+    if config.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {config.seeds}")
+    folder = _runs.open_run(
+        config.workdir or _runs.default_workdir(NAME),
+        _runs.settings(config),
+        overwrite=config.overwrite,
+        resume=False,
+    )
+    begun = time.perf_counter()
+    flow = _flows(config)
+    found = [check(flow) for check in tqdm(CHECKS, desc="theorems")]
+    rows = [entry._asdict() for entry in found]
+    _runs.write_table(folder / NAME, rows)
+    seconds = round(time.perf_counter() - begun, 1)
+    summary = {"seconds": seconds, "statements": rows} | _runs.provenance()
+    _runs.write_json(folder / _runs.SUMMARY, summary)
+    print("\n".join(_line(entry) for entry in found))
+    failed = [entry.statement for entry in found if not entry.passed]
+    print(f"{len(found) - len(failed)} of {len(found)} hold, {seconds} s\n{folder}")
+    if failed:
+        raise RuntimeError(f"{len(failed)} statements failed: {'; '.join(failed)}")
+    return folder
+
+
+def _line(entry: Statement) -> str:
+    """The printed line of one statement."""
+    verdict = "pass" if entry.passed else "FAIL"
+    return (
+        f"{verdict}  {entry.source:<16} {entry.statement}; {entry.on}: "
+        f"{entry.number:.3g} (bound {entry.bound:.3g})"
+    )
+
+
+def _below(source: str, statement: str, on: str, number, bound: float) -> Statement:
+    """A statement that holds if `number` is at most `bound`."""
+    number = float(number)
+    return Statement(source, statement, on, number, bound, bool(number <= bound))
+
+
+def _flows(config: Config) -> ncjax.FlowSolution:
+    """Flows from random starts, leading axes (S, T)."""
+
+    def one(key):
+        start = ncjax.init_params(key, K, N, D)
+        return ncjax.gradient_flow(start, TIMES, rtol=1e-9, atol=1e-9)
+
+    keys = jax.random.split(jax.random.key(config.seed), config.seeds)
+    return jax.jit(jax.vmap(one))(keys)
+
+
+def _along(flow: ncjax.FlowSolution, fn: Callable):
+    """`fn` of the state at every seed and time, (S, T)."""
+    return jax.tree.map(np.asarray, jax.jit(jax.vmap(jax.vmap(fn)))(flow.params))
+
+
+def _where(flow: ncjax.FlowSolution) -> str:
+    return f"{flow.log_loss.shape[0]} _flows, K={K} n={N} d={D}, to log t = {TIMES[-1]:g}"
+
+
+def _definition_2_1(_flow) -> Statement:
+    etf = np.asarray(ncjax.simplex_etf(K, D, jax.random.key(0)))
+    gram = K / (K - 1) * (np.eye(K) - 1 / K)
+    error = np.abs(etf @ etf.T - gram).max()
+    return _below(
+        "Definition 2.1", "Gram matrix of the simplex ETF", f"K={K}", error, 1e-14
+    )
+
+
+def _theorem_3_1_bound(flow) -> Statement:
+    keys = jax.random.split(jax.random.key(1), 2000)
+
+    def ratio(key):
+        return ncjax.margin_ratio(ncjax.init_params(key, K, N, D, 1.0))
+
+    largest = max(jax.vmap(ratio)(keys).max(), _along(flow, ncjax.margin_ratio).max())
+    return _below(
+        "Theorem 3.1",
+        "margin ratio is at most 1",
+        f"2000 random points and {_where(flow)}",
+        largest,
+        1.0,
+    )
+
+
+def _theorem_3_1_equality(_flow) -> Statement:
+    gap = abs(float(ncjax.margin_ratio(ncjax.solve_separation(K, N, D))) - 1)
+    return _below("Theorem 3.1", "equality at collapse", f"K={K} n={N} d={D}", gap, 1e-12)
+
+
+def _separation_value(_flow) -> Statement:
+    solution = ncjax.solve_separation(K, N, D)
+    gap = abs(float(ncjax.squared_norm(solution)) / 2 - OPTIMUM)
+    gap = max(gap, abs(float(ncjax.certificate(solution).gap)))
+    return _below(
+        "(P2)", "optimal value (K-1)√n, duality gap 0", f"K={K} n={N} d={D}", gap, 1e-10
+    )
+
+
+def _separation_minimiser(_flow) -> Statement:
+    metrics = ncjax.collapse_metrics(ncjax.solve_separation(K, N, D))._asdict()
+    worst = max(float(v) for k, v in metrics.items() if k != "accuracy")
+    return _below(
+        "Theorem 3.1", "its minimiser is neural collapse", "NC1 to NC4", worst, 1e-7
+    )
+
+
+def _theorem_3_2_loss(flow) -> Statement:
+    highest = np.asarray(flow.log_loss)[:, 1:].max()
+    return _below(
+        "Theorem 3.2",
+        "log L falls below log log 2",
+        _where(flow),
+        highest,
+        np.log(np.log(2)),
+    )
+
+
+def _theorem_3_2_kkt(flow) -> Statement:
+    residual = _along(flow, lambda p: ncjax.kkt(p).stationarity)[:, -1].max()
+    return _below("Theorem 3.2", "KKT residual tends to 0", _where(flow), residual, 0.02)
+
+
+def _theorem_3_2_alignment(flow) -> Statement:
+    angle = _along(flow, ncjax.kkt_angle)
+    return _below(
+        "Theorem 3.2",
+        "1 - beta tends to 0",
+        _where(flow),
+        angle[:, -1].max() ** 2 / 2,
+        1e-4,
+    )
+
+
+def _corollary_norm(flow) -> Statement:
+    late = TIMES >= 100
+    ratio = _along(flow, ncjax.squared_norm)[:, late] / TIMES[late]
+    return _below(
+        "Corollary",
+        "|Z|² = Θ(log t): max/min of the quotient, log t ≥ 100",
+        _where(flow),
+        ratio.max() / ratio.min(),
+        1.2,
+    )
+
+
+def _corollary_loss(flow) -> Statement:
+    late = TIMES >= 100
+    product = _loss_product(flow)[:, late]
+    return _below(
+        "Corollary",
+        "L = Θ(1/(t log t)): max/min of the product, log t ≥ 100",
+        _where(flow),
+        product.max() / product.min(),
+        1.2,
+    )
+
+
+def _loss_product(flow) -> np.ndarray:
+    """Product of t, L and log t, (S, T)."""
+    return np.exp(np.asarray(flow.log_loss) + TIMES + np.log(TIMES))
+
+
+def _example_3_1(_flow) -> Statement:
+    block = _saddles.Block(2, 2, 1, 4)
+    residual = ncjax.kkt(block.params(SCALE)).stationarity
+    return _below(
+        "Example 3.1", "a KKT point that is not collapsed", "K=4 n=1 d=4", residual, 1e-10
+    )
+
+
+def _definition_3_1(_flow) -> Statement:
+    block = SADDLES[1]
+    params, unstable = block.params(SCALE), _saddles.unstable_space(block)
+    products = sum(
+        jnp.tensordot(u, z, z.ndim) for u, z in zip(unstable, params, strict=True)
+    )
+    worst = jnp.abs(products).max() / jnp.sqrt(ncjax.squared_norm(params))
+    return _below(
+        "Definition 3.1",
+        "unstable directions are tangent to the sphere",
+        str(block),
+        worst,
+        1e-12,
+    )
+
+
+def _theorem_3_3_saddles(_flow) -> Statement:
+    worst = max(float(_least_eigenvalues(block, 1)[0]) for block in SADDLES)
+    return _below(
+        "Theorem 3.3",
+        "strict descent at KKT directions not collapsed",
+        _on_saddles(),
+        worst,
+        -0.01,
+    )
+
+
+def _theorem_3_3_minimiser(_flow) -> Statement:
+    least = float(_least_eigenvalues(COLLAPSE, 1)[0])
+    return _below(
+        "Theorem 3.3",
+        "no descent at collapse: minus the least eigenvalue",
+        str(COLLAPSE),
+        -least,
+        1e-10,
+    )
+
+
+def _clock(_flow) -> Statement:
+    """Theory section 4: the value at t = 1e5 from the raw equation, solved elsewhere."""
+    k, j = np.arange(4)[:, None], np.arange(6)[None]
+    W = 0.3 * np.sin(1 + 3 * k + 7 * j)
+    k, i, j = np.arange(4)[:, None, None], np.arange(3)[None, :, None], np.arange(6)
+    H = 0.3 * np.cos(2 + 5 * k + 11 * i + 13 * j)
+    start = ncjax.Params(jnp.asarray(W), jnp.asarray(H))
+    final = ncjax.gradient_flow(start, [np.log(1e5)], rtol=1e-11, atol=1e-11).final
+    error = abs(float(final.W[0, 0]) / 3.18763475558 - 1)
+    return _below(
+        OURS, "the clock log(1 + log(1 + t)) solves the raw flow", "t = 1e5", error, 1e-9
+    )
+
+
+def _invariants(flow) -> Statement:
+    drift = max(np.asarray(part).max() for part in flow.drift)
+    return _below(OURS, "WᵀW - Σhhᵀ and Σw are conserved", _where(flow), drift, 1e-7)
+
+
+def _sharp_norm(flow) -> Statement:
+    ratio = _along(flow, ncjax.squared_norm)[:, -1] / TIMES[-1] / (2 * OPTIMUM)
+    return _below(
+        OURS, "|Z|²/log t → 2(K-1)√n", _where(flow), np.abs(ratio - 1).max(), 0.005
+    )
+
+
+def _sharp_loss(flow) -> Statement:
+    ratio = _loss_product(flow)[:, -1] / (OPTIMUM / 2)
+    return _below(
+        OURS, "t L log t → (K-1)√n/2", _where(flow), np.abs(ratio - 1).max(), 0.005
+    )
+
+
+def _exponents(flow) -> Statement:
+    metrics = _along(flow, ncjax.collapse_metrics)
+    columns = {
+        "mean_norm_variation": 1.0,
+        "mean_cosine_deviation": 1.0,
+        "centred_classifier_cosine_deviation": 1.0,
+        "centred_self_duality": 1.0,
+        "within_class_quotient": 1.0,
+        "within_class_variation": 3.0,
+        "self_duality": 0.5,
+    }
+    errors = [
+        np.median(_fits.exponents(TIMES, getattr(metrics, name), (1e3, 1e4))) - exponent
+        for name, exponent in columns.items()
+    ]
+    angle = _fits.exponents(TIMES, _along(flow, ncjax.kkt_angle), (1e3, 1e4))
+    errors.append(np.median(angle) - 0.5)
+    return _below(
+        OURS,
+        "decay exponents 1, 3 and 1/2 of the metrics",
+        _where(flow),
+        np.abs(errors).max(),
+        0.03,
+    )
+
+
+def _certificate_saddles(_flow) -> Statement:
+    worst = max(
+        abs(float(ncjax.certificate(block.params(SCALE)).sigma_max) - block.sigma_max)
+        for block in (*SADDLES, COLLAPSE)
+    )
+    return _below(
+        OURS, "sigma_max = K/(K-b) at saddles, 1 at collapse", _on_saddles(), worst, 1e-10
+    )
+
+
+def _certificate_flow(flow) -> Statement:
+    verdicts = _along(flow, lambda p: ncjax.certificate(p).verdict)[:, -1]
+    uncertified = np.sum(verdicts != ncjax.separation.GLOBAL_OPTIMUM)
+    return _below(OURS, "flows not certified optimal", _where(flow), uncertified, 0)
+
+
+def _eigenvalue_closed_form(_flow) -> Statement:
+    errors = []
+    for block in SADDLES:
+        values = _least_eigenvalues(block, block.multiplicity + 1)
+        errors.append(np.abs(values[:-1] - block.eigenvalue).max())
+        # One more eigenvalue at the closed form would be a wrong multiplicity.
+        errors.append(1.0 if abs(values[-1] - block.eigenvalue) < 1e-9 else 0.0)
+    return _below(
+        OURS,
+        "least eigenvalue (1 - sigma_max)/Σλ, with its multiplicity",
+        _on_saddles(),
+        max(errors),
+        1e-10,
+    )
+
+
+def _eigenvalue_example(_flow) -> Statement:
+    block = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+    W = jnp.kron(jnp.eye(2), block)
+    params = ncjax.Params(W, W[:, None])
+    eig = ncjax.hessian_eig(ncjax.log_cross_entropy, params, k=2, sphere=True)
+    error = np.abs(np.asarray(eig.eigenvalues) + 0.178810508).max()
+    return _below(OURS, "-0.178810508 twice at finite norm", "Example 3.1", error, 1e-9)
+
+
+def _origin(_flow) -> Statement:
+    zero = ncjax.Params(jnp.zeros((K, D)), jnp.zeros((K, N, D)))
+    values = ncjax.hessian_eig(ncjax.cross_entropy, zero, which="all").eigenvalues
+    copies = D * (K - 1)
+    expected = np.zeros(values.shape[0])
+    expected[:copies], expected[-copies:] = -(N**0.5), N**0.5
+    error = np.abs(np.asarray(values) - expected).max()
+    return _below(
+        OURS, "Hessian ±√n, d(K-1) times each, else 0", "the origin", error, 1e-10
+    )
+
+
+def _plain_hessian(_flow) -> Statement:
+    least = ncjax.hessian_eig(_saddles.relative_loss, COLLAPSE.params(SCALE)).eigenvalues[0]
+    return _below(
+        OURS,
+        "the plain Hessian of L is negative at collapse too",
+        str(COLLAPSE),
+        least,
+        -0.01,
+    )
+
+
+def _escape(_flow) -> Statement:
+    log_times = np.geomspace(1e3, 1e4, 12)
+    errors = []
+    for block in SADDLES[:2]:
+        flows = _saddles.escape(
+            block, log_times, distance=1e-6, seeds=2, key=jax.random.key(0)
+        )
+        fitted = -_fits.exponents(log_times, flows.unstable, (1e3, 1e4))
+        errors.append(np.abs(fitted - block.escape_exponent).max())
+    return _below(
+        OURS,
+        "escape like (log t)^((sigma_max - 1)/2)",
+        _on_saddles(SADDLES[:2]),
+        max(errors),
+        0.02,
+    )
+
+
+def _least_eigenvalues(block: _saddles.Block, k: int) -> np.ndarray:
+    """The k least eigenvalues of the Riemannian Hessian of log L far out along a block."""
+    eig = ncjax.hessian_eig(ncjax.log_cross_entropy, block.params(SCALE), k=k, sphere=True)
+    return np.asarray(eig.eigenvalues)
+
+
+def _on_saddles(blocks=SADDLES) -> str:
+    return "m,b,n,d = " + " ".join(",".join(map(str, block)) for block in blocks)
+
+
+CHECKS: tuple[Callable[[ncjax.FlowSolution], Statement], ...] = (
+    _definition_2_1,
+    _theorem_3_1_bound,
+    _theorem_3_1_equality,
+    _separation_value,
+    _separation_minimiser,
+    _theorem_3_2_loss,
+    _theorem_3_2_kkt,
+    _theorem_3_2_alignment,
+    _corollary_norm,
+    _corollary_loss,
+    _example_3_1,
+    _definition_3_1,
+    _theorem_3_3_saddles,
+    _theorem_3_3_minimiser,
+    _clock,
+    _invariants,
+    _sharp_norm,
+    _sharp_loss,
+    _exponents,
+    _certificate_saddles,
+    _certificate_flow,
+    _eigenvalue_closed_form,
+    _eigenvalue_example,
+    _origin,
+    _plain_hessian,
+    _escape,
+)
+
+
+if __name__ == "__main__":
+    _cli.main(Config, run, f"experiments.{NAME}")
