@@ -78,7 +78,7 @@ def _main(config_class, run, name, argv) -> int:
         run(config)
     except (flags.Error, ValueError) as error:
         return _fail(error, 2)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return 130

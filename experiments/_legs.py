@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import ncjax
 from experiments import _runs
+from ncjax.flow import SUCCESS
 
 LEGS = 20
 
@@ -54,7 +55,7 @@ def solve(
     """
     legs = times.reshape(LEGS, -1)
     progress = _load(folder) or _none(starts)
-    flow, measured = _compile(starts, measure)
+    flow, measured = _compile(starts, measure, step_limit(times[-1]))
     with tqdm(total=LEGS, initial=progress.legs_done, desc="flow", unit="leg") as bar:
         for leg in legs[progress.legs_done :]:
             done = progress.legs_done
@@ -64,10 +65,29 @@ def solve(
             _save(folder, progress)
             bar.set_postfix_str(f"log t = {leg[-1]:.4g}")
             bar.update()
-    return progress.columns, progress.steps
+            if (progress.steps[-1, :, 2] != SUCCESS).all():
+                break  # every seed has failed; what they reached is kept
+    return _padded(progress.columns, times.size), progress.steps
 
 
-def _compile(starts: ncjax.Params, measure: Measure):
+def _padded(columns: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+    """Columns (S, T) with NaN at the times after a solve that stopped early."""
+    return {
+        name: np.pad(
+            values.astype(np.float64, copy=False),
+            ((0, 0), (0, size - values.shape[1])),
+            constant_values=np.nan,
+        )
+        for name, values in columns.items()
+    }
+
+
+def step_limit(log_t_max: float) -> int:
+    """Ten times the steps that an explicit solver takes: beyond, a seed has failed."""
+    return 1000 + math.ceil(4 * log_t_max)
+
+
+def _compile(starts: ncjax.Params, measure: Measure, max_steps: int):
     """The flow of one leg, sharded over devices, and its measurement, on one of them."""
     seeds, dtype = starts.W.shape[0], starts.W.dtype
     count = max(c for c in range(1, jax.device_count() + 1) if seeds % c == 0)
@@ -76,7 +96,9 @@ def _compile(starts: ncjax.Params, measure: Measure):
 
     def leg(states, times, before):
         def one(state):
-            return ncjax.gradient_flow(state, times, start_log_time=before)
+            return ncjax.gradient_flow(
+                state, times, start_log_time=before, max_steps=max_steps
+            )
 
         return jax.vmap(one)(states)
 
@@ -139,5 +161,7 @@ def _load(folder: Path) -> Progress | None:
         for name, values in stored.items()
         if name.startswith("column_")
     }
+    if not {"W", "H", "legs_done", "steps"} <= stored.keys():
+        raise ValueError(f"{folder / _runs.CHECKPOINT} is damaged: arrays are missing")
     state = ncjax.Params(jnp.asarray(stored["W"]), jnp.asarray(stored["H"]))
     return Progress(int(stored["legs_done"]), state, columns, stored["steps"])

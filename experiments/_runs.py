@@ -19,11 +19,14 @@ import numpy as np
 
 CONFIG = "config.json"
 CHECKPOINT = "checkpoint.npz"
+_SETTINGS = "settings"
 SUMMARY = "summary.json"  # written last: a folder that holds it holds a finished run
 
 
-def default_workdir(name: str) -> str:
-    """`runs/NAME/DATE-TIME`, new for every run."""
+def workdir(config: Any, name: str) -> str:
+    """The folder asked for; if none is, `runs/NAME/DATE-TIME`, new for every run."""
+    if config.workdir or getattr(config, "resume", False):
+        return config.workdir
     return f"runs/{name}/{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
@@ -34,13 +37,19 @@ def settings(config: Any) -> dict[str, Any]:
 
 
 def open_run(
-    workdir: str, config: Mapping[str, Any], *, overwrite: bool, resume: bool
+    workdir: str,
+    config: Mapping[str, Any],
+    outputs: Sequence[str],
+    *,
+    overwrite: bool,
+    resume: bool,
 ) -> Path:
     """Make or reopen a run folder and write its `config.json`.
 
     Args:
       workdir: the folder, made if it does not exist.
       config: what determines the results; a resumed run must have the same.
+      outputs: names of the files that the run will write.
       overwrite: allow a folder that holds a run already; its files are replaced.
       resume: go on with the run that the folder holds.
 
@@ -48,6 +57,8 @@ def open_run(
       ValueError: the folder cannot be written, holds a run and neither flag is given, or
         is to be resumed and holds none or another one.
     """
+    if resume and not workdir:
+        raise ValueError("--resume needs --workdir, the folder of the run to go on with")
     folder = Path(workdir)
     if overwrite and resume:
         raise ValueError("--overwrite and --resume exclude each other: give one of them")
@@ -57,17 +68,18 @@ def open_run(
             pass
     except OSError as error:
         raise ValueError(f"cannot write to workdir {workdir!r}: {error.strerror}") from None
-    holds_run = (folder / CONFIG).exists()
+    names = (CONFIG, SUMMARY, CHECKPOINT, *outputs)
+    held = [name for name in names if (folder / name).exists()]
     if resume:
         _check_same(folder, config)
-    elif holds_run and not overwrite:
+    elif held and not overwrite:
         raise ValueError(
-            f"workdir {workdir!r} holds a run already: give --overwrite to replace it, "
-            "--resume to go on with it, or another --workdir"
+            f"workdir {workdir!r} holds a run already ({', '.join(held)}): give "
+            "--overwrite to replace it, --resume to go on with it, or another --workdir"
         )
     else:
-        (folder / SUMMARY).unlink(missing_ok=True)
-        drop_checkpoint(folder)
+        for name in held:
+            (folder / name).unlink()
         write_json(folder / CONFIG, {"config": dict(config)} | provenance())
     return folder
 
@@ -81,10 +93,7 @@ def _check_same(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise ValueError unless the folder holds a run of this config."""
     if not (folder / CONFIG).exists():
         raise ValueError(f"workdir {str(folder)!r} holds no run to resume")
-    try:
-        stored = json.loads((folder / CONFIG).read_text())["config"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{folder / CONFIG} is damaged: cannot resume") from None
+    stored = _stored_config(folder)
     other = sorted(
         name for name in {*stored, *config} if stored.get(name) != config.get(name)
     )
@@ -93,6 +102,27 @@ def _check_same(folder: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"the run in {str(folder)!r} has other settings: resume it with {asked}"
         )
+
+
+def _stored_config(folder: Path) -> dict[str, Any]:
+    """The settings in config.json."""
+    try:
+        stored = json.loads((folder / CONFIG).read_text())["config"]
+    except (ValueError, KeyError, TypeError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{folder / CONFIG} is damaged: cannot resume")
+    return stored
+
+
+def resume_command(config: Any, folder: Path) -> str:
+    """The command that goes on with the run of `config` in `folder`."""
+    flags = [f"--workdir={folder}", "--resume"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in settings(config) and value != field.default:
+            flags.append(f"--{field.name}={value}")
+    return " ".join(["python -m", _module_name(), *flags])
 
 
 def provenance() -> dict[str, Any]:
@@ -177,7 +207,8 @@ def _cell(value: Any) -> str:
 def save_checkpoint(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Replace the folder's checkpoint by these named arrays."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    of_run = {_SETTINGS: np.asarray(json.dumps(_stored_config(folder)))}
+    np.savez(buffer, **of_run, **arrays)  # type: ignore[arg-type]
     write_atomically(folder / CHECKPOINT, buffer.getvalue())
 
 
@@ -197,8 +228,12 @@ def load_checkpoint(folder: Path) -> dict[str, np.ndarray] | None:
         return None
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return dict(stored)
+            arrays = dict(stored)
+        settings = json.loads(str(arrays.pop(_SETTINGS)))
     except Exception:
         raise ValueError(
-            f"{path} is damaged: delete it and give --overwrite to start afresh"
+            f"{path} is damaged: give --overwrite instead of --resume to start afresh"
         ) from None
+    if settings != _stored_config(folder):
+        raise ValueError(f"{path} belongs to a run of other settings than {CONFIG} says")
+    return arrays

@@ -36,17 +36,31 @@ class Block(NamedTuple):
             return 1.0
         return self.num_classes / (self.num_classes - self.block_size)
 
-    @property
-    def eigenvalue(self) -> float:
-        """Most negative eigenvalue of the Riemannian Hessian of log L, as |Z| grows."""
+    def eigenvalue(self, scale: float = math.inf) -> float:
+        r"""Most negative eigenvalue of the Riemannian Hessian of log L; 0 at collapse.
+
+        At `params(scale)`, with c the scale,
+
+        $$-\frac{b\,(\pi_o - \pi_w)}{K \sqrt n\, \ell}, \quad \pi_w = e^{-c^2 b/(b-1)}/S,
+        \quad \pi_o = e^{-c^2}/S, \quad \ell = \log S,$$
+
+        $S = 1 + (b-1) e^{-c^2 b/(b-1)} + (K-b) e^{-c^2}$, the softmax weights within a
+        block and across; as c grows $(\pi_o - \pi_w)/\ell$ tends to $1/(K-b)$.
+        """
         if self.num_blocks == 1:
             return 0.0
-        others = self.num_classes - self.block_size
-        return -self.block_size / (others * self.num_classes * math.sqrt(self.per_class))
+        size, others = self.block_size, self.num_classes - self.block_size
+        share = 1 / others
+        if scale**2 < 300:  # beyond, the limit to rounding
+            within = math.exp(-(scale**2) * size / (size - 1))
+            across = math.exp(-(scale**2))
+            rest = (size - 1) * within + others * across
+            share = (across - within) / (1 + rest) / math.log1p(rest)
+        return -size * share / (self.num_classes * math.sqrt(self.per_class))
 
     @property
     def multiplicity(self) -> int:
-        """(m - 1)(d - K + m) for a saddle; 0 where there is no negative eigenvalue."""
+        """(m - 1)(d - K + m), of that eigenvalue; 0 where `dim` leaves it no room."""
         return (self.num_blocks - 1) * (self.dim - self.num_classes + self.num_blocks)
 
     @property

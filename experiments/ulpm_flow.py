@@ -17,6 +17,7 @@ from ncjax import plotting
 from ncjax.flow import SUCCESS
 
 NAME = "ulpm_flow"
+OUTPUTS = ("metrics.csv", "figure2.png", "figure2.pdf")
 # What gradient descent reaches: a million steps of size 0.1.
 DESCENT_REACH = math.log(1e6 * 0.1)
 _NOT_DECAYING = ("accuracy", "ncc_mismatch")
@@ -68,8 +69,9 @@ def run(config: Config) -> Path:
     _check(config)
     starts = _starts(config)
     folder = _runs.open_run(
-        config.workdir or _runs.default_workdir(NAME),
+        _runs.workdir(config, NAME),
         _runs.settings(config),
+        OUTPUTS,
         overwrite=config.overwrite,
         resume=config.resume,
     )
@@ -81,7 +83,7 @@ def run(config: Config) -> Path:
     try:
         columns, steps = _legs.solve(starts, log_times, _measure, folder)
     except KeyboardInterrupt:
-        print(f"interrupted; go on with --resume --workdir={folder}")
+        print(f"interrupted; go on with: {_runs.resume_command(config, folder)}")
         raise
     stats = _solver_stats(config, steps)
     stats["seconds"] = round(time.perf_counter() - begun, 2)
@@ -104,6 +106,8 @@ def _check(config: Config) -> None:
         raise ValueError(f"--log_t_max must be above 1 and finite, got {config.log_t_max}")
     if not (math.isfinite(config.init_scale) and config.init_scale > 0):
         raise ValueError(f"--init_scale must be positive, got {config.init_scale}")
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"--seed must lie in [0, 2**63), got {config.seed}")
     if config.dtype not in ("float64", "float32"):
         raise ValueError(f"--dtype must be float64 or float32, got {config.dtype!r}")
 
@@ -144,10 +148,10 @@ def _measure(states: ncjax.Params, start: ncjax.Params) -> dict[str, jax.Array]:
 def _solver_stats(config: Config, steps: np.ndarray) -> dict[str, Any]:
     """Steps and failures from (legs, seeds, 3) counts of steps, rejections and results."""
     failed = np.flatnonzero((steps[:, :, 2] != SUCCESS).any(axis=0)).tolist()
-    if len(failed) == config.seeds:
+    if (steps[0, :, 2] != SUCCESS).all():
         raise RuntimeError(
-            f"all {config.seeds} seeds failed: the state or its gradient is not finite, or "
-            f"{config.dtype} is too coarse for log t = {config.log_t_max:g}"
+            f"all {config.seeds} seeds failed at once: the start or its gradient is too "
+            f"large for {config.dtype}"
         )
     return {
         "steps_per_seed": int(np.median(steps[:, :, 0].sum(axis=0))),

@@ -90,6 +90,8 @@ def margins(params: Params) -> Array:
     Source: Ji et al. (ICLR 2022), Section 3.1.
     """
     W, H = check_params(params)
+    # A common offset of the rows of W, which no margin sees, would cost digits.
+    W = W - W[:1]
     logits = jnp.einsum("kid,jd->kij", H, W, precision="highest")
     own = jnp.einsum("kid,kd->ki", H, W, precision="highest")
     same = jnp.eye(W.shape[0], dtype=bool)[:, None, :]
@@ -116,7 +118,7 @@ def margin_ratio(params: Params) -> Array:
 
     Source: Ji et al. (ICLR 2022), Theorem 3.1.
     """
-    num_classes, per_class, _ = params.H.shape
+    num_classes, per_class, _ = check_params(params).H.shape
     bound = squared_norm(params) / (2 * (num_classes - 1) * math.sqrt(per_class))
     return jnp.min(margins(params)) / bound
 

@@ -128,8 +128,11 @@ def _draw(axis: Axes, x: np.ndarray, curve: Curve) -> None:
 
 def _draw_guide(axis: Axes, x: np.ndarray, values: np.ndarray, exponent: int) -> None:
     """A dotted power law above the last sixth of a curve, where that is the asymptote."""
-    median = np.nanmedian(values, axis=0)
-    late = (x > x[-1] - (x[-1] - x[0]) / 6) & np.isfinite(median)
+    done = np.isfinite(values).any(axis=0)
+    x, median = x[done], np.nanmedian(values[:, done], axis=0)
+    if x.size == 0:
+        return
+    late = x > x[-1] - (x[-1] - x[0]) / 6
     if np.exp(x[-1]) < 300 or late.sum() < 2:
         return
     line = 2.5 * median[late][-1] * np.exp(-exponent * (x[late] - x[late][-1]))

@@ -15,11 +15,13 @@ GLOBAL_OPTIMUM = 0
 STRICT_SADDLE = 1
 NOT_KKT = 2
 NOT_SEPARATED = 3
+NO_ROOM = 4
 VERDICTS = (
     "globally optimal direction",
     "strict saddle direction",
     "not a KKT point",
     "not separated: a sample is misclassified",
+    "KKT direction that is not optimal, its descent direction needs a larger dim",
 )
 MULTIPLIERS = ("softmax", "nnls")
 
@@ -194,15 +196,16 @@ def certificate(
     bound = jnp.sum(found.multipliers) / jnp.maximum(1, sigma_max)
     residual = jnp.maximum(found.stationarity, jnp.abs(found.complementarity))
     tolerance = _tolerance(params, tol)
+    direction = _descent_direction(params, left[:, 0], right[0], tolerance)
     return Certificate(
         dual=dual,
         sigma_max=sigma_max,
         gap=(primal - bound) / optimum,
         excess=primal / optimum - 1,
-        direction=_descent_direction(params, left[:, 0], right[0]),
+        direction=direction,
         residual=residual,
         tolerance=tolerance,
-        verdict=_verdict(params, residual, sigma_max, tolerance),
+        verdict=_verdict(params, direction, residual, sigma_max, tolerance),
     )
 
 
@@ -240,10 +243,11 @@ def _tolerance(params: Params, tol: float | None) -> Array:
     return jnp.clip(1 / jnp.sqrt(least), 100 * float(jnp.finfo(dtype).eps), _LOOSEST)
 
 
-def _verdict(params: Params, residual: Array, sigma_max: Array, tolerance: Array) -> Array:
-    critical = residual <= tolerance
-    optimal = sigma_max <= 1 + tolerance
-    code = jnp.where(critical, jnp.where(optimal, GLOBAL_OPTIMUM, STRICT_SADDLE), NOT_KKT)
+def _verdict(params, direction, residual, sigma_max, tolerance) -> Array:
+    """Index into VERDICTS (int32)."""
+    saddle = jnp.where(jnp.isnan(direction.W[0, 0]), NO_ROOM, STRICT_SADDLE)
+    code = jnp.where(sigma_max <= 1 + tolerance, GLOBAL_OPTIMUM, saddle)
+    code = jnp.where(residual <= tolerance, code, NOT_KKT)
     separated = jnp.min(margins(params)) > 0
     return jnp.where(separated, code, NOT_SEPARATED).astype(jnp.int32)
 
@@ -311,12 +315,12 @@ def _combination(multipliers: Array, params: Params) -> Params:
     )
 
 
-def _descent_direction(params: Params, u: Array, v: Array) -> Params:
-    """`(u aᵀ, v aᵀ) / √2` with a unit a orthogonal to every row; NaN if there is none."""
+def _descent_direction(params: Params, u: Array, v: Array, tolerance: Array) -> Params:
+    """`(u aᵀ, v aᵀ) / √2` with a unit a orthogonal to every row, to the tolerance."""
     W, H = params
     rows = jnp.concatenate([W, H.reshape(-1, H.shape[-1])])
     values, vectors = jnp.linalg.eigh(jnp.matmul(rows.T, rows, precision="highest"))
-    room = values[0] <= 1e3 * float(jnp.finfo(W.dtype).eps) * values[-1]
+    room = values[0] <= tolerance**2 * values[-1]
     a = jnp.where(room, vectors[:, 0], jnp.nan) / 2**0.5
     return Params(W=jnp.outer(u, a), H=jnp.outer(v, a).reshape(H.shape))
 

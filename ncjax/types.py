@@ -81,6 +81,12 @@ def check_integer(name: str, value: int, *, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
+def check_positive(name: str, value) -> None:
+    """Raise ValueError if `value` is known and not a positive, finite number."""
+    if not isinstance(value, jax.core.Tracer) and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
 def check_params(params: Params, *, finite: bool = False) -> Params:
     """Return `params` as JAX arrays once shapes, dtypes and (if asked) values are sound.
 

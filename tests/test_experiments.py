@@ -4,11 +4,21 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 import ncjax
-from experiments import _cli, _fits, _legs, _runs, ulpm_flow
+from experiments import (
+    _cli,
+    _fits,
+    _legs,
+    _runs,
+    _saddles,
+    saddle_analysis,
+    theorems,
+    ulpm_flow,
+)
 
 SMALL = ulpm_flow.Config(
     seeds=2, num_classes=3, per_class=2, dim=4, log_t_max=20.0, num_times=20
@@ -72,7 +82,7 @@ def test_summary_says_what_was_found(finished):
 
 def test_a_folder_that_holds_a_run_is_refused_then_replaced_if_asked(finished):
     before = (finished / "metrics.csv").read_bytes()
-    with pytest.raises(ValueError, match="holds a run already: give --overwrite"):
+    with pytest.raises(ValueError, match="holds a run already .*: give --overwrite"):
         ulpm_flow.run(small(finished))
     assert (finished / "metrics.csv").read_bytes() == before
     ulpm_flow.run(small(finished, overwrite=True))
@@ -118,7 +128,11 @@ def test_resume_wants_a_run(tmp_path):
 def test_damaged_files_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is damaged"):
-        _runs.open_run(str(tmp_path), {}, overwrite=False, resume=True)
+        _runs.open_run(str(tmp_path), {}, (), overwrite=False, resume=True)
+    for settings in ("null", "[1]"):
+        (tmp_path / "config.json").write_text(f'{{"config": {settings}}}')
+        with pytest.raises(ValueError, match=r"config.json is damaged"):
+            _runs.open_run(str(tmp_path), {}, (), overwrite=False, resume=True)
     (tmp_path / _runs.CHECKPOINT).write_bytes(b"PK not a zip")
     with pytest.raises(ValueError, match=r"checkpoint.npz is damaged"):
         _runs.load_checkpoint(tmp_path)
@@ -147,6 +161,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"seed": 2**63}, r"--seed must lie in \[0, 2\*\*63\)"),
         ({"seeds": 0}, "--seeds must be at least 1, got 0"),
         ({"num_classes": 1}, "--num_classes must be at least 2, got 1"),
         ({"log_t_max": float("nan")}, "--log_t_max must be above 1"),
@@ -162,8 +177,65 @@ def test_bad_settings_are_named_before_any_work(tmp_path, changes, message):
     assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
+def test_a_folder_with_a_file_of_that_name_is_refused(tmp_path):
+    (tmp_path / "metrics.csv").write_text("precious")
+    with pytest.raises(ValueError, match=r"holds a run already \(metrics.csv\)"):
+        ulpm_flow.run(small(tmp_path))
+    assert (tmp_path / "metrics.csv").read_text() == "precious"
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(tmp_path):
+    (tmp_path / "metrics.csv").write_text("old")
+    (tmp_path / "notes.txt").write_text("mine")
+    _runs.open_run(
+        str(tmp_path), {"seeds": 1}, ulpm_flow.OUTPUTS, overwrite=True, resume=False
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "notes.txt"}
+
+
+def test_resume_needs_a_folder():
+    with pytest.raises(ValueError, match="--resume needs --workdir"):
+        ulpm_flow.run(small("", resume=True))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"config": {"seed": 0}}')
+    _runs.save_checkpoint(tmp_path, {"W": np.zeros(2)})
+    (tmp_path / "config.json").write_text('{"config": {"seed": 1}}')
+    with pytest.raises(ValueError, match="belongs to a run of other settings"):
+        _runs.load_checkpoint(tmp_path)
+
+
+def test_the_resume_command_names_what_is_not_default():
+    config = ulpm_flow.Config(seeds=3, dtype="float32", workdir="here")
+    command = _runs.resume_command(config, "here")
+    assert command.endswith("--workdir=here --resume --seeds=3 --dtype=float32")
+
+
+def test_what_failing_seeds_reached_is_kept(tmp_path, monkeypatch):
+    extend, flow = _legs._extend, []
+
+    def fail_from_the_tenth_leg_on(progress, solution, new):
+        if progress.legs_done >= 10:
+            lost = jax.tree.map(lambda leaf: leaf * np.nan, (solution.params, new))
+            solution = solution._replace(result=solution.result + 2, params=lost[0])
+            new = lost[1]
+        flow.append(progress.legs_done)
+        return extend(progress, solution, new)
+
+    monkeypatch.setattr(_legs, "_extend", fail_from_the_tenth_leg_on)
+    folder = ulpm_flow.run(small(tmp_path / "run"))
+    assert flow == list(range(11))
+    rows = read_csv(folder)
+    assert len(rows) == 40
+    assert sum(np.isfinite(row["log_loss"]) for row in rows) == 20
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["solver"]["failed_seeds"] == [0, 1]
+    assert summary["final"]["log_loss"]["median"] is None
+
+
 def test_all_seeds_failing_is_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match="all 2 seeds failed"):
+    with pytest.raises(RuntimeError, match="all 2 seeds failed at once"):
         ulpm_flow.run(small(tmp_path / "run", init_scale=1e200))
 
 
@@ -227,3 +299,65 @@ def test_times_are_even_on_the_clock():
     assert times[-1] == 1000.0
     clock = np.log1p(np.logaddexp(0, times))
     np.testing.assert_allclose(np.diff(clock), np.diff(clock)[0], rtol=1e-9)
+
+
+def test_closed_form_eigenvalues_of_the_block_family():
+    assert _saddles.Block(2, 2, 1, 4).eigenvalue() == -1 / 4
+    assert _saddles.Block(2, 2, 1, 4).eigenvalue(2**0.5) == pytest.approx(-0.178810508)
+    assert _saddles.Block(3, 2, 1, 6).eigenvalue(30.0) == pytest.approx(-1 / 12)
+    assert _saddles.Block(2, 3, 2, 8).multiplicity == 4
+
+
+def test_a_row_of_the_family_table_is_right():
+    row = saddle_analysis.family_row(_saddles.Block(2, 2, 3, 4), 30.0)
+    assert row["computed_eigenvalue"] == pytest.approx(-0.144337567, abs=1e-9)
+    assert row["computed_multiplicity"] == row["predicted_multiplicity"] == 2
+    assert row["computed_sigma_max"] == pytest.approx(2, abs=1e-10)
+    assert row["plain_eigenvalue"] < row["computed_eigenvalue"]
+    assert row["verdict"] == "strict saddle direction"
+
+
+def test_escape_has_the_exponent_predicted(key):
+    block = _saddles.Block(2, 2, 1, 4)
+    log_times = np.geomspace(1e3, 1e4, 8)
+    flows = _saddles.escape(block, log_times, distance=1e-6, seeds=2, key=key)
+    fitted = -_fits.exponents(log_times, flows.unstable, (1e3, 1e4))
+    np.testing.assert_allclose(fitted, 0.5, atol=0.02)
+
+
+@pytest.mark.slow
+def test_saddle_analysis_writes_its_folder(tmp_path):
+    config = saddle_analysis.Config(max_classes=4, seeds=4, workdir=str(tmp_path / "run"))
+    folder = saddle_analysis.run(config)
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "summary.json",
+        *saddle_analysis.OUTPUTS,
+    }
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["family"]["wrong_multiplicity_or_verdict"] == []
+    assert summary["family"]["largest_eigenvalue_error"] < 1e-10
+    assert summary["directions"]["globally_optimal"] == 4
+    for row in summary["descent"]:
+        assert row["curvature"] == pytest.approx(row["predicted"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_every_theorem_holds(tmp_path, capsys):
+    folder = theorems.run(theorems.Config(seeds=4, workdir=str(tmp_path / "run")))
+    assert "FAIL" not in capsys.readouterr().out
+    rows = json.loads((folder / "summary.json").read_text())["statements"]
+    assert len(rows) == len(theorems.CHECKS)
+
+
+def test_a_theorem_that_fails_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(theorems, "CHECKS", (theorems._definition_2_1, _false_statement))
+    monkeypatch.setattr(theorems, "_flows", lambda config: None)
+    with pytest.raises(RuntimeError, match="1 statements failed: pigs fly"):
+        theorems.run(theorems.Config(workdir=str(tmp_path / "run")))
+    table = (tmp_path / "run" / "theorems.md").read_text()
+    assert "pigs fly" in table
+
+
+def _false_statement(_flow):
+    return theorems.Statement("nobody", "pigs fly", "nothing", 1.0, 0.0, False)

@@ -10,7 +10,7 @@ from scipy.integrate import solve_ivp
 from test_losses import random_params
 
 import ncjax
-from ncjax.flow import STEP_LIMIT, STEP_TOO_SMALL, SUCCESS
+from ncjax.flow import BAD_TIMES, STEP_LIMIT, STEP_TOO_SMALL, SUCCESS
 
 
 def sine_params(dtype=np.float64):
@@ -140,6 +140,61 @@ def test_the_step_limit_is_told_and_what_was_reached_is_kept():
     assert np.isnan(flow.log_loss[1])
 
 
+def test_a_small_start_is_followed_from_its_own_scale_on():
+    start = jax.tree.map(lambda leaf: 1e-10 * leaf, random_params(0, 4, 3, 6, 1.0))
+    log_times = [0.0, 1.0, 2.0, 3.0, 5.0, 10.0]
+    flow = ncjax.gradient_flow(start, log_times)
+    tight = ncjax.gradient_flow(start, log_times, rtol=1e-11, atol=1e-21)
+    np.testing.assert_allclose(flow.params.H, tight.params.H, rtol=1e-5)
+
+
+def test_the_origin_stays():
+    start = random_params(0, 4, 3, 6, 0.0)
+    flow = ncjax.gradient_flow(start, [1.0, 10.0])
+    assert int(flow.result) == SUCCESS
+    np.testing.assert_array_equal(flow.params.H, 0)
+
+
+def test_nothing_goes_on_from_a_state_that_was_not_reached():
+    failed = ncjax.gradient_flow(sine_params(), [100.0], max_steps=20)
+    assert np.isnan(failed.final.W).all()
+    on = jax.jit(lambda p: ncjax.gradient_flow(p, [200.0], start_log_time=100.0))
+    assert int(on(failed.final).result) == STEP_TOO_SMALL
+
+
+@pytest.mark.parametrize("log_times", [[20.0, 1.0], [1.0, np.nan], [1.0, np.inf]])
+def test_times_that_are_bad_under_jit_are_told_by_the_code(log_times):
+    flow = jax.jit(lambda t: ncjax.gradient_flow(sine_params(), t))(jnp.array(log_times))
+    assert int(flow.result) == BAD_TIMES
+    assert np.isnan(flow.log_loss).all()
+
+
+def test_record_may_return_integers_booleans_and_numbers():
+    def record(params):
+        return {"argmax": jnp.argmax(params.W), "positive": params.W > 0, "one": 1}
+
+    flow = ncjax.gradient_flow(sine_params(), [1.0, 2.0], record=record)
+    assert flow.recorded["argmax"].dtype == jnp.int64
+    assert flow.recorded["positive"].dtype == jnp.bool_
+    np.testing.assert_array_equal(flow.recorded["one"], [1, 1])
+
+
+def test_half_precision_is_refused():
+    with pytest.raises(ValueError, match="float32 or float64, got bfloat16"):
+        ncjax.gradient_flow(sine_params(jnp.bfloat16), [1.0])
+
+
+@pytest.mark.slow
+def test_the_flow_goes_far_beyond_double_exponents():
+    flow = ncjax.gradient_flow(sine_params(), [1e5])
+    assert int(flow.result) == SUCCESS
+    optimum = 3 * np.sqrt(3)
+    size = float(ncjax.squared_norm(flow.final))
+    assert size / 1e5 == pytest.approx(2 * optimum, rel=1e-3)
+    metrics = ncjax.collapse_metrics(flow.final)
+    assert float(metrics.centred_self_duality) < 1e-5
+
+
 def test_jit_vmap_and_loop_agree():
     starts = [random_params(seed, 3, 2, 4, 0.5) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
@@ -240,8 +295,8 @@ def test_descent_maps_over_seeds():
         ({"log_times": [1.0, np.nan]}, "log_times must be numbers below infinity"),
         ({"log_times": [1.0, np.inf]}, "log_times must be numbers below infinity"),
         ({"start_log_time": 2.0}, "must not lie before start_log_time = 2.0, got 1.0"),
-        ({"rtol": 0.0}, "rtol must be positive, got 0.0"),
-        ({"atol": -1.0}, "atol must be positive, got -1.0"),
+        ({"rtol": 0.0}, "rtol must be positive and finite, got 0.0"),
+        ({"atol": -1.0}, "atol must be positive and finite, got -1.0"),
         ({"max_steps": 0}, "max_steps must be an integer of at least 1, got 0"),
         ({"params": None}, r"expected ncjax.Params\(W, H\), got NoneType"),
     ],
@@ -263,6 +318,7 @@ def test_nan_in_params_is_refused_before_the_solve():
     [
         ({"step_size": 0.0}, "step_size must be positive and finite, got 0.0"),
         ({"step_size": math.inf}, "step_size must be positive and finite, got inf"),
+        ({"num_steps": 2**31}, r"num_steps must be below 2\*\*31"),
         ({"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
         ({"num_steps": 2.5}, "num_steps must be an integer of at least 1, got 2.5"),
         ({"save_steps": [3, 3]}, "save_steps must be strictly increasing integers"),

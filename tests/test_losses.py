@@ -127,6 +127,15 @@ def test_log_softplus_and_its_derivative_over_the_whole_line(dtype):
     np.testing.assert_allclose(slope, truth_slope, rtol=40 * eps)
 
 
+def test_a_common_offset_of_the_classifier_costs_no_digits():
+    params = random_params(0, 4, 3, 6, 1.0, np.float32)
+    moved = params._replace(W=params.W + 1e4)
+    exact = params._replace(W=(moved.W - moved.W[:1]))
+    np.testing.assert_allclose(
+        ncjax.log_cross_entropy(moved), ncjax.log_cross_entropy(exact), rtol=1e-6
+    )
+
+
 def test_vmap_agrees_with_a_loop():
     many = [random_params(seed, 3, 2, 4, 1.0) for seed in range(5)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *many)
