@@ -82,7 +82,7 @@ def test_summary_says_what_was_found(finished):
 
 def test_a_folder_that_holds_a_run_is_refused_then_replaced_if_asked(finished):
     before = (finished / "metrics.csv").read_bytes()
-    with pytest.raises(ValueError, match="holds a run already .*: give --overwrite"):
+    with pytest.raises(ValueError, match=r"holds a run already .*: give --overwrite"):
         ulpm_flow.run(small(finished))
     assert (finished / "metrics.csv").read_bytes() == before
     ulpm_flow.run(small(finished, overwrite=True))
