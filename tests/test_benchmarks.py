@@ -37,7 +37,7 @@ def test_pyhessian_is_given_the_same_loss(tmp_path):
         loss = criterion(model(x), labels)
         data = () if problem.batch is None else (problem.batch,)
         expected = float(problem.fn(problem.params, *data))
-        np.testing.assert_allclose(float(loss), expected, rtol=1e-12)
+        np.testing.assert_allclose(float(loss.detach()), expected, rtol=1e-12)
         # Same order of parameters, so that its vectors can be measured.
         flat = torch.cat([p.ravel() for p in model.parameters()]).detach().numpy()
         np.testing.assert_array_equal(flat, ravel_pytree(problem.params)[0])
