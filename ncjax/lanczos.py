@@ -24,6 +24,9 @@ _LOCK = 0.1
 # A fresh start has found nothing new once the residual of its best Ritz value is below
 # this share of the distance to the eigenvalues already found.
 _CLEAR = 0.1
+# Up to this length XLA's product of a float32 matrix and a vector on the CPU is off by
+# 1e-6 at most, which the second pass of Gram-Schmidt puts right.
+_WIDE = 2**15
 
 
 class EigenPairs(NamedTuple):
@@ -278,14 +281,19 @@ def _restart(krylov: _Krylov, theta, rotation, count: int, fresh) -> tuple[_Kryl
 def _orthogonalise(basis: Array, vector: Array) -> tuple[Array, Array]:
     """Part of `vector` (D,) orthogonal to the rows of `basis`, and its coefficients.
 
-    Classical Gram-Schmidt, twice: once more than that changes nothing. One dot product
-    per row: in float32, XLA's product of a wide matrix and a vector on the CPU is off by
-    1e-3 at D = 1e7 where its dot product is exact to rounding.
+    Classical Gram-Schmidt, twice: once more than that changes nothing. In float32 one dot
+    product per row where these are long: XLA's product of a wide matrix and a vector on
+    the CPU is off by 1e-3 at D = 1e7 where its dot product is exact to rounding.
+    Elsewhere the product, which reads the basis at twice the speed or better.
     """
     coefficients = jnp.zeros(len(basis), vector.dtype)
+    by_row = vector.dtype == jnp.float32 and len(vector) > _WIDE
     for _ in range(2):
-        row_dot = partial(jnp.dot, vector, precision="highest")
-        change = jax.lax.map(row_dot, basis)
+        if by_row:
+            row_dot = partial(jnp.dot, vector, precision="highest")
+            change = jax.lax.map(row_dot, basis)
+        else:
+            change = jnp.matmul(basis, vector, precision="highest")
         vector = vector - jnp.matmul(change, basis, precision="highest")
         coefficients = coefficients + change
     return vector, coefficients

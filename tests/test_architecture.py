@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "ncjax").glob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 MAY_IMPORT = {
     "types": set(),
@@ -59,13 +60,13 @@ def test_experiments_share_only_their_glue(path):
     assert all(name.startswith("_") for name in shared)
 
 
-@pytest.mark.parametrize("path", LIBRARY + EXPERIMENTS, ids=ids)
+@pytest.mark.parametrize("path", LIBRARY + EXPERIMENTS + BENCHMARKS, ids=ids)
 def test_no_private_or_experimental_jax(path):
     private = [n for n in imported(path) if n.startswith(("jax._src", "jax.experimental"))]
     assert private == []
 
 
-@pytest.mark.parametrize("path", LIBRARY + EXPERIMENTS, ids=ids)
+@pytest.mark.parametrize("path", LIBRARY + EXPERIMENTS + BENCHMARKS, ids=ids)
 def test_jax_is_configured_on_the_command_line_only(path):
     assert path.stem == "_cli" or "config.update(" not in path.read_text().replace(
         "jax.config.update('jax_enable_x64', True)", ""

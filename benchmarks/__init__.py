@@ -1,0 +1,1 @@
+"""Timings of ncjax against its peers, each run in one process."""
