@@ -220,6 +220,28 @@ def test_float32_stays_float32_and_near_float64():
     assert (error < 1e-5).all()
 
 
+@pytest.mark.slow
+def test_float32_on_the_starts_of_the_default_run():
+    keys = jax.random.split(jax.random.key(0), 32)
+    starts = jax.vmap(lambda k: ncjax.init_params(k, 10, 5, 20, dtype=jnp.float32))(keys)
+    log_times = np.concatenate([[-1.0, 0.5, 0.9], np.geomspace(1.5, 1000, 25)])
+
+    def one(start):
+        flow = ncjax.gradient_flow(start, log_times)
+        return flow.params, jax.vmap(ncjax.collapse_metrics)(flow.params)
+
+    run = jax.jit(jax.vmap(one))
+    states, metrics = run(starts)
+    truth, expected = run(jax.tree.map(lambda leaf: leaf.astype(jnp.float64), starts))
+    got, exact = (np.asarray(p.H).reshape(32, 28, -1) for p in (states, truth))
+    error = np.linalg.norm(got - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
+    assert error.max() < 1e-5
+    for name, value in metrics._asdict().items():
+        right = np.asarray(getattr(expected, name))
+        if name not in ("accuracy", "ncc_mismatch"):
+            assert (np.abs(np.asarray(value) - right) < 5e-5 * right + 5e-6).all(), name
+
+
 def test_a_start_with_huge_wrong_margins_recovers():
     start = jax.tree.map(lambda leaf: 1e2 * leaf, sine_params())
     flow = ncjax.gradient_flow(start, [-20.0, 100.0])

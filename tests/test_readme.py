@@ -34,9 +34,11 @@ def test_what_the_map_names_exists(path, name):
 def test_the_example_runs(capsys):
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     exec(compile(example, "README.md", "exec"), {})
-    duality, cdnv = map(float, capsys.readouterr().out.split())
-    assert duality < 1e-3
-    assert cdnv < 0.01
+    duality, verdict, eigenvalues, cdnv = capsys.readouterr().out.splitlines()
+    assert float(duality) < 1e-3
+    assert verdict == "globally optimal direction"
+    assert min(map(float, eigenvalues.strip("[]").split())) > -1e-3
+    assert float(cdnv) < 0.01
 
 
 def test_links_to_files_lead_somewhere():
