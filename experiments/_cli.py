@@ -74,7 +74,12 @@ def _main(config_class, run, name, argv) -> int:
     )
     try:
         config = parse(config_class, argv)
-        set_up_jax()
+        set_up_jax(
+            getattr(config, "cpu_devices", 0),
+            getattr(config, "coordinator", ""),
+            getattr(config, "num_processes", 1),
+            getattr(config, "process_id", 0),
+        )
         run(config)
     except (flags.Error, ValueError) as error:
         return _fail(error, 2)
@@ -90,10 +95,34 @@ def _fail(error: Exception, code: int) -> int:
     return code
 
 
-def set_up_jax() -> None:
-    """Float64 at hand, and one CPU device for each core so that seeds can share them."""
+def set_up_jax(
+    cpu_devices: int = 0, coordinator: str = "", num_processes: int = 1, process_id: int = 0
+) -> None:
+    """Float64 at hand, CPU devices, and the other processes of the run, if there are any.
+
+    Args:
+      cpu_devices: what JAX is to split the CPU into; 0 for one for each core, so that
+        seeds can share them.
+      coordinator: host:port of process 0, where there are several.
+      num_processes: of the whole run.
+      process_id: of this one, from 0.
+
+    Raises:
+      ValueError: the settings do not fit together.
+    """
+    if cpu_devices < 0:
+        raise ValueError(f"--cpu_devices must not be negative, got {cpu_devices}")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"--process_id must lie in [0, {num_processes}), the number of processes, got "
+            f"{process_id}"
+        )
+    if (num_processes > 1) != bool(coordinator):
+        raise ValueError("--coordinator=HOST:PORT and --num_processes go together")
     jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_num_cpu_devices", _cores())
+    jax.config.update("jax_num_cpu_devices", cpu_devices or _cores())
+    if num_processes > 1:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
 
 
 def _cores() -> int:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,11 @@ import numpy as np
 CONFIG = "config.json"
 CHECKPOINT = "checkpoint.npz"
 _SETTINGS = "settings"
+# Flags that say where and on what to run, not what.
+_HANDLING = (
+    *("workdir", "overwrite", "resume", "data_dir"),
+    *("cpu_devices", "coordinator", "num_processes", "process_id"),
+)
 SUMMARY = "summary.json"  # written last: a folder that holds it holds a finished run
 
 
@@ -32,8 +38,7 @@ def workdir(config: Any, name: str) -> str:
 
 def settings(config: Any) -> dict[str, Any]:
     """The part of a config dataclass that determines the results."""
-    handling = ("workdir", "overwrite", "resume")
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in handling}
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in _HANDLING}
 
 
 def open_run(
@@ -79,9 +84,17 @@ def open_run(
         )
     else:
         for name in held:
-            (folder / name).unlink()
+            _remove(folder / name)
         write_json(folder / CONFIG, {"config": dict(config)} | provenance())
     return folder
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all that it holds."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def is_finished(folder: Path) -> bool:
@@ -125,9 +138,9 @@ def resume_command(config: Any, folder: Path) -> str:
     return " ".join(["python -m", _module_name(), *flags])
 
 
-def provenance() -> dict[str, Any]:
-    """Command, date, versions and device of a run."""
-    packages = ("ncjax", "jax", "jaxlib", "diffrax", "numpy")
+def provenance(*others: str) -> dict[str, Any]:
+    """Command, date, versions (of `others` too) and device of a run."""
+    packages = ("ncjax", "jax", "jaxlib", "diffrax", "numpy", *others)
     return {
         "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -1,7 +1,8 @@
 """ncjax: the theory of neural collapse in JAX.
 
 The unconstrained layer-peeled model of Ji, Lu, Zhang, Deng and Su (ICLR 2022) as pure
-functions: losses, exact gradient flow, collapse metrics.
+functions: losses, exact gradient flow, collapse metrics. Networks that are trained to
+collapse live in `ncjax.models`, `ncjax.data` and `ncjax.train`, imported by name.
 """
 
 from ncjax import measures as measures
@@ -29,6 +30,9 @@ from ncjax.losses import log_cross_entropy as log_cross_entropy
 from ncjax.metrics import CollapseMetrics as CollapseMetrics
 from ncjax.metrics import collapse_metrics as collapse_metrics
 from ncjax.metrics import collapse_metrics_from_features as collapse_metrics_from_features
+from ncjax.peeling import LastLayer as LastLayer
+from ncjax.peeling import last_layer as last_layer
+from ncjax.peeling import peel as peel
 from ncjax.separation import KKT as KKT
 from ncjax.separation import VERDICTS as VERDICTS
 from ncjax.separation import Certificate as Certificate

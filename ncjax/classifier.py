@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ncjax import measures, statistics
+from ncjax.losses import softmax_cross_entropy
 from ncjax.metrics import check_features
 from ncjax.types import Array
 
@@ -64,13 +65,10 @@ def mean_cross_entropy(
 ) -> Array:
     r"""$\tfrac1N \sum_i \log(1 + \sum_{k \ne y_i} e^{z_{ik} - z_{i, y_i}})$, a scalar.
 
-    In margin form, which keeps the digits of small losses.
+    As `ncjax.losses.softmax_cross_entropy`, which keeps the digits of small losses.
     """
     features, labels, W, b = _classified(features, labels, W, b)
-    logits = _logits(features, W, b)
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    others = _others(labels, W.shape[0])
-    return jnp.mean(jax.nn.softplus(jax.nn.logsumexp(logits - own, axis=1, where=others)))
+    return jnp.mean(softmax_cross_entropy(_logits(features, W, b), labels))
 
 
 def mean_squared_error(

@@ -1,4 +1,4 @@
-"""Cross entropy of the layer-peeled model, in margin form, at any norm."""
+"""Cross entropy in margin form: of the layer-peeled model at any norm, and of a network."""
 
 import jax
 import jax.numpy as jnp
@@ -94,3 +94,29 @@ def _log_odds_of_error(params: Params) -> Array:
     own = jnp.einsum("kid,kd->ki", H, W, precision="highest")
     others = ~jnp.eye(W.shape[0], dtype=bool)[:, None, :]
     return jax.nn.logsumexp(logits - own[..., None], axis=-1, where=others)
+
+
+def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
+    r"""Cross entropy of a network's logits, sample by sample.
+
+    $$\ell_a = \log\Bigl(1 + \sum_{j \ne y_a} e^{z_{aj} - z_{a y_a}}\Bigr)$$
+
+    In margin form, whose value and gradient keep their digits where margins are large, as
+    they are long after the training error is zero.
+
+    Args:
+      logits: (N, K) floating.
+      labels: (N,) integers in [0, K).
+
+    Returns:
+      (N,) array.
+
+    >>> import jax.numpy as jnp
+    >>> from ncjax import losses
+    >>> far = losses.softmax_cross_entropy(jnp.array([[40.0, 0.0]]), jnp.array([0]))
+    >>> bool(abs(far[0] / jnp.exp(-40.0) - 1) < 1e-5)
+    True
+    """
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    others = labels[:, None] != jnp.arange(logits.shape[1], dtype=labels.dtype)[None]
+    return jax.nn.softplus(jax.nn.logsumexp(logits - own, axis=1, where=others))

@@ -1,6 +1,6 @@
 """Figures of the paper, over the iterated logarithm of time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ _MEANS, _CLASSIFIER, _SHADE, _GUIDE = "#1b6ca8", "#c8553d", "#ececec", "#8a8a8a"
 _COLOURS = (_MEANS, _CLASSIFIER, "#5b8c5a")
 _EXPONENTS = (1, 2, 4, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000, 300_000)
 _MOST_TICKS = 9
+_EPOCHS = (2, 3, 5, 10, 20, 50, 100, 200, 350, 500, 1000, 2000, 5000, 10_000)
 
 
 class Curve(NamedTuple):
@@ -43,6 +44,16 @@ class Panel(NamedTuple):
     title: str
     curves: Sequence[Curve]
     guide: int = 1  # exponent p of the dotted line (log t)^-p beside the first curve
+    scale: str = "log"  # of the vertical axis
+
+
+class Ruler(NamedTuple):
+    """The horizontal axis: log log of time."""
+
+    x: np.ndarray  # (T,) increasing
+    ticks: Sequence[float]
+    tick_labels: Sequence[str]
+    label: str
 
 
 def collapse_panels(metrics: Mapping[str, np.ndarray]) -> list[Panel]:
@@ -83,6 +94,43 @@ def collapse_panels(metrics: Mapping[str, np.ndarray]) -> list[Panel]:
     ]
 
 
+def training_panels(
+    train: Mapping[str, np.ndarray], test: Mapping[str, np.ndarray]
+) -> list[Panel]:
+    """How a network trains: error, loss, margins and alignment of its last layer.
+
+    Args:
+      train: fields of `ncjax.CollapseMetrics` and `ncjax.LastLayer` by name, each (S, T)
+        for S seeds, on the training set.
+      test: the same on the test set, or empty.
+    """
+
+    def both(of: Callable[[Mapping[str, np.ndarray]], np.ndarray]) -> list[Curve]:
+        curves = [Curve(of(train), "training set", _MEANS, width=2.4)]
+        return [*curves, Curve(of(test), "test set", _CLASSIFIER)] if test else curves
+
+    def error(metrics):
+        wrong = 1 - metrics["accuracy"]
+        return np.where(wrong > 0, wrong, np.nan)
+
+    return [
+        Panel("(a) share misclassified, not drawn where zero", both(error)),
+        Panel("(b) mean cross entropy", both(lambda metrics: metrics["loss"])),
+        Panel(
+            "(c) least margin over the largest possible",
+            [
+                Curve(train["margin_ratio"], "at the norm |Z|", _MEANS, width=2.4),
+                Curve(train["balanced_margin_ratio"], "at the norms |W|, |H|", _CLASSIFIER),
+            ],
+            scale="linear",
+        ),
+        Panel(
+            r"(d) KKT angle of the last layer: $\sqrt{1-\beta^2}$",
+            [Curve(train["kkt_angle"], "training set", _MEANS)],
+        ),
+    ]
+
+
 def figure_over_log_log_t(
     log_times: np.ndarray,
     panels: Sequence[Panel],
@@ -100,24 +148,76 @@ def figure_over_log_log_t(
     """
     shown = log_times > 1
     x = np.log(log_times[shown])
+    powers = [p for p in _EXPONENTS if x[0] <= np.log(p * np.log(10)) <= x[-1]]
+    powers = powers[:: -(-len(powers) // _MOST_TICKS)] if powers else []
+    ruler = Ruler(
+        x,
+        [float(np.log(p * np.log(10))) for p in powers],
+        ["10" if p == 1 else f"$10^{{{p}}}$" for p in powers],
+        r"time $t$ (axis: $\log\,\log\,t$)",
+    )
+    edge = None if reach is None else float(np.log(reach))
+    return _four_panels(ruler, _cut(panels, shown), edge, reach_label)
+
+
+def figure_over_log_log_epochs(
+    epochs: np.ndarray, panels: Sequence[Panel], *, until: int | None = None
+) -> Figure:
+    """Panels over log log of the epoch, as in the figures of networks in the paper.
+
+    Args:
+      epochs: (T,) of which those from 2 on are drawn.
+      panels: four of them.
+      until: first epoch with no training error, up to which the background is shaded.
+    """
+    shown = epochs >= 2
+    x = np.log(np.log(epochs[shown]))
+    ticks = [epoch for epoch in _EPOCHS if epoch <= epochs[-1]]
+    ruler = Ruler(
+        x,
+        [float(np.log(np.log(epoch))) for epoch in ticks],
+        [str(epoch) for epoch in ticks],
+        r"epoch (axis: $\log\,\log$)",
+    )
+    edge = float(np.log(np.log(until))) if until and until >= 2 else None
+    note = "shaded: before the training error is zero for good" if edge else ""
+    return _four_panels(ruler, _cut(panels, shown), edge, note)
+
+
+def _cut(panels: Sequence[Panel], shown: np.ndarray) -> list[Panel]:
+    """Panels at the times shown alone."""
+    return [
+        panel._replace(
+            curves=[curve._replace(values=curve.values[:, shown]) for curve in panel.curves]
+        )
+        for panel in panels
+    ]
+
+
+def _four_panels(
+    ruler: Ruler, panels: Sequence[Panel], edge: float | None, note: str
+) -> Figure:
+    """Four panels over one ruler, shaded up to `edge`."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(7.2, 5.2), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True).ravel()
         for axis, panel in zip(axes, panels, strict=True):
             for curve in panel.curves:
-                _draw(axis, x, curve._replace(values=curve.values[:, shown]))
-            _draw_guide(axis, x, panel.curves[0].values[:, shown], panel.guide)
-            _finish(axis, panel, x, reach)
+                _draw(axis, ruler.x, curve)
+            _draw_guide(axis, ruler.x, panel.curves[0].values, panel.guide)
+            _finish(axis, panel, ruler, edge)
         for axis in axes[2:]:
-            axis.set_xlabel(r"time $t$ (axis: $\log\,\log\,t$)")
-        if reach is not None:
-            figure.text(0.5, -0.03, reach_label, ha="center", fontsize=8.5, color="#555555")
+            axis.set_xlabel(ruler.label)
+        if edge is not None:
+            figure.text(0.5, -0.03, note, ha="center", fontsize=8.5, color="#555555")
     return figure
 
 
 def _draw(axis: Axes, x: np.ndarray, curve: Curve) -> None:
     """Median and band between the quartiles, over the seeds that got there."""
     done = np.isfinite(curve.values).any(axis=0)
+    if not done.any():
+        return
     low, median, high = np.nanquantile(curve.values[:, done], (0.25, 0.5, 0.75), axis=0)
     axis.plot(
         x[done], median, curve.style, color=curve.colour, lw=curve.width, label=curve.label
@@ -148,19 +248,16 @@ def _draw_guide(axis: Axes, x: np.ndarray, values: np.ndarray, exponent: int) ->
     )
 
 
-def _finish(axis: Axes, panel: Panel, x: np.ndarray, reach: float | None) -> None:
+def _finish(axis: Axes, panel: Panel, ruler: Ruler, edge: float | None) -> None:
     """Scales, ticks, shade, legend."""
-    axis.set_yscale("log")
+    axis.set_yscale(panel.scale)
     axis.set_title(panel.title, loc="left")
-    axis.set_xlim(x[0], x[-1])
-    ticks = [p for p in _EXPONENTS if x[0] <= np.log(p * np.log(10)) <= x[-1]]
-    ticks = ticks[:: -(-len(ticks) // _MOST_TICKS)] if ticks else []
-    labels = ["10" if p == 1 else f"$10^{{{p}}}$" for p in ticks]
-    axis.set_xticks([np.log(p * np.log(10)) for p in ticks], labels)
+    axis.set_xlim(ruler.x[0], ruler.x[-1])
+    axis.set_xticks(ruler.ticks, ruler.tick_labels)
     axis.grid(visible=True, axis="y", lw=0.4, color="#dddddd")
     axis.set_axisbelow(True)
-    if reach is not None:
-        axis.axvspan(x[0], min(np.log(reach), x[-1]), color=_SHADE, lw=0, zorder=0)
+    if edge is not None:
+        axis.axvspan(ruler.x[0], min(edge, ruler.x[-1]), color=_SHADE, lw=0, zorder=0)
     if len(panel.curves) > 1:
         axis.legend(loc="lower left")
 

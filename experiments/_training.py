@@ -1,0 +1,542 @@
+"""A network trained far past zero error, its collapse measured on the way.
+
+Shared by the experiments that train: flags, the loop with progress, checkpoints and
+interruption, the run folder.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+import ncjax
+from experiments import _cli, _runs
+from ncjax import checkpoint, data, models, plotting, train
+from ncjax.peeling import LastLayer
+
+METRICS_FILE = "metrics.csv"
+CHECKPOINTS = "checkpoints"
+_TENSORBOARD = "tensorboard"
+OUTPUTS = (
+    *(METRICS_FILE, CHECKPOINTS, _TENSORBOARD, "collapse.csv", "collapse.md"),
+    *("collapse.png", "collapse.pdf", "training.png", "training.pdf"),
+)
+_PACKAGES = ("flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
+SCHEDULES = ("constant", "step")
+DTYPES = ("auto", "float32", "bfloat16")
+# Figures are drawn anew after so many seconds at the earliest.
+_FIGURE_SECONDS = 20.0
+# Measured, but not expected to fall to zero.
+_NOT_FALLING = (
+    *("accuracy", "loss", "log_loss", "least_margin"),
+    *("margin_ratio", "balanced_margin_ratio"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Flags that all training experiments share."""
+
+    dataset: str = _cli.flag("digits", "digits (needs no network), or a set of TFDS")
+    train_split: str = _cli.flag("train", "such as 'train[:20%]', or 'test' of kmnist")
+    test_split: str = _cli.flag("test", "measured too, never trained on; empty for none")
+    data_dir: str = _cli.flag("", "of TFDS; if empty, TFDS_DATA_DIR or its default")
+    per_class: int = _cli.flag(0, "first n training images of each class; 0 for all")
+    image_size: int = _cli.flag(0, "pad images with zeros to this size, in pixels")
+    augment: bool = _cli.flag(False, "shift and mirror training images")
+    model: str = _cli.flag("mlp", f"one of {', '.join(models.MODELS)}")
+    width: float = _cli.flag(1.0, "multiplies all channels")
+    use_bias: bool = _cli.flag(True, "bias of the classifier")
+    compute_dtype: str = _cli.flag(
+        "auto", "float32, bfloat16, or auto: bfloat16 on accelerators"
+    )
+    epochs: int = _cli.flag(100, "passes over the training set")
+    batch_size: int = _cli.flag(128, "images in a step, over all devices")
+    learning_rate: float = _cli.flag(0.05, "of stochastic gradient descent")
+    momentum: float = _cli.flag(0.9, "of stochastic gradient descent")
+    weight_decay: float = _cli.flag(0.0, "on all parameters")
+    schedule: str = _cli.flag(
+        "constant", "or step: learning rate / 10 after 1/3 and 2/3 of the epochs"
+    )
+    seed: int = _cli.flag(0, "of the initial weights and of the order of the images")
+    seeds: int = _cli.flag(1, "networks trained side by side, from one seed")
+    measurements: int = _cli.flag(30, "epochs measured, evenly spaced in log log epoch")
+    checkpoint_every: int = _cli.flag(10, "epochs between checkpoints, at most")
+    workdir: str = _cli.flag("", "run folder; if empty, a new one under runs/")
+    overwrite: bool = _cli.flag(False, "replace the run that workdir holds")
+    resume: bool = _cli.flag(False, "go on with the run that workdir holds")
+    cpu_devices: int = _cli.flag(1, "JAX devices that a CPU is split into; 1 is fastest")
+    coordinator: str = _cli.flag("", "host:port of process 0, if there are several")
+    num_processes: int = _cli.flag(1, "processes that train together")
+    process_id: int = _cli.flag(0, "of this process, from 0")
+
+
+class Setup(NamedTuple):
+    """What a config stands for, before anything is trained."""
+
+    model: Any
+    train_set: data.Dataset
+    test_set: data.Dataset | None
+    mean: np.ndarray
+    deviation: np.ndarray
+
+
+def run(config: Config, name: str, options: Mapping[str, Any]) -> Path:
+    """Train, measure, and return the run folder.
+
+    Writes config.json, metrics.csv (a row per measured epoch, split and seed), collapse.csv
+    and .md (metrics at zero training error and at the end), collapse and training as .png
+    and .pdf, checkpoints/, tensorboard/ and, last, summary.json.
+
+    Args:
+      config: the flags.
+      name: of the experiment.
+      options: of the network, beside width, bias and dtype.
+
+    Raises:
+      ValueError: a setting is out of range, the data do not fit or the folder cannot be
+        used; before anything is compiled.
+      OSError: the data cannot be read.
+      RuntimeError: training diverged.
+    """
+    check(config)
+    setup = set_up(config, options)
+    folder = _open(config, name)
+    if _runs.is_finished(folder):
+        print(f"nothing to resume, the run is finished\n{folder}")
+        return folder
+    begun = time.perf_counter()
+    with _Interruption() as interruption:
+        rows = _Loop(config, setup, folder).run(interruption)
+    if is_primary():
+        _finish(config, setup, folder, rows, time.perf_counter() - begun)
+    return folder
+
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("epochs", "batch_size", "seeds", "measurements", "checkpoint_every"),
+        (lambda value: value >= 1, "be at least 1"),
+    ),
+    **dict.fromkeys(
+        ("per_class", "image_size"), (lambda value: value >= 0, "not be negative")
+    ),
+    "learning_rate": (lambda value: 0 < value < math.inf, "be positive and finite"),
+    "momentum": (lambda value: 0 <= value < 1, "lie in [0, 1)"),
+    "weight_decay": (lambda value: 0 <= value < math.inf, "be finite and not negative"),
+    "seed": (lambda value: 0 <= value < 2**63, "lie in [0, 2**63)"),
+    "schedule": (SCHEDULES.__contains__, f"be one of {', '.join(SCHEDULES)}"),
+    "compute_dtype": (DTYPES.__contains__, f"be one of {', '.join(DTYPES)}"),
+}
+
+
+def check(config: Config) -> None:
+    """Raise ValueError for a setting out of range, before any work."""
+    for name, (holds, bound) in _RANGES.items():
+        value = getattr(config, name)
+        if not holds(value):
+            raise ValueError(f"--{name} must {bound}, got {value!r}")
+    if config.batch_size % jax.device_count():
+        raise ValueError(
+            f"--batch_size must be a multiple of the {jax.device_count()} devices, got "
+            f"{config.batch_size}"
+        )
+    if config.num_processes > 1 and not config.workdir:
+        raise ValueError("several processes need one --workdir, on a disk that they share")
+
+
+def set_up(config: Config, options: Mapping[str, Any]) -> Setup:
+    """Network and data, once they fit together.
+
+    Raises:
+      ValueError: they do not.
+      OSError: the data cannot be read.
+    """
+    dtype = config.compute_dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    model_options = {"width": config.width, "use_bias": config.use_bias, **options}
+    models.build(config.model, 2, **model_options)  # a bad name is told before reading
+    train_set = _load(config, config.train_split, config.per_class)
+    test_set = _load(config, config.test_split, 0) if config.test_split else None
+    if test_set and test_set.images.shape[1:] != train_set.images.shape[1:]:
+        raise ValueError(
+            f"training images are {train_set.images.shape[1:]} but test images "
+            f"{test_set.images.shape[1:]}"
+        )
+    if config.batch_size > len(train_set.labels):
+        raise ValueError(
+            f"--batch_size is {config.batch_size} but --train_split={config.train_split} "
+            f"has {len(train_set.labels)} images"
+        )
+    model = models.build(
+        config.model, train_set.num_classes, dtype=jnp.dtype(dtype), **model_options
+    )
+    models.abstract_variables(model, train_set.images.shape[1:])
+    return Setup(model, train_set, test_set, *data.channel_statistics(train_set.images))
+
+
+def _load(config: Config, split: str, per_class: int) -> data.Dataset:
+    """A split with every class in it, padded if asked."""
+    dataset = data.load(config.dataset, split, config.data_dir, per_class=per_class)
+    counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
+    if len(counts) > dataset.num_classes or not counts.all():
+        missing = np.flatnonzero(counts == 0).tolist()
+        raise ValueError(
+            f"every class needs an image, but {split!r} of {config.dataset} has none of "
+            f"{missing}"
+        )
+    if config.image_size:
+        dataset = dataset._replace(images=data.pad_to(dataset.images, config.image_size))
+    return dataset
+
+
+def is_primary() -> bool:
+    """Whether this process writes and prints: the first one."""
+    return jax.process_index() == 0
+
+
+def _open(config: Config, name: str) -> Path:
+    """The run folder, made by the first process."""
+    if not is_primary():
+        return Path(config.workdir)
+    return _runs.open_run(
+        _runs.workdir(config, name),
+        _runs.settings(config),
+        OUTPUTS,
+        overwrite=config.overwrite,
+        resume=config.resume,
+    )
+
+
+class _Interruption:
+    """Ctrl-C and SIGTERM as a wish, met after the epoch; a second one is met at once."""
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.wished = False
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._wish) for s in self._SIGNALS}
+        return self
+
+    def _wish(self, number, frame):
+        if self.wished:
+            raise KeyboardInterrupt
+        self.wished = True
+        tqdm.write(
+            "interrupted: saving after this epoch; once more to stop now", sys.stderr
+        )
+
+    def __exit__(self, *_):
+        for number, handler in getattr(self, "_before", {}).items():
+            signal.signal(number, handler)
+
+
+def measured_epochs(epochs: int, count: int) -> list[int]:
+    """About `count` epochs from 1 to `epochs`, evenly spaced in log log, both ends in."""
+    if epochs <= count:
+        return list(range(1, epochs + 1))
+    low, high = math.log(math.log(2)), math.log(math.log(epochs))
+    spaced = np.exp(np.exp(np.linspace(low, high, max(count - 1, 1))))
+    return sorted({1, epochs, *np.rint(spaced).astype(int).tolist()})
+
+
+class _Loop:
+    """The training loop: compiled functions, rows, and what is written on the way."""
+
+    def __init__(self, config: Config, setup: Setup, folder: Path):
+        self.config, self.setup, self.folder = config, setup, folder
+        self.mesh = Mesh(np.asarray(jax.devices()), (train.AXIS,))
+        self.everywhere = NamedSharding(self.mesh, PartitionSpec())
+        self.optimiser = _optimiser(config, len(setup.train_set.labels))
+        self.sets = {
+            name: train.on_device(part, setup.mean, setup.deviation, self.mesh)
+            for name, part in (("train", setup.train_set), ("test", setup.test_set))
+            if part is not None
+        }
+        self.keys = jax.random.split(jax.random.key(config.seed), config.seeds)
+        self._compile()
+        self.rows: list[dict[str, Any]] = []
+        self.drawn = -math.inf
+
+    def _compile(self) -> None:
+        """Jitted functions of one network, or of all seeds at once."""
+        model, mesh = self.setup.model, self.mesh
+        epoch = train.make_epoch(
+            model,
+            self.optimiser,
+            batch_size=self.config.batch_size,
+            mesh=mesh,
+            augment=self.config.augment,
+        )
+        forward = train.make_forward(model, mesh)
+        if self.config.seeds > 1:
+            epoch = jax.vmap(epoch, in_axes=(0, None, 0))
+            forward = jax.vmap(forward, in_axes=(0, None, None))
+        self.epoch = jax.jit(epoch, donate_argnums=0, out_shardings=self.everywhere)
+        self.forward = jax.jit(forward, out_shardings=self.everywhere)
+
+    def _keys_of(self, epoch: int) -> jax.Array:
+        """The key of an epoch, for each seed where there are several; 0 is the start."""
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, epoch))(self.keys)
+        return keys if self.config.seeds > 1 else keys[0]
+
+    def _start(self) -> train.TrainState:
+        """Freshly drawn, for each seed where there are several."""
+        shape = self.setup.train_set.images.shape[1:]
+
+        def one(key):
+            return train.init_state(self.setup.model, self.optimiser, shape, key)
+
+        draw = jax.vmap(one) if self.config.seeds > 1 else one
+        return jax.jit(draw, out_shardings=self.everywhere)(self._keys_of(0))
+
+    def run(self, interruption: _Interruption) -> list[dict[str, Any]]:
+        """All epochs that are left; the rows of metrics.csv.
+
+        Raises:
+          KeyboardInterrupt: after saving, where that was wished.
+          RuntimeError: the loss of every seed is NaN or infinite.
+        """
+        config = self.config
+        with contextlib.ExitStack() as stack:
+            checkpoints = checkpoint.Checkpoints(self.folder / CHECKPOINTS)
+            stack.callback(checkpoints.close)
+            state, done = self._restore(checkpoints)
+            events = self._events(stack)
+            bar = stack.enter_context(self._bar(done))
+            to_measure = set(measured_epochs(config.epochs, config.measurements))
+            for epoch in range(done + 1, config.epochs + 1):
+                state, log = self.epoch(state, self.sets["train"], self._keys_of(epoch))
+                log = _on_host(log)
+                self._check_finite(log, epoch)
+                bar.set_postfix(
+                    loss=f"{log.loss.mean():.3g}", accuracy=f"{log.accuracy.mean():.4f}"
+                )
+                bar.update()
+                _write_events(events, epoch, log._asdict())
+                if epoch in to_measure:
+                    self._measure(state, epoch, events)
+                stop = self._agreed(interruption.wished) and epoch < config.epochs
+                if stop or epoch in to_measure or epoch % config.checkpoint_every == 0:
+                    checkpoints.save(epoch, state)
+                if stop:
+                    bar.close()
+                    self._leave(epoch)
+        return self.rows
+
+    def _restore(self, checkpoints) -> tuple[train.TrainState, int]:
+        """The state to go on from, and the epochs behind it."""
+        state = self._start()
+        done = checkpoints.newest() if self.config.resume else None
+        if done is None:
+            return state, 0
+        self.rows = read_rows(self.folder, up_to=done)
+        return checkpoints.restore(state), done
+
+    def _events(self, stack: contextlib.ExitStack) -> SummaryWriter | None:
+        """TensorBoard's writer, in the first process."""
+        if not is_primary():
+            return None
+        events = SummaryWriter(str(self.folder / _TENSORBOARD))
+        stack.callback(events.close)
+        return events
+
+    def _bar(self, done: int) -> tqdm:
+        """Progress in epochs."""
+        return tqdm(
+            total=self.config.epochs,
+            initial=done,
+            desc=f"{self.config.model} on {self.config.dataset}",
+            unit="epoch",
+            disable=not is_primary(),
+        )
+
+    def _leave(self, epoch: int) -> None:
+        """Raise KeyboardInterrupt, saying how to go on."""
+        if is_primary():
+            command = _runs.resume_command(self.config, self.folder)
+            print(f"interrupted after epoch {epoch}; go on with: {command}")
+        raise KeyboardInterrupt
+
+    def _check_finite(self, log: train.EpochLog, epoch: int) -> None:
+        if not np.isfinite(log.loss).any():
+            raise RuntimeError(
+                f"training diverged in epoch {epoch}: the loss is {log.loss}; try a lower "
+                f"--learning_rate than {self.config.learning_rate}"
+            )
+
+    def _agreed(self, wish: bool) -> bool:
+        """Whether any process wishes so; all must leave together."""
+        if jax.process_count() == 1:
+            return wish
+        wishes = np.full(jax.local_device_count(), wish)
+        split = NamedSharding(self.mesh, PartitionSpec(train.AXIS))
+        array = jax.make_array_from_process_local_data(split, wishes)
+        return bool(_on_host(jax.jit(jnp.any, out_shardings=self.everywhere)(array)))
+
+    def _measure(self, state: train.TrainState, epoch: int, events) -> None:
+        """Rows of this epoch, metrics.csv and, now and then, the figures."""
+        for split, dataset in self.sets.items():
+            features = train.extract_features(self.forward, state, dataset)
+            for seed in range(self.config.seeds):
+                measured = self._measure_one(features, dataset, state.params, seed)
+                row = {"epoch": epoch, "split": split, "seed": seed}
+                self.rows.append(row | measured)
+                tags = {f"{split}/{k}": v for k, v in measured.items()}
+                _write_events(events, epoch, tags if seed == 0 else {})
+        if is_primary():
+            _runs.write_rows(self.folder / METRICS_FILE, self.rows)
+            if time.monotonic() - self.drawn > _FIGURE_SECONDS:
+                draw(self.folder, self.rows)
+                self.drawn = time.monotonic()
+
+    def _measure_one(self, features, dataset, params, seed: int) -> dict[str, float]:
+        """Metrics of one seed; NaN where it has diverged."""
+        if self.config.seeds > 1:
+            features = features[seed]
+            params = jax.tree.map(lambda leaf: leaf[seed], params)
+        if not bool(jnp.isfinite(features).all()):
+            names = (*ncjax.CollapseMetrics._fields, *LastLayer._fields)
+            return dict.fromkeys(names, math.nan)
+        return train.measure(features, dataset.labels, params)
+
+
+def _optimiser(config: Config, samples: int):
+    """The optimiser that the flags ask for."""
+    steps = samples // config.batch_size
+    thirds = (config.epochs // 3, 2 * config.epochs // 3)
+    return train.sgd(
+        config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        drops=tuple(e * steps for e in thirds) if config.schedule == "step" else (),
+    )
+
+
+def _on_host(tree):
+    """What the first local device holds, as NumPy arrays."""
+    return jax.tree.map(lambda leaf: np.asarray(train.first_device(leaf)), tree)
+
+
+def _write_events(events, epoch: int, values: Mapping[str, Any]) -> None:
+    """Values to TensorBoard, means over seeds."""
+    if events is None:
+        return
+    for name, value in values.items():
+        events.add_scalar(name, float(np.mean(value)), epoch)
+    events.flush()
+
+
+def read_rows(folder: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
+    """Rows of metrics.csv, of the epochs up to one."""
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return []
+    with path.open() as file:
+        rows = [_typed(row) for row in csv.DictReader(file)]
+    return [row for row in rows if row["epoch"] <= up_to]
+
+
+def _typed(row: Mapping[str, str]) -> dict[str, Any]:
+    kinds = {"epoch": int, "seed": int, "split": str}
+    return {name: kinds.get(name, float)(value) for name, value in row.items()}
+
+
+def columns(rows: Sequence[Mapping[str, Any]], split: str) -> dict[str, np.ndarray]:
+    """Metrics of one split by name, each (S, T) over seeds and measured epochs."""
+    chosen = [row for row in rows if row["split"] == split]
+    seeds = max((row["seed"] for row in chosen), default=-1) + 1
+    names = [name for name in rows[0] if name not in ("split", "seed")]
+    return {
+        name: np.asarray([row[name] for row in chosen], float).reshape(-1, seeds).T
+        for name in names
+        if seeds
+    }
+
+
+def zero_error_epoch(measured: Mapping[str, np.ndarray]) -> int | None:
+    """First measured epoch from which on every seed has no training error."""
+    wrong = np.flatnonzero(~(measured["accuracy"] == 1).all(axis=0))
+    first = wrong[-1] + 1 if wrong.size else 0
+    epochs = measured["epoch"][0]
+    return int(epochs[first]) if first < epochs.size else None
+
+
+def draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The figures of a run: four panels of collapse, and how the training went."""
+    of_train, of_test = columns(rows, "train"), columns(rows, "test")
+    epochs = of_train["epoch"][0]
+    if epochs[-1] < 3:
+        return
+    zero = zero_error_epoch(of_train)
+    figure = plotting.figure_over_log_log_epochs(
+        epochs, plotting.collapse_panels(of_train), until=zero
+    )
+    plotting.save_figure(figure, folder, "collapse")
+    panels = plotting.training_panels(of_train, of_test)
+    figure = plotting.figure_over_log_log_epochs(epochs, panels, until=zero)
+    plotting.save_figure(figure, folder, "training")
+
+
+def _finish(config: Config, setup: Setup, folder: Path, rows, seconds: float) -> None:
+    """Figures, table and, as the sign of the end, summary.json."""
+    draw(folder, rows)
+    of_train, of_test = columns(rows, "train"), columns(rows, "test")
+    zero = zero_error_epoch(of_train)
+    table = _table(of_train, of_test, zero)
+    _runs.write_table(folder / "collapse", table)
+    summary = {
+        "parameters": models.count_parameters(
+            setup.model, setup.train_set.images.shape[1:]
+        ),
+        "training_images": len(setup.train_set.labels),
+        "zero_training_error_from_epoch": zero,
+        "seconds_of_this_process": round(seconds, 1),
+        "metrics": {row["metric"]: row for row in table},
+    }
+    _runs.write_json(folder / _runs.SUMMARY, summary | _runs.provenance(*_PACKAGES))
+    print((folder / "collapse.md").read_text())
+    print(
+        f"zero training error from epoch {zero}" if zero else "training error is not zero"
+    )
+    print(folder)
+
+
+def _table(of_train, of_test, zero: int | None) -> list[dict[str, Any]]:
+    """Each metric at zero training error and at the end: medians over seeds."""
+    epochs = of_train["epoch"][0].astype(int).tolist()
+    at_zero = epochs.index(zero) if zero else None
+    rows = []
+    for name, values in of_train.items():
+        if name == "epoch":
+            continue
+        medians = np.median(values, axis=0)
+        first = math.nan if at_zero is None else float(medians[at_zero])
+        row = {
+            "metric": name,
+            "at_zero_error": first,
+            "at_the_end": float(medians[-1]),
+            "fell": "" if name in _NOT_FALLING else str(bool(medians[-1] < first)),
+        }
+        if of_test:
+            row["test_at_the_end"] = float(np.median(of_test[name][:, -1]))
+        rows.append(row)
+    return rows

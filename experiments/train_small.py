@@ -1,0 +1,27 @@
+"""Small networks, many seeds side by side, trained far past zero error."""
+
+import dataclasses
+from pathlib import Path
+
+from experiments import _cli, _training
+
+NAME = "train_small"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(_training.Config):
+    """Small networks, many seeds side by side, trained far past zero error.
+
+    Example: python -m experiments.train_small --model=convnet --seeds=8
+    """
+
+    model: str = _cli.flag("mlp", "mlp or convnet")
+
+
+def run(config: Config) -> Path:
+    """Run the experiment and return its folder; see `experiments._training.run`."""
+    return _training.run(config, NAME, {})
+
+
+if __name__ == "__main__":
+    _cli.main(Config, run, f"experiments.{NAME}")

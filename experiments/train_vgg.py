@@ -1,0 +1,32 @@
+"""A VGG network trained far past zero error: does it collapse?"""
+
+import dataclasses
+from pathlib import Path
+
+from experiments import _cli, _training
+from ncjax import models
+
+NAME = "train_vgg"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(_training.Config):
+    """A VGG network trained far past zero error: does it collapse?
+
+    Example: python -m experiments.train_vgg --dataset=kmnist
+    """
+
+    model: str = _cli.flag("vgg13", "vgg11, vgg13, vgg16 or vgg19")
+    image_size: int = _cli.flag(
+        models.VGG_LEAST_SIZE, "pad images with zeros to this size; 0 for as they are"
+    )
+    head: str = _cli.flag("linear", "linear, or mlp: two layers of 4096 units before")
+
+
+def run(config: Config) -> Path:
+    """Run the experiment and return its folder; see `experiments._training.run`."""
+    return _training.run(config, NAME, {"head": config.head})
+
+
+if __name__ == "__main__":
+    _cli.main(Config, run, f"experiments.{NAME}")

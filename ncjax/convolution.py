@@ -1,0 +1,208 @@
+r"""Convolution and max pooling, by whichever formula is fast for the shape and platform.
+
+All compute the same sums. On accelerators they are XLA's own. On CPU some of XLA's are ten
+to a hundred times slower than the same arithmetic written as matrix products and shifted
+slices: convolutions of 1x1 and 2x2 maps, the gradient of the window maximum, and, within
+the body of a loop, the gradient of a convolution by its kernel (jax-ml/jax#12868).
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ncjax.types import Array
+
+# Up to so many input positions, every one meets every output: one matrix product.
+_DENSE_POSITIONS = 4
+# Up to so many output positions of a strided convolution, windows are gathered first.
+_GATHER_POSITIONS = 16
+
+
+def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Array:
+    r"""Convolution (cross-correlation) of images with zero padding.
+
+    $$y_{b,p,q,o} = \sum_{i,j,c} x_{b,\, s p + i - r,\, s q + j - r,\, c}\, k_{i,j,c,o}$$
+
+    Args:
+      x: (B, height, width, C).
+      kernel: (h, w, C, O).
+      stride: s, both ways.
+      padding: r, zeros on every side.
+
+    Returns:
+      (B, height', width', O), height' = (height + 2 r - h) // s + 1. On CPU it has a
+      reverse derivative, which can be differentiated again either way, and no forward one.
+
+    Raises:
+      ValueError: shapes do not fit, or the padded image is smaller than the kernel.
+    """
+    if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != kernel.shape[2]:
+        raise ValueError(
+            f"expected x (B, height, width, C) and kernel (h, w, C, O), got {x.shape} and "
+            f"{kernel.shape}"
+        )
+    _output_size(x.shape[1:3], kernel.shape[:2], stride, padding)
+    return _formula(x.shape, kernel.shape, stride, padding)(x, kernel, stride, padding)
+
+
+def _formula(x_shape, kernel_shape, stride: int, padding: int):
+    """The fastest formula, measured on CPU at batches of 128 within a loop."""
+    if jax.default_backend() != "cpu" or kernel_shape[:2] == (1, 1):
+        return convolve_lax
+    if math.prod(x_shape[1:3]) <= _DENSE_POSITIONS:
+        return convolve_dense
+    positions = math.prod(_output_size(x_shape[1:3], kernel_shape[:2], stride, padding))
+    if stride > 1 and positions <= _GATHER_POSITIONS:
+        return convolve_gathered
+    return convolve_canonical
+
+
+def convolve_lax(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    """`convolve` by `jax.lax.conv_general_dilated`."""
+    return _lax(x, kernel, (stride, stride), ((padding, padding), (padding, padding)))
+
+
+def _lax(x: Array, kernel: Array, strides, pads, spread=(1, 1)) -> Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=strides,
+        padding=pads,
+        lhs_dilation=spread,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolve_canonical(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    """`convolve_lax` whose gradients keep to the one layout that XLA runs fast on CPU."""
+    return convolve_lax(x, kernel, stride, padding)
+
+
+def _canonical_forward(x, kernel, stride, padding):
+    return convolve_lax(x, kernel, stride, padding), (x, kernel)
+
+
+def _canonical_backward(stride, padding, saved, cotangent):
+    x, kernel = saved
+    window = kernel.shape[:2]
+    # By the input: the mirrored kernel over the cotangent, spread by the stride.
+    pads = [
+        (width - 1 - padding, length + padding - (out - 1) * stride - 1)
+        for length, width, out in zip(
+            x.shape[1:3], window, cotangent.shape[1:3], strict=True
+        )
+    ]
+    mirrored = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    by_x = _lax(cotangent, mirrored, (1, 1), pads, (stride, stride))
+    # By the kernel: one product of the gathered windows and the cotangent.
+    windows = jnp.concatenate(_windows(x, window, stride, padding, 0), axis=-1)
+    by_kernel = jnp.tensordot(windows, cotangent, axes=((0, 1, 2), (0, 1, 2)))
+    return by_x, by_kernel.reshape(kernel.shape)
+
+
+convolve_canonical.defvjp(_canonical_forward, _canonical_backward)
+
+
+def convolve_gathered(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    """`convolve` as the windows, gathered side by side, times one matrix."""
+    windows = _windows(x, kernel.shape[:2], stride, padding, 0)
+    return jnp.matmul(
+        jnp.concatenate(windows, axis=-1), kernel.reshape(-1, kernel.shape[3])
+    )
+
+
+def convolve_dense(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    """`convolve` as one matrix from all input positions to all output positions."""
+    size = x.shape[1:3]
+    out = _output_size(size, kernel.shape[:2], stride, padding)
+    taps = _taps(size, out, kernel.shape[:2], stride, padding)
+    channels = kernel.shape[2:]
+    with_zero = jnp.pad(kernel.reshape(-1, *channels), ((0, 1), (0, 0), (0, 0)))
+    matrix = with_zero[taps].transpose(0, 2, 1, 3)  # (in, C, out, O)
+    matrix = matrix.reshape(math.prod(size) * channels[0], math.prod(out) * channels[1])
+    return jnp.matmul(x.reshape(x.shape[0], -1), matrix).reshape(
+        x.shape[0], *out, channels[1]
+    )
+
+
+def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:
+    r"""Maximum over square windows, as `torch.nn.MaxPool2d`.
+
+    Args:
+      x: (B, height, width, C).
+      size: of the window.
+      stride: both ways.
+      padding: on every side, of minus infinity.
+
+    Returns:
+      (B, height', width', C), height' = (height + 2 padding - size) // stride + 1. The
+      gradient of equal maxima is shared on CPU and goes to the first elsewhere.
+
+    Raises:
+      ValueError: the padded image is smaller than the window.
+    """
+    _output_size(x.shape[1:3], (size, size), stride, padding)
+    if jax.default_backend() != "cpu":
+        return jax.lax.reduce_window(
+            x,
+            np.array(-np.inf, x.dtype),
+            jax.lax.max,
+            (1, size, size, 1),
+            (1, stride, stride, 1),
+            ((0, 0), (padding, padding), (padding, padding), (0, 0)),
+        )
+    windows = _windows(x, (size, size), stride, padding, -np.inf)
+    largest = windows[0]
+    for window in windows[1:]:
+        largest = jnp.maximum(largest, window)
+    return largest
+
+
+def _output_size(size, window, stride: int, padding: int) -> tuple[int, int]:
+    """Height and width of the output."""
+    padded = [length + 2 * padding for length in size]
+    if any(length < width for length, width in zip(padded, window, strict=True)):
+        raise ValueError(
+            f"an image of {size[0]}x{size[1]} with padding {padding} is smaller than the "
+            f"window of {window[0]}x{window[1]}"
+        )
+    height, width = (
+        (length - width) // stride + 1 for length, width in zip(padded, window, strict=True)
+    )
+    return height, width
+
+
+def _windows(x: Array, window, stride: int, padding: int, fill: float) -> list[Array]:
+    """For each place in the window, in rows, the (B, height', width', C) values there."""
+    height, width = _output_size(x.shape[1:3], window, stride, padding)
+    border = (padding, padding)
+    padded = jnp.pad(x, ((0, 0), border, border, (0, 0)), constant_values=fill)
+    return [
+        padded[
+            :,
+            i : i + (height - 1) * stride + 1 : stride,
+            j : j + (width - 1) * stride + 1 : stride,
+        ]
+        for i in range(window[0])
+        for j in range(window[1])
+    ]
+
+
+def _taps(size, out, window, stride: int, padding: int) -> np.ndarray:
+    """Which tap of the kernel, in rows, leads from an input to an output position.
+
+    Returns:
+      (inputs, outputs) integers; h * w, one past the last tap, where none does.
+    """
+    rows, columns = (
+        np.arange(n)[:, None] + padding - stride * np.arange(m)[None]
+        for n, m in zip(size, out, strict=True)
+    )
+    i, j = rows[:, None, :, None], columns[None, :, None, :]
+    inside = (i >= 0) & (i < window[0]) & (j >= 0) & (j < window[1])
+    taps = np.where(inside, i * window[1] + j, math.prod(window))
+    return taps.reshape(math.prod(size), math.prod(out))

@@ -1,0 +1,335 @@
+"""Image classification sets as arrays: TFDS by name, scikit-learn's digits with no network.
+
+Reading needs no TensorFlow; preparing a set from its official archive, once, does.
+"""
+
+import difflib
+import importlib.util
+import re
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ncjax.types import Array, check_integer
+
+DIGITS = "digits"
+_DIGITS_TRAIN = 1437  # of 1797, the others are the split "test"
+_CHUNK = 1000
+# Google's storage, where TFDS looks first.
+_PROBE = "https://storage.googleapis.com/tfds-data"
+_PROBE_SECONDS = 5.0
+_CROP = 4
+
+
+class Dataset(NamedTuple):
+    """Labelled images of one size."""
+
+    images: np.ndarray  # (N, height, width, C) uint8, C = 1 or 3
+    labels: np.ndarray  # (N,) int32 in [0, K)
+    num_classes: int  # K
+
+
+def load(
+    name: str, split: str, data_dir: str | None = None, *, per_class: int | None = None
+) -> Dataset:
+    """A split of a data set, in the order of its files.
+
+    Args:
+      name: "digits" (1797 real handwritten digits of 8x8 that scikit-learn ships, 1437 of
+        them "train" and 360 "test"), or any image classification set of TFDS, such as
+        "mnist", "cifar10", "kmnist", "fashion_mnist". Not prepared yet, it is downloaded.
+      split: in the syntax of TFDS: "train", "test", "train[:20%]", "train[:5000]".
+      data_dir: TFDS's data directory; its own default (TFDS_DATA_DIR, else
+        ~/tensorflow_datasets) if None or empty.
+      per_class: keep the first `per_class` samples of each class; all if None or 0.
+
+    Raises:
+      ValueError: no such set or split, no images or labels in it, images of several
+        sizes, or too few samples of a class.
+      OSError: it is neither prepared nor to be downloaded, or its files are damaged.
+
+    Source: Wiesner et al., TensorFlow Datasets; Alpaydin, Kaynak (1998) for the digits.
+
+    >>> from ncjax import data
+    >>> digits = data.load("digits", "train[:100]")
+    >>> digits.images.shape, digits.num_classes
+    ((100, 8, 8, 1), 10)
+    """
+    if per_class is not None:
+        check_integer("per_class", per_class, least=0)
+    read = _digits if name == DIGITS else _tfds
+    dataset = read(name, split, data_dir)
+    return first_of_each_class(dataset, per_class) if per_class else dataset
+
+
+def first_of_each_class(dataset: Dataset, per_class: int) -> Dataset:
+    """The first `per_class` samples of each class, in their order.
+
+    Raises:
+      ValueError: a class has fewer.
+    """
+    counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
+    if counts.min() < per_class:
+        raise ValueError(
+            f"per_class is {per_class} but class {counts.argmin()} has {counts.min()} "
+            "samples in this split"
+        )
+    by_class = [
+        np.flatnonzero(dataset.labels == k)[:per_class] for k in range(dataset.num_classes)
+    ]
+    kept = np.sort(np.concatenate(by_class))
+    return dataset._replace(images=dataset.images[kept], labels=dataset.labels[kept])
+
+
+def _digits(name: str, split: str, data_dir: str | None) -> Dataset:
+    """Scikit-learn's digits, values 0 to 16 stretched to 0 to 255."""
+    import tensorflow_datasets as tfds
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    labels = bunch.target.astype(np.int32)
+    sizes = {"train": _DIGITS_TRAIN, "test": len(labels) - _DIGITS_TRAIN}
+    start = {"train": 0, "test": _DIGITS_TRAIN}
+    known = {name: SimpleNamespace(num_examples=size) for name, size in sizes.items()}
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(known)
+    except Exception as error:
+        raise _bad_split(name, split, tuple(sizes), error) from None
+    index = np.concatenate(
+        [
+            np.arange(*slice(part.from_, part.to).indices(sizes[part.splitname]))
+            + start[part.splitname]
+            for part in parts
+        ]
+    )
+    if not index.size:
+        raise ValueError(f"split {split!r} of {name} is empty")
+    return Dataset(images[index], labels[index], 10)
+
+
+def _bad_split(name: str, split: str, splits, error: Exception) -> ValueError:
+    reason = str(error).splitlines()[0]
+    return ValueError(
+        f"cannot read split {split!r} of {name}, which has {', '.join(splits)}: {reason}"
+    )
+
+
+def _tfds(name: str, split: str, data_dir: str | None) -> Dataset:
+    """A set of TensorFlow Datasets, prepared first where it is not."""
+    builder = _builder(name, data_dir or None)
+    features = _image_features(builder)
+    if not builder.is_prepared():
+        _prepare(builder)
+    try:
+        source = builder.as_data_source(split)
+    except NotImplementedError:
+        raise OSError(
+            f"{builder.data_dir} holds {name} as {builder.info.file_format.value}, which "
+            "needs TensorFlow to read: prepare it as array_record, in another data_dir"
+        ) from None
+    except RuntimeError as error:
+        raise _damaged(builder, error) from None
+    except Exception as error:
+        raise _bad_split(name, split, tuple(builder.info.splits), error) from None
+    images, labels = [], []
+    chunks = range(0, len(source), _CHUNK)
+    for start in tqdm(chunks, desc=f"read {name}", leave=False, disable=None):
+        indices = list(range(start, min(start + _CHUNK, len(source))))
+        try:
+            samples = source.__getitems__(indices)
+        except Exception as error:
+            raise _damaged(builder, error) from None
+        images += [sample[features.image] for sample in samples]
+        labels += [sample[features.label] for sample in samples]
+    if len({image.shape for image in images}) > 1:
+        raise ValueError(f"{name} has images of several sizes; one size is needed")
+    return Dataset(
+        np.stack(images),
+        np.asarray(labels, np.int32),
+        builder.info.features[features.label].num_classes,
+    )
+
+
+def _builder(name: str, data_dir: str | None) -> Any:
+    """TFDS's builder of that name."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.registered import DatasetNotFoundError
+
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except DatasetNotFoundError as error:
+        # The message lists them; `tfds.list_builders` would import TensorFlow.
+        known = [DIGITS, *re.findall(r"^\s*- (\w+)", str(error), flags=re.MULTILINE)]
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "digits needs no network"
+        raise ValueError(f"no data set is called {name!r}: {hint}") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise OSError(
+            f"cannot open data set {name!r} in {data_dir or 'the default data_dir'}: "
+            f"{reason}"
+        ) from None
+
+
+class _Names(NamedTuple):
+    """Names of the features of a set."""
+
+    image: str
+    label: str
+
+
+def _image_features(builder: Any) -> _Names:
+    """Which features hold the image and the label.
+
+    Raises:
+      ValueError: there is not one of each.
+    """
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    images = [k for k, v in features.items() if isinstance(v, tfds.features.Image)]
+    labels = [k for k, v in features.items() if isinstance(v, tfds.features.ClassLabel)]
+    if "image" in images and "label" in labels:
+        return _Names("image", "label")
+    if len(images) != 1 or len(labels) != 1:
+        raise ValueError(
+            f"{builder.name} is no image classification set: expected one image and one "
+            f"label, got features {', '.join(features)}"
+        )
+    return _Names(images[0], labels[0])
+
+
+def _damaged(builder: Any, error: Exception) -> OSError:
+    """An error that names the files at fault, each being opened by itself."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    suspects = []
+    for path in sorted(Path(builder.data_dir).glob("*.array_record-*")):
+        try:
+            source = ArrayRecordDataSource([str(path)])
+            source.__getitems__(list(range(len(source))))
+        except Exception:
+            suspects.append(str(path))
+    where = ", ".join(suspects) or str(builder.data_dir)
+    return OSError(f"damaged or missing records in {where}: {str(error).splitlines()[0]}")
+
+
+def _prepare(builder: Any) -> None:
+    """Download and prepare a set, or say at once why that cannot be.
+
+    Raises:
+      OSError: no TensorFlow or no network.
+    """
+    root = Path(builder.data_dir).parents[len(Path(builder.info.full_name).parts) - 1]
+    there = sorted({path.parts[0] for path in _prepared(root)})
+    held = f"there: {', '.join(there)}" if there else "nothing is there"
+    missing = f"{builder.name} is not prepared in {root} ({held})"
+    choices = (
+        "choose a prepared set, give --data_dir or TFDS_DATA_DIR of a folder that has it, "
+        f"or use {DIGITS}, which needs none"
+    )
+    if not _has_network():
+        raise OSError(f"{missing} and there is no network to download it: {choices}")
+    if importlib.util.find_spec("tensorflow") is None:
+        raise OSError(
+            f"{missing}; preparing it, once, needs TensorFlow (reading does not): pip "
+            f"install tensorflow-cpu, or {choices}"
+        )
+    builder.download_and_prepare(file_format="array_record")
+
+
+def _prepared(root: Path) -> list[Path]:
+    """Folders of prepared sets, relative to the data directory."""
+    return [path.parent.relative_to(root) for path in root.glob("*/**/dataset_info.json")]
+
+
+def _has_network() -> bool:
+    """Whether TFDS's storage answers, within a few seconds and through any proxy."""
+    answered = threading.Event()
+
+    def ask():
+        try:
+            urllib.request.urlopen(_PROBE, timeout=_PROBE_SECONDS)
+        except urllib.error.HTTPError:
+            pass  # an answer too
+        except OSError:
+            return
+        answered.set()
+
+    # Name look-up has no time limit of its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PROBE_SECONDS)
+    return answered.is_set()
+
+
+def pad_to(images: np.ndarray, size: int) -> np.ndarray:
+    """Images (N, height, width, C) with a border of zeros up to `size` both ways.
+
+    Raises:
+      ValueError: they are larger already.
+    """
+    before = [(size - length) // 2 for length in images.shape[1:3]]
+    if min(before) < 0:
+        raise ValueError(
+            f"image_size is {size} but the images are {images.shape[1]}x{images.shape[2]}"
+        )
+    after = [size - length - b for length, b in zip(images.shape[1:3], before, strict=True)]
+    border = [(b, a) for b, a in zip(before, after, strict=True)]
+    return np.pad(images, ((0, 0), *border, (0, 0)))
+
+
+def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (C,) float32 of each channel, of values in [0, 1].
+
+    A channel of one value has standard deviation 1, so that it can be divided by.
+    """
+    counts = np.stack(
+        [np.bincount(c.ravel(), minlength=256) for c in np.moveaxis(images, -1, 0)]
+    )
+    values = np.arange(256) / 255
+    mean = counts @ values / counts.sum(axis=1)
+    variance = counts @ values**2 / counts.sum(axis=1) - mean**2
+    deviation = np.sqrt(np.maximum(variance, 0))
+    deviation[deviation < 1e-6] = 1.0
+    return mean.astype(np.float32), deviation.astype(np.float32)
+
+
+def normalise(images: Array, mean: Array, deviation: Array) -> Array:
+    """`(images / 255 - mean) / deviation` in float32, by channel; images uint8."""
+    scaled = images.astype(jnp.float32) / 255
+    return (scaled - mean[None, None, None]) / deviation[None, None, None]
+
+
+def augment(key: Array, images: Array) -> Array:
+    """Each image shifted by up to 4 pixels, zeros moving in, and mirrored or not.
+
+    Args:
+      key: PRNG key.
+      images: (B, height, width, C).
+
+    Returns:
+      Of the same shape and dtype.
+    """
+    key_shift, key_flip = jax.random.split(key)
+    batch, height, width, channels = images.shape
+    shift = jax.random.randint(key_shift, (batch, 2), 0, 2 * _CROP + 1, jnp.int32)
+    flip = jax.random.bernoulli(key_flip, shape=(batch,))
+    border = (_CROP, _CROP)
+    padded = jnp.pad(images, ((0, 0), border, border, (0, 0)))
+
+    def crop(image, start):
+        corner = (start[0], start[1], jnp.int32(0))
+        return jax.lax.dynamic_slice(image, corner, (height, width, channels))
+
+    cropped = jax.vmap(crop)(padded, shift)
+    return jnp.where(flip[:, None, None, None], cropped[:, :, ::-1], cropped)

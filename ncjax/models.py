@@ -1,0 +1,353 @@
+"""Networks that return their logits and the features of the last layer.
+
+Every network maps images (B, height, width, C) to `(logits, features)`, logits (B, K) and
+features (B, d) with `logits = features @ W.T + b`: W.T and b are the kernel and bias of
+the parameters under "classifier". Parameters, features and the last layer are float32; the
+rest is computed in `dtype`. Batch normalisation averages over the whole batch, on all
+devices together.
+
+The published layouts with torchvision's initial distributions: parameter counts are
+those of torchvision (`stem="imagenet"`, `head="mlp"`) and of the usual variants for
+small images (`stem="cifar"`, `head="linear"`).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ncjax.convolution import convolve, max_pool
+from ncjax.types import Array
+
+STEMS = ("cifar", "imagenet")
+HEADS = ("linear", "mlp")
+# VGG halves its images five times.
+VGG_LEAST_SIZE = 32
+
+_VGG_CHANNELS = (64, 128, 256, 512, 512)
+_VGG_UNITS = 4096
+_VGG_GRID = 7
+
+_kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+_torch_linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+_normal_hundredth = nn.initializers.normal(0.01)
+
+
+class Conv(nn.Module):
+    """Square convolution with zero padding; kernel (size, size, C, channels)."""
+
+    channels: int
+    size: int
+    stride: int = 1
+    padding: int = 0
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """(B, height, width, C) to (B, height', width', channels)."""
+        shape = (self.size, self.size, x.shape[-1], self.channels)
+        kernel = self.param("kernel", _kaiming_fan_out, shape, jnp.float32)
+        y = convolve(
+            x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding
+        )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, shape[-1:], jnp.float32)
+            y = y + bias.astype(self.dtype)[None, None, None]
+        return y
+
+
+def _norm(train: bool, dtype, name: str) -> nn.BatchNorm:
+    """Batch normalisation with PyTorch's momentum and epsilon."""
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        name=name,
+    )
+
+
+def _dense(units: int, dtype, name: str, use_bias: bool = True, init=_torch_linear):
+    """Fully connected layer with float32 parameters."""
+    return nn.Dense(
+        units,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        kernel_init=init,
+        precision="highest" if dtype == jnp.float32 else None,
+        name=name,
+    )
+
+
+def _classify(features: Array, num_classes: int, use_bias: bool, init=_torch_linear):
+    """`(logits, features)` of the last layer, in float32."""
+    features = features.astype(jnp.float32)
+    last = _dense(num_classes, jnp.float32, "classifier", use_bias, init)
+    return last(features), features
+
+
+def _scaled(channels: int, width: float) -> int:
+    return max(1, round(channels * width))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; He et al. (2016), Figure 5 left."""
+
+    channels: int
+    stride: int
+    dtype: Any
+
+    expansion = 1
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """(B, height, width, C) to (B, height', width', channels)."""
+        y = Conv(self.channels, 3, self.stride, 1, dtype=self.dtype, name="conv1")(x)
+        y = nn.relu(_norm(train, self.dtype, "bn1")(y))
+        y = Conv(self.channels, 3, 1, 1, dtype=self.dtype, name="conv2")(y)
+        y = _norm(train, self.dtype, "bn2")(y)
+        return nn.relu(y + _shortcut(x, y.shape[-1], self.stride, train, self.dtype))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (strided) and 1x1 convolutions and a shortcut, as in torchvision."""
+
+    channels: int
+    stride: int
+    dtype: Any
+
+    expansion = 4
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """(B, height, width, C) to (B, height', width', 4 channels)."""
+        y = Conv(self.channels, 1, dtype=self.dtype, name="conv1")(x)
+        y = nn.relu(_norm(train, self.dtype, "bn1")(y))
+        y = Conv(self.channels, 3, self.stride, 1, dtype=self.dtype, name="conv2")(y)
+        y = nn.relu(_norm(train, self.dtype, "bn2")(y))
+        y = Conv(self.channels * self.expansion, 1, dtype=self.dtype, name="conv3")(y)
+        y = _norm(train, self.dtype, "bn3")(y)
+        return nn.relu(y + _shortcut(x, y.shape[-1], self.stride, train, self.dtype))
+
+
+def _shortcut(x: Array, channels: int, stride: int, train: bool, dtype) -> Array:
+    """The input of a block, projected where its shape changes."""
+    if stride == 1 and x.shape[-1] == channels:
+        return x
+    x = Conv(channels, 1, stride, dtype=dtype, name="shortcut")(x)
+    return _norm(train, dtype, "shortcut_bn")(x)
+
+
+class ResNet(nn.Module):
+    """Residual network of He, Zhang, Ren and Sun (CVPR 2016)."""
+
+    num_classes: int
+    block: type[BasicBlock] | type[Bottleneck]
+    depths: Sequence[int]
+    stem: str = "cifar"  # 3x3; "imagenet": 7x7 with stride 2 and a 3x3 maximum
+    width: float = 1.0  # multiplies all channels
+    use_bias: bool = True  # of the classifier
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> tuple[Array, Array]:
+        """Images (B, height, width, C) to `(logits (B, K), features (B, d))`."""
+        channels = _scaled(64, self.width)
+        if self.stem == "imagenet":
+            x = Conv(channels, 7, 2, 3, dtype=self.dtype, name="conv1")(x)
+        else:
+            x = Conv(channels, 3, 1, 1, dtype=self.dtype, name="conv1")(x)
+        x = nn.relu(_norm(train, self.dtype, "bn1")(x))
+        if self.stem == "imagenet":
+            x = max_pool(x, 3, 2, 1)
+        for i, depth in enumerate(self.depths):
+            for j in range(depth):
+                stride = 2 if i > 0 and j == 0 else 1
+                channels = _scaled(64 * 2**i, self.width)
+                name = f"layer{i + 1}_{j}"
+                x = self.block(channels, stride, self.dtype, name=name)(x, train)
+        features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        return _classify(features, self.num_classes, self.use_bias)
+
+
+class VGG(nn.Module):
+    """VGG with batch normalisation, of Simonyan and Zisserman (ICLR 2015); no dropout."""
+
+    num_classes: int
+    depths: Sequence[int]
+    head: str = "linear"  # on the mean over positions; "mlp": two layers of 4096 before
+    width: float = 1.0  # multiplies all channels and units
+    use_bias: bool = True  # of the classifier
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> tuple[Array, Array]:
+        """Images (B, height, width, C) to `(logits (B, K), features (B, d))`.
+
+        Raises:
+          ValueError: the images are smaller than 32x32.
+        """
+        if min(x.shape[1:3]) < VGG_LEAST_SIZE:
+            raise ValueError(
+                f"VGG needs images of {VGG_LEAST_SIZE}x{VGG_LEAST_SIZE} or larger, got "
+                f"{x.shape[1]}x{x.shape[2]}: pad them"
+            )
+        for i, (depth, channels) in enumerate(zip(self.depths, _VGG_CHANNELS, strict=True)):
+            for j in range(depth):
+                x = Conv(
+                    _scaled(channels, self.width),
+                    size=3,
+                    padding=1,
+                    use_bias=True,
+                    dtype=self.dtype,
+                    name=f"conv{i + 1}_{j + 1}",
+                )(x)
+                x = nn.relu(_norm(train, self.dtype, f"bn{i + 1}_{j + 1}")(x))
+            x = max_pool(x, 2, 2)
+        if self.head == "linear":
+            features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+            return _classify(features, self.num_classes, self.use_bias)
+        x = adaptive_mean(x, _VGG_GRID).reshape(x.shape[0], -1)
+        for i in (1, 2):
+            units = _scaled(_VGG_UNITS, self.width)
+            x = nn.relu(_dense(units, self.dtype, f"fc{i}", init=_normal_hundredth)(x))
+        return _classify(x, self.num_classes, self.use_bias, _normal_hundredth)
+
+
+class MLP(nn.Module):
+    """Fully connected ReLU network on the pixels."""
+
+    num_classes: int
+    hidden: Sequence[int] = (512, 512)
+    width: float = 1.0  # multiplies the units
+    use_bias: bool = True  # of the classifier
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> tuple[Array, Array]:
+        """Images (B, height, width, C) to `(logits (B, K), features (B, d))`."""
+        x = x.reshape(x.shape[0], -1).astype(self.dtype)
+        for i, units in enumerate(self.hidden):
+            layer = _dense(_scaled(units, self.width), self.dtype, f"fc{i + 1}")
+            x = nn.relu(layer(x))
+        return _classify(x, self.num_classes, self.use_bias)
+
+
+class ConvNet(nn.Module):
+    """3x3 convolutions with batch normalisation, each followed by a 2x2 maximum."""
+
+    num_classes: int
+    channels: Sequence[int] = (32, 64, 128)
+    width: float = 1.0  # multiplies the channels
+    use_bias: bool = True  # of the classifier
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> tuple[Array, Array]:
+        """Images (B, height, width, C) to `(logits (B, K), features (B, d))`."""
+        for i, channels in enumerate(self.channels):
+            name = f"conv{i + 1}"
+            x = Conv(_scaled(channels, self.width), 3, 1, 1, dtype=self.dtype, name=name)(x)
+            x = nn.relu(_norm(train, self.dtype, f"bn{i + 1}")(x))
+            x = max_pool(x, 2, 2)
+        features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        return _classify(features, self.num_classes, self.use_bias)
+
+
+def adaptive_mean(x: Array, grid: int) -> Array:
+    """Means over a `grid` x `grid` of windows, as `torch.nn.AdaptiveAvgPool2d`.
+
+    Args:
+      x: (B, height, width, C).
+      grid: windows each way; they overlap where it does not divide the size.
+
+    Returns:
+      (B, grid, grid, C).
+    """
+    rows, columns = (jnp.asarray(_window_means(n, grid), x.dtype) for n in x.shape[1:3])
+    return jnp.einsum("ph,bhwc,qw->bpqc", rows, x, columns, precision="highest")
+
+
+def _window_means(size: int, grid: int) -> np.ndarray:
+    """Matrix (grid, size) of the means over the windows of one axis."""
+    matrix = np.zeros((grid, size))
+    for i in range(grid):
+        start, stop = i * size // grid, -(-(i + 1) * size // grid)
+        matrix[i, start:stop] = 1 / (stop - start)
+    return matrix
+
+
+_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": partial(ResNet, block=BasicBlock, depths=(2, 2, 2, 2)),
+    "resnet34": partial(ResNet, block=BasicBlock, depths=(3, 4, 6, 3)),
+    "resnet50": partial(ResNet, block=Bottleneck, depths=(3, 4, 6, 3)),
+    "vgg11": partial(VGG, depths=(1, 1, 2, 2, 2)),
+    "vgg13": partial(VGG, depths=(2, 2, 2, 2, 2)),
+    "vgg16": partial(VGG, depths=(2, 2, 3, 3, 3)),
+    "vgg19": partial(VGG, depths=(2, 2, 4, 4, 4)),
+    "mlp": MLP,
+    "convnet": ConvNet,
+}
+MODELS = tuple(_MODELS)
+
+
+def build(name: str, num_classes: int, **options) -> nn.Module:
+    """A network by name, one of `MODELS`.
+
+    Args:
+      name: such as "resnet18" or "vgg13".
+      num_classes: K.
+      **options: fields of the network: `width`, `use_bias` and `dtype` of all, `stem` of
+        ResNet, `head` of VGG.
+
+    Returns:
+      A Flax module; `module.init(key, images)` makes its variables, with collections
+      "params" and, with batch normalisation, "batch_stats".
+
+    Raises:
+      ValueError: no network of that name, no such option, or one out of range.
+
+    >>> from ncjax import models
+    >>> models.count_parameters(models.build("resnet18", 10), (32, 32, 3))
+    11173962
+    """
+    if name not in _MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    for option, choices in (("stem", STEMS), ("head", HEADS)):
+        if options.get(option, choices[0]) not in choices:
+            raise ValueError(
+                f"{option} must be one of {', '.join(choices)}, got {options[option]!r}"
+            )
+    width = options.get("width", 1.0)
+    if not (math.isfinite(width) and width > 0):
+        raise ValueError(f"width must be positive and finite, got {width}")
+    try:
+        return _MODELS[name](num_classes=num_classes, **options)
+    except TypeError:
+        raise ValueError(f"{name} has no such option: {', '.join(options)}") from None
+
+
+def abstract_variables(model: nn.Module, image_shape: Sequence[int]):
+    """Shapes and dtypes of the variables for images (height, width, C), nothing computed.
+
+    Raises:
+      ValueError: the images are too small for the network.
+    """
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def count_parameters(model: nn.Module, image_shape: Sequence[int]) -> int:
+    """Number of trained parameters for images (height, width, C)."""
+    shapes = jax.tree.leaves(abstract_variables(model, image_shape)["params"])
+    return sum(leaf.size for leaf in shapes)

@@ -1,0 +1,159 @@
+r"""A network's last layer, taken as a layer-peeled model.
+
+Features $h_a$ with labels and the classifier $w_k$, $b_k$ of any network are a point
+$Z = (W, H)$ of the model: a bias counts as one more coordinate of $w_k$, where every
+feature is 1.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ncjax.losses import log_softplus
+from ncjax.metrics import check_features
+from ncjax.types import Array, Params, check_integer
+
+
+class LastLayer(NamedTuple):
+    r"""Loss, margin and alignment of a last layer. Scalars.
+
+    $N$ samples, $n$ of the smallest class, $q_{\min}$ the least margin
+    $\min_{a, j \ne y_a} (w_{y_a} - w_j)^\top h_a$, negative where a sample is
+    misclassified.
+    """
+
+    loss: Array  # mean over samples of the cross entropy
+    log_loss: Array  # log of the sum over samples, as `ncjax.log_cross_entropy`
+    least_margin: Array  # q_min
+    margin_ratio: Array  # 2 (K-1) √n q_min / |Z|², at most 1
+    balanced_margin_ratio: Array  # (K-1) √n q_min / (|W| |H|), at most 1
+    kkt_angle: Array  # √(1-β²), β = <Z, -∇L> / (|Z| |∇L|)
+
+
+def last_layer(features, labels, W, b=None) -> LastLayer:
+    r"""Loss, margin ratio and KKT alignment of a last layer with all its samples.
+
+    $$\frac{2 (K-1) \sqrt n\, q_{\min}}{|W|_F^2 + |H|_F^2} \le
+    \frac{(K-1) \sqrt n\, q_{\min}}{|W|_F |H|_F} \le 1, \qquad
+    \beta = \frac{\langle Z, -\nabla \mathcal L \rangle}{|Z|\, |\nabla \mathcal L|}$$
+
+    where $q_{\min} > 0$. The first is Theorem 3.1 for classes of $n$ samples; larger
+    classes only add to $|H|_F$. The second does not see how scale is split between W and
+    H, which in a network is not free. All are computed in the log domain: a loss that
+    underflows keeps its angle.
+
+    Args:
+      features: (N, d) floating, the input of the last layer.
+      labels: (N,) integers in [0, K), every class at least once.
+      W: (K, d) weight of the last layer.
+      b: (K,) bias; none if None.
+
+    Returns:
+      `LastLayer` of scalars, in the dtype of the features, float32 for half precision.
+
+    Raises:
+      ValueError: as in `ncjax.collapse_metrics_from_features`.
+
+    Source: Ji et al. (ICLR 2022), Theorems 3.1 and 3.2.
+
+    >>> import jax.numpy as jnp, ncjax
+    >>> etf = ncjax.simplex_etf(3, 4)
+    >>> layer = ncjax.last_layer(etf, jnp.arange(3), etf)
+    >>> round(float(layer.margin_ratio), 4)
+    1.0
+    """
+    return _last_layer(*check_features(features, labels, W, b))
+
+
+@jax.jit
+def _last_layer(features, labels, W, b) -> LastLayer:
+    features, W = _with_bias(features.astype(W.dtype), W, b)
+    num_classes, (samples, _) = W.shape[0], features.shape
+    others = labels[:, None] != jnp.arange(num_classes, dtype=labels.dtype)[None]
+    # A common offset of the rows of W, which no margin sees, would cost digits.
+    logits = jnp.matmul(features, (W - W[:1]).T, precision="highest")
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    excess = logits - own  # minus the margins
+    log_odds = jax.nn.logsumexp(excess, axis=1, where=others)
+    log_losses = log_softplus(log_odds)
+    log_loss = jax.nn.logsumexp(log_losses)
+    # P_a = ∇ℓ_a / L by the logits: probabilities, never tiny over tiny.
+    log_weights = excess - jax.nn.softplus(log_odds)[:, None] - log_loss
+    weights = jnp.where(others, jnp.exp(log_weights), 0)
+    inner = -jnp.sum(weights * excess)  # Σ_a of weighted margins: half of <Z, -∇L/L>
+    total = jnp.sum(weights, axis=1, keepdims=True)
+    by_logits = jnp.where(others, weights, -total)
+    gradient_W = jnp.matmul(by_logits.T, features, precision="highest")
+    gradient_H = jnp.matmul(by_logits, W, precision="highest")
+    gradient_norm = jnp.hypot(jnp.linalg.norm(gradient_W), jnp.linalg.norm(gradient_H))
+    norm_W, norm_H = jnp.linalg.norm(W), jnp.linalg.norm(features)
+    norm = jnp.hypot(norm_W, norm_H)
+    # √(1-β²) from the rest of Z, not from 1 - β², which keeps no digit near 1.
+    along = 2 * inner / gradient_norm
+    rest_W = W / norm + along / norm / gradient_norm * gradient_W
+    rest_H = features / norm + along / norm / gradient_norm * gradient_H
+    counts = jnp.bincount(labels, length=num_classes)
+    least = -jnp.max(jnp.where(others, excess, -jnp.inf))
+    factor = (num_classes - 1) * jnp.sqrt(jnp.min(counts).astype(W.dtype))
+    return LastLayer(
+        loss=jnp.exp(log_loss - math.log(samples)),
+        log_loss=log_loss,
+        least_margin=least,
+        margin_ratio=2 * factor * least / norm**2,
+        balanced_margin_ratio=factor * least / (norm_W * norm_H),
+        kkt_angle=jnp.hypot(jnp.linalg.norm(rest_W), jnp.linalg.norm(rest_H)),
+    )
+
+
+def peel(features, labels, W, b=None, *, per_class: int | None = None) -> Params:
+    """The last layer of a network as `Params`, with equally many samples of each class.
+
+    Args:
+      features: (N, d) floating, the input of the last layer.
+      labels: (N,) integers in [0, K), every class at least once.
+      W: (K, d) weight of the last layer.
+      b: (K,) bias; none if None. It becomes coordinate d of W, and H is 1 there.
+      per_class: n, the first n samples of each class; as many as all have if None.
+
+    Returns:
+      `Params` with `W` (K, d) and `H` (K, n, d), d + 1 wide with a bias.
+
+    Raises:
+      ValueError: as in `ncjax.collapse_metrics_from_features`, or a class has fewer than
+        `per_class` samples.
+
+    >>> import jax.numpy as jnp, ncjax
+    >>> etf = ncjax.simplex_etf(3, 4)
+    >>> ncjax.peel(jnp.tile(etf, (5, 1)), jnp.arange(15) % 3, etf).H.shape
+    (3, 5, 4)
+    """
+    features, labels, W, b = check_features(features, labels, W, b)
+    features, W = _with_bias(features.astype(W.dtype), W, b)
+    counts = np.bincount(np.asarray(labels), minlength=W.shape[0])
+    if per_class is None:
+        per_class = int(counts.min())
+    check_integer("per_class", per_class, least=1)
+    if counts.min() < per_class:
+        raise ValueError(
+            f"per_class is {per_class} but class {counts.argmin()} has {counts.min()} "
+            "samples"
+        )
+    # Stable, so that within a class samples keep their order.
+    order = np.argsort(np.asarray(labels), kind="stable")
+    starts = np.cumsum(counts) - counts
+    chosen = order[starts[:, None] + np.arange(per_class)[None]]
+    return Params(W=W, H=features[chosen])
+
+
+def _with_bias(features: Array, W: Array, b: Array | None) -> tuple[Array, Array]:
+    """Features and classifier with the bias as one more coordinate."""
+    if b is None:
+        return features, W
+    ones = jnp.ones((features.shape[0], 1), features.dtype)
+    return (
+        jnp.concatenate([features, ones], axis=1),
+        jnp.concatenate([W, b[:, None]], axis=1),
+    )
