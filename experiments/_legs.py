@@ -44,14 +44,15 @@ def log_times(log_t_max: float, num_times: int) -> np.ndarray:
 
 def solve(
     starts: ncjax.Params, times: np.ndarray, measure: Measure, folder: Path
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
+) -> tuple[dict[str, np.ndarray], np.ndarray, ncjax.Params]:
     """Flow from `starts` (S, ...) through `times` (T,), measured at each.
 
     Goes on from the checkpoint that `folder` holds, if it holds one, and leaves one after
     each leg.
 
     Returns:
-      Columns (S, T) by name, and (legs, S, 3) solver steps, rejected ones, result codes.
+      Columns (S, T) by name, (legs, S, 3) solver steps, rejected ones, result codes, and
+      the states (S, ...) at the end.
     """
     legs = times.reshape(LEGS, -1)
     progress = _load(folder) or _none(starts)
@@ -67,7 +68,24 @@ def solve(
             bar.update()
             if (progress.steps[-1, :, 2] != SUCCESS).all():
                 break  # every seed has failed; what they reached is kept
-    return _padded(progress.columns, times.size), progress.steps
+    return _padded(progress.columns, times.size), progress.steps, progress.state
+
+
+def measure_collapse(states: ncjax.Params, start: ncjax.Params) -> dict[str, jax.Array]:
+    """Everything measured of one seed, at (T,) times: a `Measure`."""
+
+    def at_one_time(state):
+        drift = ncjax.invariant_drift(state, start)
+        return {
+            "log_loss": ncjax.log_cross_entropy(state),
+            "squared_norm": ncjax.squared_norm(state),
+            "margin_ratio": ncjax.margin_ratio(state),
+            "kkt_angle": ncjax.kkt_angle(state),
+            "balance_drift": drift.balance,
+            "classifier_sum_drift": drift.classifier_sum,
+        } | ncjax.collapse_metrics(state)._asdict()
+
+    return jax.vmap(at_one_time)(states)
 
 
 def _padded(columns: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:

@@ -106,7 +106,7 @@ def _check_same(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise ValueError unless the folder holds a run of this config."""
     if not (folder / CONFIG).exists():
         raise ValueError(f"workdir {str(folder)!r} holds no run to resume")
-    stored = _stored_config(folder)
+    stored = stored_config(folder)
     other = sorted(
         name for name in {*stored, *config} if stored.get(name) != config.get(name)
     )
@@ -117,14 +117,20 @@ def _check_same(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _stored_config(folder: Path) -> dict[str, Any]:
-    """The settings in config.json."""
+def stored_config(folder: Path) -> dict[str, Any]:
+    """The settings in config.json.
+
+    Raises:
+      ValueError: there is none, or it is damaged.
+    """
     try:
         stored = json.loads((folder / CONFIG).read_text())["config"]
+    except OSError:
+        raise ValueError(f"{str(folder)!r} holds no run: no {CONFIG}") from None
     except (ValueError, KeyError, TypeError):
         stored = None
     if not isinstance(stored, dict):
-        raise ValueError(f"{folder / CONFIG} is damaged: cannot resume")
+        raise ValueError(f"{folder / CONFIG} is damaged")
     return stored
 
 
@@ -220,7 +226,7 @@ def _cell(value: Any) -> str:
 def save_checkpoint(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Replace the folder's checkpoint by these named arrays."""
     buffer = io.BytesIO()
-    of_run = {_SETTINGS: np.asarray(json.dumps(_stored_config(folder)))}
+    of_run = {_SETTINGS: np.asarray(json.dumps(stored_config(folder)))}
     np.savez(buffer, **of_run, **arrays)  # type: ignore[arg-type]
     write_atomically(folder / CHECKPOINT, buffer.getvalue())
 
@@ -247,6 +253,6 @@ def load_checkpoint(folder: Path) -> dict[str, np.ndarray] | None:
         raise ValueError(
             f"{path} is damaged: give --overwrite instead of --resume to start afresh"
         ) from None
-    if settings != _stored_config(folder):
+    if settings != stored_config(folder):
         raise ValueError(f"{path} belongs to a run of other settings than {CONFIG} says")
     return arrays

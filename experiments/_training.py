@@ -223,6 +223,57 @@ def _open(config: Config, name: str) -> Path:
     )
 
 
+class Trained(NamedTuple):
+    """The last layer of a trained network, and its training features."""
+
+    features: jax.Array  # (N, d) in evaluation mode
+    labels: np.ndarray  # (N,)
+    weight: jax.Array  # (K, d)
+    bias: jax.Array | None  # (K,)
+    epoch: int
+    title: str
+
+
+def load_trained(folder: Path, data_dir: str = "", seed: int = 0) -> Trained:
+    """What a training run has come to, from its newest checkpoint.
+
+    Args:
+      folder: of a run, finished or not.
+      data_dir: of TFDS, where the training set is read again.
+      seed: which of several networks.
+
+    Raises:
+      ValueError: the folder holds no run of a training experiment, or no checkpoint.
+      OSError: the data cannot be read.
+    """
+    stored = _runs.stored_config(folder)
+    shared = {field.name for field in dataclasses.fields(Config)}
+    if "learning_rate" not in stored:
+        raise ValueError(f"{str(folder)!r} holds no training run")
+    settings = {name: value for name, value in stored.items() if name in shared}
+    handling = {"workdir": str(folder), "data_dir": data_dir, "resume": True}
+    config = Config(**settings | handling)
+    if not 0 <= seed < config.seeds:
+        raise ValueError(f"expected a seed in [0, {config.seeds}), got {seed}")
+    if not (folder / CHECKPOINTS).is_dir():
+        raise ValueError(f"{str(folder)!r} holds no checkpoint")
+    options = {name: value for name, value in stored.items() if name not in shared}
+    setup = set_up(config, options)
+    loop = _Loop(config, setup, folder)
+    with contextlib.closing(checkpoint.Checkpoints(folder / CHECKPOINTS)) as checkpoints:
+        state, epoch = loop.restore(checkpoints)
+    if not epoch:
+        raise ValueError(f"{str(folder)!r} holds no checkpoint")
+    features = train.extract_features(loop.forward, state, loop.sets["train"])
+    params = jax.tree.map(train.first_device, state.params)
+    if config.seeds > 1:
+        features, params = features[seed], jax.tree.map(lambda leaf: leaf[seed], params)
+    title = f"{config.model} on {config.dataset}, epoch {epoch}"
+    return Trained(
+        features, setup.train_set.labels, *train.classifier(params), epoch, title
+    )
+
+
 class _Interruption:
     """Ctrl-C and SIGTERM as a wish, met after the epoch; a second one is met at once."""
 
@@ -319,7 +370,7 @@ class _Loop:
         with contextlib.ExitStack() as stack:
             checkpoints = checkpoint.Checkpoints(self.folder / CHECKPOINTS)
             stack.callback(checkpoints.close)
-            state, done = self._restore(checkpoints)
+            state, done = self.restore(checkpoints)
             events = self._events(stack)
             bar = stack.enter_context(self._bar(done))
             to_measure = set(measured_epochs(config.epochs, config.measurements))
@@ -342,7 +393,7 @@ class _Loop:
                     self._leave(epoch)
         return self.rows
 
-    def _restore(self, checkpoints) -> tuple[train.TrainState, int]:
+    def restore(self, checkpoints) -> tuple[train.TrainState, int]:
         """The state to go on from, and the epochs behind it."""
         state = self._start()
         done = checkpoints.newest() if self.config.resume else None

@@ -81,7 +81,7 @@ def run(config: Config) -> Path:
     log_times = _legs.log_times(config.log_t_max, config.num_times)
     begun = time.perf_counter()
     try:
-        columns, steps = _legs.solve(starts, log_times, _measure, folder)
+        columns, steps, _ = _legs.solve(starts, log_times, _legs.measure_collapse, folder)
     except KeyboardInterrupt:
         print(f"interrupted; go on with: {_runs.resume_command(config, folder)}")
         raise
@@ -126,23 +126,6 @@ def _starts(config: Config) -> ncjax.Params:
         )
 
     return jax.vmap(start)(jax.random.split(jax.random.key(config.seed), config.seeds))
-
-
-def _measure(states: ncjax.Params, start: ncjax.Params) -> dict[str, jax.Array]:
-    """Everything measured of one seed, at (T,) times."""
-
-    def at_one_time(state):
-        drift = ncjax.invariant_drift(state, start)
-        return {
-            "log_loss": ncjax.log_cross_entropy(state),
-            "squared_norm": ncjax.squared_norm(state),
-            "margin_ratio": ncjax.margin_ratio(state),
-            "kkt_angle": ncjax.kkt_angle(state),
-            "balance_drift": drift.balance,
-            "classifier_sum_drift": drift.classifier_sum,
-        } | ncjax.collapse_metrics(state)._asdict()
-
-    return jax.vmap(at_one_time)(states)
 
 
 def _solver_stats(config: Config, steps: np.ndarray) -> dict[str, Any]:

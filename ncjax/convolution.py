@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.types import Array
+from ncjax.types import Array, check_integer
 
 # Up to so many input positions, every one meets every output: one matrix product.
 _DENSE_POSITIONS = 4
@@ -143,8 +143,14 @@ def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:
       gradient of equal maxima is shared on CPU and goes to the first elsewhere.
 
     Raises:
-      ValueError: the padded image is smaller than the window.
+      ValueError: x has another rank, the padded image is smaller than the window, or the
+        padding is more than half of it.
     """
+    if x.ndim != 4 or padding > size // 2:
+        raise ValueError(
+            "expected x (B, height, width, C) and padding of at most half the window, got "
+            f"{x.shape} and padding {padding} of {size}"
+        )
     _output_size(x.shape[1:3], (size, size), stride, padding)
     if jax.default_backend() != "cpu":
         return jax.lax.reduce_window(
@@ -164,6 +170,8 @@ def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:
 
 def _output_size(size, window, stride: int, padding: int) -> tuple[int, int]:
     """Height and width of the output."""
+    check_integer("stride", stride, least=1)
+    check_integer("padding", padding, least=0)
     padded = [length + 2 * padding for length in size]
     if any(length < width for length, width in zip(padded, window, strict=True)):
         raise ValueError(

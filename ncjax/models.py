@@ -2,16 +2,16 @@
 
 Every network maps images (B, height, width, C) to `(logits, features)`, logits (B, K) and
 features (B, d) with `logits = features @ W.T + b`: W.T and b are the kernel and bias of
-the parameters under "classifier". Parameters, features and the last layer are float32; the
-rest is computed in `dtype`. Batch normalisation averages over the whole batch, on all
-devices together.
+the parameters under "classifier". Parameters, normalisation, features and the last layer
+are float32; the rest is computed in `dtype`, products of float32 on GPU and TPU at JAX's
+default precision. Batch normalisation averages over the whole batch, on all devices
+together.
 
-The published layouts with torchvision's initial distributions: parameter counts are
-those of torchvision (`stem="imagenet"`, `head="mlp"`) and of the usual variants for
-small images (`stem="cifar"`, `head="linear"`).
+The published layouts, weights drawn as torchvision draws them, biases zero. Parameter
+counts are those of torchvision (`stem="imagenet"`, `head="mlp"`) and of the usual variants
+for small images (`stem="cifar"`, `head="linear"`).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.convolution import convolve, max_pool
-from ncjax.types import Array
+from ncjax.types import Array, check_choice, check_integer, check_positive
 
 STEMS = ("cifar", "imagenet")
 HEADS = ("linear", "mlp")
@@ -62,16 +62,17 @@ class Conv(nn.Module):
         return y
 
 
-def _norm(train: bool, dtype, name: str) -> nn.BatchNorm:
-    """Batch normalisation with PyTorch's momentum and epsilon."""
-    return nn.BatchNorm(
+def _norm(train: bool, dtype, name: str) -> Callable[[Array], Array]:
+    """Batch normalisation with PyTorch's momentum and epsilon, itself in float32."""
+    norm = nn.BatchNorm(
         use_running_average=not train,
         momentum=0.9,
         epsilon=1e-5,
-        dtype=dtype,
+        dtype=jnp.float32,
         param_dtype=jnp.float32,
         name=name,
     )
+    return lambda x: norm(x.astype(jnp.float32)).astype(dtype)
 
 
 def _dense(units: int, dtype, name: str, use_bias: bool = True, init=_torch_linear):
@@ -160,6 +161,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, Array]:
         """Images (B, height, width, C) to `(logits (B, K), features (B, d))`."""
+        check_choice("stem", self.stem, STEMS)
         channels = _scaled(64, self.width)
         if self.stem == "imagenet":
             x = Conv(channels, 7, 2, 3, dtype=self.dtype, name="conv1")(x)
@@ -195,6 +197,7 @@ class VGG(nn.Module):
         Raises:
           ValueError: the images are smaller than 32x32.
         """
+        check_choice("head", self.head, HEADS)
         if min(x.shape[1:3]) < VGG_LEAST_SIZE:
             raise ValueError(
                 f"VGG needs images of {VGG_LEAST_SIZE}x{VGG_LEAST_SIZE} or larger, got "
@@ -297,6 +300,12 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "convnet": ConvNet,
 }
 MODELS = tuple(_MODELS)
+_OPTIONS = {
+    "resnet": ("stem", "depths"),
+    "vgg": ("head", "depths"),
+    "mlp": ("hidden",),
+    "convnet": ("channels",),
+}
 
 
 def build(name: str, num_classes: int, **options) -> nn.Module:
@@ -305,8 +314,9 @@ def build(name: str, num_classes: int, **options) -> nn.Module:
     Args:
       name: such as "resnet18" or "vgg13".
       num_classes: K.
-      **options: fields of the network: `width`, `use_bias` and `dtype` of all, `stem` of
-        ResNet, `head` of VGG.
+      **options: fields of the network: `width`, `use_bias` and `dtype` of all; `stem` and
+        `depths` of ResNet, `head` and `depths` of VGG, `hidden` of MLP, `channels` of
+        ConvNet.
 
     Returns:
       A Flax module; `module.init(key, images)` makes its variables, with collections
@@ -319,22 +329,18 @@ def build(name: str, num_classes: int, **options) -> nn.Module:
     >>> models.count_parameters(models.build("resnet18", 10), (32, 32, 3))
     11173962
     """
-    if name not in _MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    check_choice("model", name, MODELS)
+    check_integer("num_classes", num_classes, least=2)
+    network = _MODELS[name]
+    known = {"width", "use_bias", "dtype", *_OPTIONS[name.rstrip("0123456789")]}
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(
+            f"{name} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+        )
+    check_positive("width", options.get("width", 1.0))
     for option, choices in (("stem", STEMS), ("head", HEADS)):
-        if options.get(option, choices[0]) not in choices:
-            raise ValueError(
-                f"{option} must be one of {', '.join(choices)}, got {options[option]!r}"
-            )
-    width = options.get("width", 1.0)
-    if not (math.isfinite(width) and width > 0):
-        raise ValueError(f"width must be positive and finite, got {width}")
-    try:
-        return _MODELS[name](num_classes=num_classes, **options)
-    except TypeError:
-        raise ValueError(f"{name} has no such option: {', '.join(options)}") from None
+        check_choice(option, options.get(option, choices[0]), choices)
+    return network(num_classes=num_classes, **options)
 
 
 def abstract_variables(model: nn.Module, image_shape: Sequence[int]):

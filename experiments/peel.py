@@ -1,0 +1,155 @@
+"""A trained network's last layer as a layer-peeled model: how far from optimal, whereto."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import ncjax
+from experiments import _cli, _legs, _runs, _training
+from ncjax import plotting
+
+NAME = "peel"
+OUTPUTS = ("metrics.csv", "peel.csv", "peel.md", "flow.png", "flow.pdf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Certificate, curvature and flow of the last layer of a trained network.
+
+    Example: python -m experiments.peel --run=runs/train_resnet/20261124-120000
+    """
+
+    run: str = _cli.flag("", "folder of a training run, with its checkpoints")
+    index: int = _cli.flag(0, "which network, of a run of several seeds")
+    per_class: int = _cli.flag(20, "n, first training images of each class; 0 for most")
+    log_t_max: float = _cli.flag(1000.0, "log of the time that the flow goes on for")
+    num_times: int = _cli.flag(100, f"times measured, up to a multiple of {_legs.LEGS}")
+    data_dir: str = _cli.flag("", "of TFDS; if empty, TFDS_DATA_DIR or its default")
+    workdir: str = _cli.flag("", f"run folder; if empty, a new one under runs/{NAME}")
+    overwrite: bool = _cli.flag(False, "replace the run that workdir holds")
+    resume: bool = _cli.flag(False, "go on with the run that workdir holds")
+
+
+def run(config: Config) -> Path:
+    """Run the experiment and return its folder.
+
+    Writes config.json, peel.csv and peel.md (the network's point and the end of the flow
+    from there), metrics.csv (along the flow), flow.png, flow.pdf and summary.json. Needs
+    `jax_enable_x64`.
+
+    Raises:
+      ValueError: a setting is out of range, or a folder cannot be used.
+      OSError: the training set cannot be read.
+    """
+    _check(config)
+    trained = _training.load_trained(Path(config.run), config.data_dir, config.index)
+    start = _peel(trained, config.per_class)
+    folder = _runs.open_run(
+        _runs.workdir(config, NAME),
+        _runs.settings(config),
+        OUTPUTS,
+        overwrite=config.overwrite,
+        resume=config.resume,
+    )
+    if _runs.is_finished(folder):
+        print(f"nothing to resume, the run is finished\n{folder}")
+        return folder
+    log_times = _legs.log_times(config.log_t_max, config.num_times)
+    starts = jax.tree.map(lambda leaf: leaf[None], start)
+    try:
+        columns, _, ends = _legs.solve(starts, log_times, _legs.measure_collapse, folder)
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with: {_runs.resume_command(config, folder)}")
+        raise
+    end = jax.tree.map(lambda leaf: leaf[0], ends)
+    points = {
+        "network": describe(start),
+        f"flow at log t = {log_times[-1]:g}": describe(end),
+    }
+    _write(folder, trained, log_times, columns, points)
+    return folder
+
+
+def _check(config: Config) -> None:
+    """Raise ValueError for a setting out of range, before any work."""
+    if not config.run:
+        raise ValueError("--run=DIR is needed: the folder of a training run")
+    if config.per_class < 0:
+        raise ValueError(f"--per_class must not be negative, got {config.per_class}")
+    if not (math.isfinite(config.log_t_max) and config.log_t_max > 1):
+        raise ValueError(f"--log_t_max must be above 1 and finite, got {config.log_t_max}")
+    if config.num_times < 1:
+        raise ValueError(f"--num_times must be at least 1, got {config.num_times}")
+
+
+def _peel(trained: _training.Trained, per_class: int) -> ncjax.Params:
+    """The last layer in float64."""
+    bias = None if trained.bias is None else trained.bias.astype(jnp.float64)
+    return ncjax.peel(
+        trained.features.astype(jnp.float64),
+        trained.labels,
+        trained.weight.astype(jnp.float64),
+        bias,
+        per_class=per_class or None,
+    )
+
+
+def describe(params: ncjax.Params) -> dict[str, Any]:
+    """Margins, KKT residuals, certificate and least curvature of one point, by name."""
+    num_classes, per_class, dim = params.H.shape
+    labels = jnp.repeat(jnp.arange(num_classes, dtype=jnp.int32), per_class)
+    layer = ncjax.last_layer(params.H.reshape(-1, dim), labels, params.W)
+    eig = ncjax.hessian_eig(ncjax.log_cross_entropy, params, sphere=True)
+    found: dict[str, Any] = {
+        "squared_norm": float(ncjax.squared_norm(params)),
+        "log_loss": float(layer.log_loss),
+        "least_margin": float(layer.least_margin),
+        "margin_ratio": float(layer.margin_ratio),
+        "balanced_margin_ratio": float(layer.balanced_margin_ratio),
+        "kkt_angle": float(layer.kkt_angle),
+        "smallest_riemannian_eigenvalue": float(eig.eigenvalues[0]),
+    }
+    if layer.least_margin > 0:
+        certificate = ncjax.certificate(params)
+        kkt = ncjax.kkt(params)
+        found |= {
+            "kkt_stationarity": float(kkt.stationarity),
+            "kkt_complementarity": float(kkt.complementarity),
+            "sigma_max": float(certificate.sigma_max),
+            "duality_gap": float(certificate.gap),
+            "excess_over_the_minimum_norm": float(certificate.excess),
+            "verdict": ncjax.VERDICTS[int(certificate.verdict)],
+        }
+    else:
+        unknown = ("kkt_stationarity", "kkt_complementarity", "sigma_max", "duality_gap")
+        found |= dict.fromkeys((*unknown, "excess_over_the_minimum_norm"), math.nan)
+        found["verdict"] = ncjax.VERDICTS[ncjax.separation.NOT_SEPARATED]
+    return found | {
+        name: float(value)
+        for name, value in ncjax.collapse_metrics(params)._asdict().items()
+    }
+
+
+def _write(folder: Path, trained, log_times, columns, points) -> None:
+    """Tables, the figure and, as the sign of the end, summary.json."""
+    names = next(iter(points.values())).keys()
+    rows = [
+        {"quantity": name} | {title: point[name] for title, point in points.items()}
+        for name in names
+    ]
+    _runs.write_table(folder / "peel", rows)
+    _runs.write_csv(folder / "metrics.csv", log_times, columns)
+    figure = plotting.figure_over_log_log_t(log_times, plotting.collapse_panels(columns))
+    plotting.save_figure(figure, folder, "flow")
+    summary = {"network": trained.title, "points": points} | _runs.provenance("flax")
+    _runs.write_json(folder / _runs.SUMMARY, summary)
+    _runs.drop_checkpoint(folder)
+    print(f"{trained.title}\n\n{(folder / 'peel.md').read_text()}\n{folder}")
+
+
+if __name__ == "__main__":
+    _cli.main(Config, run, f"experiments.{NAME}")

@@ -1,0 +1,362 @@
+"""Every formula of the convolution and the maximum against loops in NumPy."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ncjax import convolution
+from ncjax.convolution import (
+    convolve,
+    convolve_canonical,
+    convolve_dense,
+    convolve_gathered,
+    convolve_lax,
+    max_pool,
+)
+
+FORMULAS = {
+    "lax": convolve_lax,
+    "canonical": convolve_canonical,
+    "gathered": convolve_gathered,
+    "dense": convolve_dense,
+}
+# Shape of x, shape of the kernel, stride, padding, and what is picked on CPU.
+LAYERS = {
+    "cifar stem": ((2, 6, 5, 3), (3, 3, 3, 4), 1, 1, convolve_canonical),
+    "imagenet stem": ((2, 9, 12, 3), (7, 7, 3, 4), 2, 3, convolve_canonical),
+    "3x3": ((2, 5, 4, 5), (3, 3, 5, 3), 1, 1, convolve_canonical),
+    "3x3 of 2x2": ((3, 2, 2, 5), (3, 3, 5, 4), 1, 1, convolve_dense),
+    "3x3 of 1x1": ((3, 1, 1, 5), (3, 3, 5, 4), 1, 1, convolve_dense),
+    "3x3 of 1x3": ((2, 1, 3, 5), (3, 3, 5, 4), 1, 1, convolve_dense),
+    "strided": ((2, 8, 8, 5), (3, 3, 5, 4), 2, 1, convolve_gathered),
+    "strided, odd": ((2, 7, 5, 6), (3, 3, 6, 2), 2, 1, convolve_gathered),
+    "strided to 1x1": ((2, 2, 2, 5), (3, 3, 5, 4), 2, 1, convolve_dense),
+    "strided, large": ((1, 9, 10, 5), (3, 3, 5, 2), 2, 1, convolve_canonical),
+    "1x1": ((2, 4, 3, 5), (1, 1, 5, 4), 1, 0, convolve_lax),
+    "1x1 strided": ((2, 5, 4, 5), (1, 1, 5, 4), 2, 0, convolve_lax),
+    "1x1 of one channel": ((2, 2, 2, 1), (1, 1, 1, 1), 1, 0, convolve_lax),
+    "no padding": ((2, 5, 6, 2), (3, 3, 2, 3), 1, 0, convolve_canonical),
+    "more padding than kernel": ((2, 2, 3, 5), (1, 1, 5, 2), 2, 3, convolve_lax),
+    "5x2": ((2, 6, 4, 5), (5, 2, 5, 3), 1, 1, convolve_canonical),
+}
+# Shape of x, size, stride, padding.
+POOLS = {
+    "vgg": ((2, 6, 4, 3), 2, 2, 0),
+    "vgg, odd": ((2, 5, 7, 3), 2, 2, 0),
+    "imagenet stem": ((2, 8, 6, 3), 3, 2, 1),
+    "imagenet stem, odd": ((2, 7, 5, 3), 3, 2, 1),
+    "of one pixel": ((2, 1, 1, 3), 3, 2, 1),
+    "overlapping": ((2, 5, 4, 2), 3, 1, 0),
+    "apart": ((1, 8, 9, 2), 2, 3, 1),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Nearly all of the time here goes to the compiler, and nothing hangs on its best."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.default_matmul_precision("highest"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def platform(request, monkeypatch):
+    """What is picked for this platform, on whichever the tests run."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+    return request.param
+
+
+def convolution_by_loops(x, kernel, stride, padding):
+    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    rows = range(0, x.shape[1] - kernel.shape[0] + 1, stride)
+    columns = range(0, x.shape[2] - kernel.shape[1] + 1, stride)
+    y = np.zeros((x.shape[0], len(rows), len(columns), kernel.shape[3]))
+    for p, row in enumerate(rows):
+        for q, column in enumerate(columns):
+            for i in range(kernel.shape[0]):
+                for j in range(kernel.shape[1]):
+                    y[:, p, q] += x[:, row + i, column + j] @ kernel[i, j]
+    return y
+
+
+def max_pool_by_loops(x, size, stride, padding):
+    border = (padding, padding)
+    x = np.pad(x, ((0, 0), border, border, (0, 0)), constant_values=-np.inf)
+    rows = range(0, x.shape[1] - size + 1, stride)
+    columns = range(0, x.shape[2] - size + 1, stride)
+    return np.stack(
+        [
+            np.stack(
+                [x[:, i : i + size, j : j + size].max((1, 2)) for j in columns], axis=1
+            )
+            for i in rows
+        ],
+        axis=1,
+    )
+
+
+def reduce_window(x, size, stride, padding):
+    border = (padding, padding)
+    return jax.lax.reduce_window(
+        x,
+        -jnp.inf,
+        jax.lax.max,
+        (1, size, size, 1),
+        (1, stride, stride, 1),
+        ((0, 0), border, border, (0, 0)),
+    )
+
+
+def normal(*shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=shape) for shape in shapes]
+
+
+def distinct(shape, seed=0):
+    """No two entries equal, half of them negative."""
+    size = np.prod(shape)
+    return np.random.default_rng(seed).permutation(size).reshape(shape) - size / 2
+
+
+def with_gradients(function, cotangent, *arguments):
+    """The value and the gradients of all arguments."""
+    value, pull = jax.vjp(function, *arguments)
+    return value, *pull(cotangent)
+
+
+def assert_convolutions_equal(x_shape, kernel_shape, stride, padding, seed=0, **more):
+    """All formulas, and `more` of them."""
+    x, kernel = normal(x_shape, kernel_shape, seed=seed)
+    expected = convolution_by_loops(x, kernel, stride, padding)
+    (cotangent,) = normal(expected.shape, seed=seed + 1)
+
+    @jax.jit
+    def all_of_them(*arrays):
+        return {
+            name: with_gradients(partial(formula, stride=stride, padding=padding), *arrays)
+            for name, formula in {**FORMULAS, **more}.items()
+        }
+
+    results = all_of_them(cotangent, x, kernel)
+    for name, (value, *gradients) in results.items():
+        np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12, err_msg=name)
+        for got, exact in zip(gradients, results["lax"][1:], strict=True):
+            np.testing.assert_allclose(got, exact, rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_formulas_match_loops_and_gradients_match_lax(layer):
+    assert_convolutions_equal(*layer[:4], picked=convolve)
+
+
+@st.composite
+def layers(draw):
+    """Shapes of any map at least as large as its kernel once padded."""
+    size = draw(st.sampled_from([1, 3, 7]))
+    padding = draw(st.integers(0, 3))
+    least = max(1, size - 2 * padding)
+    height, width = (draw(st.integers(least, least + 4)) for _ in range(2))
+    batch, inputs, outputs = (draw(st.integers(1, most)) for most in (3, 6, 4))
+    stride = draw(st.integers(1, 2))
+    return (batch, height, width, inputs), (size, size, inputs, outputs), stride, padding
+
+
+@given(layers(), st.integers(0, 2**31))
+@settings(max_examples=10)
+def test_formulas_match_loops_for_any_shape(layer, seed):
+    assert_convolutions_equal(*layer, seed=seed)
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_the_formula_picked(layer, platform, monkeypatch):
+    x_shape, kernel_shape, stride, padding, on_cpu = layer
+    for formula in (convolve_lax, convolve_canonical, convolve_gathered, convolve_dense):
+        name = formula.__name__
+        monkeypatch.setattr(convolution, name, lambda *_, name=name: name)
+    picked = convolve(jnp.zeros(x_shape), jnp.zeros(kernel_shape), stride, padding)
+    assert picked == (on_cpu.__name__ if platform == "cpu" else "convolve_lax")
+
+
+@pytest.mark.parametrize("name", ["3x3 of 1x1", "strided, large"])
+def test_second_derivatives_match_lax(name):
+    """Hessian times a direction, by both orders that reach the picked formula."""
+    x_shape, kernel_shape, stride, padding, _ = LAYERS[name]
+    point, direction = (
+        tuple(normal(x_shape, kernel_shape, seed=seed)) for seed in range(2)
+    )
+
+    @jax.jit
+    def products(point, direction):
+        def forward_of_reverse(formula):
+            gradient = jax.grad(lambda z: jnp.sum(jnp.sin(formula(*z, stride, padding))))
+            return jax.jvp(gradient, (point,), (direction,))[1]
+
+        def reverse_of_reverse(formula):
+            gradient = jax.grad(lambda z: jnp.sum(jnp.sin(formula(*z, stride, padding))))
+            return jax.vjp(gradient, point)[1](direction)[0]
+
+        return (
+            forward_of_reverse(convolve_lax),
+            [forward_of_reverse(convolve), reverse_of_reverse(convolve)],
+        )
+
+    exact, others = products(point, direction)
+    for other in others:
+        for got, wanted in zip(other, exact, strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["3x3", "3x3 of 2x2", "strided"])
+def test_convolution_is_batched(name):
+    """Over several kernels, over several batches, and over both."""
+    x_shape, kernel_shape, stride, padding, _ = LAYERS[name]
+    x, kernel = normal((2, *x_shape), (2, *kernel_shape))
+    loops = partial(convolution_by_loops, stride=stride, padding=padding)
+    cases = [
+        ((0, 0), (x, kernel), [loops(x[i], kernel[i]) for i in range(2)]),
+        ((0, None), (x, kernel[0]), [loops(x[i], kernel[0]) for i in range(2)]),
+        ((None, 0), (x[0], kernel), [loops(x[0], kernel[i]) for i in range(2)]),
+    ]
+
+    @jax.jit
+    def all_of_them(*pairs):
+        return [
+            [
+                jax.vmap(partial(formula, stride=stride, padding=padding), axes)(*pair)
+                for formula in FORMULAS.values()
+            ]
+            for (axes, _, _), pair in zip(cases, pairs, strict=True)
+        ]
+
+    results = all_of_them(*(pair for _, pair, _ in cases))
+    for (_, _, expected), values in zip(cases, results, strict=True):
+        for value in values:
+            np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", ["3x3 of 1x1", "strided"])
+def test_convolution_keeps_the_dtype(name, dtype):
+    x_shape, kernel_shape, stride, padding, _ = LAYERS[name]
+    x, kernel = (jnp.asarray(array, dtype) for array in normal(x_shape, kernel_shape))
+    expected = convolution_by_loops(
+        np.asarray(x, float), np.asarray(kernel, float), stride, padding
+    )
+    cotangent = jnp.asarray(normal(expected.shape, seed=1)[0], dtype)
+
+    @jax.jit
+    def all_of_them(*arrays):
+        in_double = [array.astype(float) for array in arrays]
+        lax = partial(convolve_lax, stride=stride, padding=padding)
+        return with_gradients(lax, *in_double), [
+            with_gradients(partial(formula, stride=stride, padding=padding), *arrays)
+            for formula in FORMULAS.values()
+        ]
+
+    tol = 4 * float(jnp.finfo(dtype).eps)
+    exact, rounded = all_of_them(cotangent, x, kernel)
+    np.testing.assert_allclose(exact[0], expected, rtol=1e-12, atol=1e-12)
+    for results in rounded:
+        for got, wanted in zip(results, exact, strict=True):
+            assert got.dtype == dtype
+            scale = float(jnp.max(jnp.abs(wanted)))
+            np.testing.assert_allclose(
+                np.asarray(got, float), wanted, rtol=tol, atol=tol * scale
+            )
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "kernel_shape"),
+    [
+        ((8, 8, 3), (3, 3, 3, 4)),
+        ((2, 8, 8, 3), (3, 3, 3)),
+        ((2, 8, 8, 3), (3, 3, 4, 3)),
+        ((2, 3, 8, 8), (3, 3, 3, 4)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(x_shape, kernel_shape):
+    with pytest.raises(ValueError, match=r"expected x \(B, height, .* got \(") as error:
+        convolve(jnp.zeros(x_shape), jnp.zeros(kernel_shape))
+    assert str(error.value).endswith(f"got {x_shape} and {kernel_shape}")
+
+
+@pytest.mark.usefixtures("platform")
+def test_images_smaller_than_the_window_are_named():
+    x = jnp.zeros((2, 4, 2, 3))
+    message = "image of 4x2 with padding 0 is smaller than the window of 3x3"
+    with pytest.raises(ValueError, match=message):
+        convolve(x, jnp.zeros((3, 3, 3, 1)))
+    with pytest.raises(ValueError, match=message):
+        max_pool(x, 3, 2)
+    with pytest.raises(ValueError, match=r"4x2 with padding 1 .* window of 7x7"):
+        convolve(x, jnp.zeros((7, 7, 3, 1)), padding=1)
+
+
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+@pytest.mark.usefixtures("platform")
+def test_max_pool_matches_loops_and_reduce_window(pool):
+    shape, *options = pool
+    x = distinct(shape)
+    expected = max_pool_by_loops(x, *options)
+    (cotangent,) = normal(expected.shape)
+
+    @jax.jit
+    def both(*arrays):
+        return [
+            with_gradients(lambda x, pool=pool: pool(x, *options), *arrays)
+            for pool in (max_pool, reduce_window)
+        ]
+
+    (value, gradient), (_, exact) = both(cotangent, x)
+    np.testing.assert_array_equal(value, expected)
+    np.testing.assert_allclose(gradient, exact, rtol=1e-14)
+
+
+@given(
+    shape=st.tuples(*(st.integers(1, most) for most in (2, 7, 7, 2))),
+    size=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 2),
+    seed=st.integers(0, 2**31),
+)
+def test_max_pool_matches_loops_for_any_shape(shape, size, stride, padding, seed):
+    x = jnp.asarray(distinct(shape, seed))
+    if padding > size // 2:
+        with pytest.raises(ValueError, match="at most half the window"):
+            max_pool(x, size, stride, padding)
+        return
+    if min(shape[1:3]) + 2 * padding < size:
+        with pytest.raises(ValueError, match="smaller than the window"):
+            max_pool(x, size, stride, padding)
+        return
+    got = jax.jit(lambda x: max_pool(x, size, stride, padding))(x)
+    np.testing.assert_array_equal(got, max_pool_by_loops(x, size, stride, padding))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.usefixtures("platform")
+def test_max_pool_keeps_the_dtype_and_is_batched(dtype):
+    x = jnp.asarray(normal((2, 2, 5, 4, 3))[0], dtype)
+    got = jax.vmap(lambda x: max_pool(x, 3, 2, 1))(x)
+    assert got.dtype == dtype
+    for one, whole in zip(got, np.asarray(x, float), strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(one, float), max_pool_by_loops(whole, 3, 2, 1)
+        )
+
+
+def test_gradients_of_equal_maxima_add_up(platform):
+    """Shared on CPU, the first one's elsewhere."""
+    x = jnp.asarray([[3.0, 1.0, 3.0], [0.0, 3.0, 2.0]])[None, :, :, None]
+    (gradient,) = jax.vjp(lambda x: max_pool(x[:, :, :2], 2, 2), x)[1](
+        jnp.full((1, 1, 1, 1), 8.0)
+    )
+    share = 4.0 if platform == "cpu" else 0.0
+    expected = [[8.0 - share, 0.0, 0.0], [0.0, share, 0.0]]
+    np.testing.assert_array_equal(gradient[0, :, :, 0], expected)
