@@ -5,6 +5,7 @@ Reading needs no TensorFlow; preparing a set from its official archive, once, do
 
 import difflib
 import importlib.util
+import os
 import re
 import threading
 import urllib.error
@@ -91,7 +92,6 @@ def first_of_each_class(dataset: Dataset, per_class: int) -> Dataset:
 
 def _digits(name: str, split: str, data_dir: str | None) -> Dataset:
     """Scikit-learn's digits, values 0 to 16 stretched to 0 to 255."""
-    import tensorflow_datasets as tfds
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -99,47 +99,76 @@ def _digits(name: str, split: str, data_dir: str | None) -> Dataset:
     labels = bunch.target.astype(np.int32)
     sizes = {"train": _DIGITS_TRAIN, "test": len(labels) - _DIGITS_TRAIN}
     start = {"train": 0, "test": _DIGITS_TRAIN}
-    known = {name: SimpleNamespace(num_examples=size) for name, size in sizes.items()}
-    try:
-        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(known)
-    except Exception as error:
-        raise _bad_split(name, split, tuple(sizes), error) from None
+    splits = {
+        key: SimpleNamespace(num_examples=size, shard_lengths=[size])
+        for key, size in sizes.items()
+    }
     index = np.concatenate(
         [
-            np.arange(*slice(part.from_, part.to).indices(sizes[part.splitname]))
-            + start[part.splitname]
-            for part in parts
+            np.arange(part.start, part.stop) + start[part.name]
+            for part in _parts(name, split, splits)
         ]
     )
-    if not index.size:
-        raise ValueError(f"split {split!r} of {name} is empty")
     return Dataset(images[index], labels[index], 10)
 
 
-def _bad_split(name: str, split: str, splits, error: Exception) -> ValueError:
-    reason = str(error).splitlines()[0]
-    return ValueError(
-        f"cannot read split {split!r} of {name}, which has {', '.join(splits)}: {reason}"
-    )
+class _Part(NamedTuple):
+    """Some successive samples of a split, at least one."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def _parts(name: str, split: str, splits: Any) -> list[_Part]:
+    """What a split in the syntax of TFDS asks for.
+
+    TFDS itself reads a slice that ends before it starts as some other samples.
+
+    Raises:
+      ValueError: not in that syntax, of a split that is not there, or empty.
+    """
+    import tensorflow_datasets as tfds
+
+    held = ", ".join(f"{key} ({info.num_examples})" for key, info in splits.items())
+    try:
+        asked = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"cannot read split {split!r} of {name}, which has {held}: {reason}"
+        ) from None
+    parts = []
+    for part in asked:
+        size = splits[part.splitname].num_examples
+        start, stop, _ = slice(part.from_, part.to).indices(size)
+        parts.append(_Part(part.splitname, start, stop))
+    parts = [part for part in parts if part.start < part.stop]
+    if not parts:
+        raise ValueError(f"split {split!r} of {name}, which has {held}, is empty")
+    return parts
 
 
 def _tfds(name: str, split: str, data_dir: str | None) -> Dataset:
     """A set of TensorFlow Datasets, prepared first where it is not."""
-    builder = _builder(name, data_dir or None)
+    builder = _builder(name, os.path.expanduser(data_dir) if data_dir else None)
     features = _image_features(builder)
     if not builder.is_prepared():
         _prepare(builder)
+    if not builder.info.splits:
+        raise OSError(f"{builder.data_dir} is incomplete: prepare {name} anew without it")
+    parts = _parts(name, split, builder.info.splits)
     try:
-        source = builder.as_data_source(split)
+        source = builder.as_data_source(
+            "+".join(f"{p.name}[{p.start}:{p.stop}]" for p in parts)
+        )
     except NotImplementedError:
         raise OSError(
             f"{builder.data_dir} holds {name} as {builder.info.file_format.value}, which "
             "needs TensorFlow to read: prepare it as array_record, in another data_dir"
         ) from None
-    except RuntimeError as error:
-        raise _damaged(builder, error) from None
     except Exception as error:
-        raise _bad_split(name, split, tuple(builder.info.splits), error) from None
+        raise _damaged(builder, error) from None
     images, labels = [], []
     chunks = range(0, len(source), _CHUNK)
     for start in tqdm(chunks, desc=f"read {name}", leave=False, disable=None):
@@ -150,13 +179,14 @@ def _tfds(name: str, split: str, data_dir: str | None) -> Dataset:
             raise _damaged(builder, error) from None
         images += [sample[features.image] for sample in samples]
         labels += [sample[features.label] for sample in samples]
-    if len({image.shape for image in images}) > 1:
-        raise ValueError(f"{name} has images of several sizes; one size is needed")
-    return Dataset(
-        np.stack(images),
-        np.asarray(labels, np.int32),
-        builder.info.features[features.label].num_classes,
-    )
+        if len({image.shape for image in images}) > 1:
+            raise ValueError(f"{name} has images of several sizes; one size is needed")
+    num_classes = builder.info.features[features.label].num_classes
+    if min(labels) < 0:
+        raise ValueError(
+            f"split {split!r} of {name} is not labelled: it has label {min(labels)}"
+        )
+    return Dataset(np.stack(images), np.asarray(labels, np.int32), num_classes)
 
 
 def _builder(name: str, data_dir: str | None) -> Any:
@@ -164,6 +194,10 @@ def _builder(name: str, data_dir: str | None) -> Any:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.registered import DatasetNotFoundError
 
+    if not re.fullmatch(r"\w+(/[\w.-]+)?(:[\d.*]+)?", name):
+        raise ValueError(
+            f"no data set is called {name!r}: expected name[/config][:version]"
+        )
     try:
         return tfds.builder(name, data_dir=data_dir)
     except DatasetNotFoundError as error:
@@ -199,11 +233,17 @@ def _image_features(builder: Any) -> _Names:
     images = [k for k, v in features.items() if isinstance(v, tfds.features.Image)]
     labels = [k for k, v in features.items() if isinstance(v, tfds.features.ClassLabel)]
     if "image" in images and "label" in labels:
-        return _Names("image", "label")
+        images, labels = ["image"], ["label"]
     if len(images) != 1 or len(labels) != 1:
         raise ValueError(
             f"{builder.name} is no image classification set: expected one image and one "
             f"label, got features {', '.join(features)}"
+        )
+    image = features[images[0]]
+    if image.np_dtype != np.uint8 or image.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"{builder.name} has images {image.shape} of {np.dtype(image.np_dtype)}: "
+            "expected 1 or 3 channels of uint8"
         )
     return _Names(images[0], labels[0])
 
@@ -213,12 +253,15 @@ def _damaged(builder: Any, error: Exception) -> OSError:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     suspects = []
-    for path in sorted(Path(builder.data_dir).glob("*.array_record-*")):
-        try:
-            source = ArrayRecordDataSource([str(path)])
-            source.__getitems__(list(range(len(source))))
-        except Exception:
-            suspects.append(str(path))
+    for split in builder.info.splits.values():
+        for path, length in zip(split.filepaths, split.shard_lengths, strict=True):
+            try:
+                source = ArrayRecordDataSource([str(path)])
+                sound = len(source.__getitems__(list(range(len(source))))) == length
+            except Exception:
+                sound = False
+            if not sound:
+                suspects.append(str(path))
     where = ", ".join(suspects) or str(builder.data_dir)
     return OSError(f"damaged or missing records in {where}: {str(error).splitlines()[0]}")
 
@@ -230,9 +273,9 @@ def _prepare(builder: Any) -> None:
       OSError: no TensorFlow or no network.
     """
     root = Path(builder.data_dir).parents[len(Path(builder.info.full_name).parts) - 1]
-    there = sorted({path.parts[0] for path in _prepared(root)})
+    there = sorted(str(path) for path in _prepared(root))
     held = f"there: {', '.join(there)}" if there else "nothing is there"
-    missing = f"{builder.name} is not prepared in {root} ({held})"
+    missing = f"{builder.info.full_name} is not prepared in {root} ({held})"
     choices = (
         "choose a prepared set, give --data_dir or TFDS_DATA_DIR of a folder that has it, "
         f"or use {DIGITS}, which needs none"
@@ -244,12 +287,19 @@ def _prepare(builder: Any) -> None:
             f"{missing}; preparing it, once, needs TensorFlow (reading does not): pip "
             f"install tensorflow-cpu, or {choices}"
         )
-    builder.download_and_prepare(file_format="array_record")
+    try:
+        builder.download_and_prepare(file_format="array_record")
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        raise OSError(f"{missing} and could not be: {reason.splitlines()[0]}") from error
 
 
 def _prepared(root: Path) -> list[Path]:
     """Folders of prepared sets, relative to the data directory."""
-    return [path.parent.relative_to(root) for path in root.glob("*/**/dataset_info.json")]
+    # name/version or name/config/version; downloads may lie beside them, by the million.
+    patterns = ("*/*/dataset_info.json", "*/*/*/dataset_info.json")
+    paths = [path for pattern in patterns for path in root.glob(pattern)]
+    return [path.parent.relative_to(root) for path in paths]
 
 
 def _has_network() -> bool:
@@ -261,8 +311,8 @@ def _has_network() -> bool:
             urllib.request.urlopen(_PROBE, timeout=_PROBE_SECONDS)
         except urllib.error.HTTPError:
             pass  # an answer too
-        except OSError:
-            return
+        except Exception:
+            return  # a thread has nobody to raise to
         answered.set()
 
     # Name look-up has no time limit of its own.

@@ -70,9 +70,14 @@ def sgd(
       weight_decay: $\lambda$, on all parameters.
       drops: steps from which on $\eta$ is a tenth of what it was before.
     """
-    schedule = optax.piecewise_constant_schedule(learning_rate, dict.fromkeys(drops, 0.1))
+
+    def schedule(step):
+        passed = sum((step >= drop).astype(jnp.float32) for drop in drops)
+        return learning_rate * jnp.float32(0.1) ** passed
+
     decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
-    return optax.chain(decay, optax.sgd(schedule, momentum or None))
+    rate = schedule if drops else learning_rate
+    return optax.chain(decay, optax.sgd(rate, momentum or None))
 
 
 def on_device(dataset: Dataset, mean, deviation, mesh: Mesh) -> DeviceData:

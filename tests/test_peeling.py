@@ -1,0 +1,159 @@
+"""A network's last layer as a layer-peeled model, against the model and NumPy loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ncjax
+
+
+def last_layer_of(params):
+    """`ncjax.last_layer` of the samples of a model, in another order."""
+    num_classes, per_class, dim = params.H.shape
+    labels = np.repeat(np.arange(num_classes), per_class)
+    order = np.random.default_rng(0).permutation(labels.size)
+    features = np.asarray(params.H).reshape(-1, dim)
+    return ncjax.last_layer(features[order], labels[order], params.W)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+def test_it_is_the_model_where_classes_are_equal(key, scale):
+    params = ncjax.init_params(key, 4, 3, 6, scale)
+    layer = last_layer_of(params)
+    assert layer.log_loss == pytest.approx(float(ncjax.log_cross_entropy(params)))
+    assert layer.least_margin == pytest.approx(float(ncjax.margins(params).min()))
+    assert layer.margin_ratio == pytest.approx(float(ncjax.margin_ratio(params)))
+    assert layer.kkt_angle == pytest.approx(float(ncjax.kkt_angle(params)), rel=1e-10)
+
+
+def test_it_keeps_its_digits_where_the_loss_underflows(key):
+    start = ncjax.init_params(key, 4, 3, 6)
+    far = ncjax.gradient_flow(start, [2000.0]).final
+    layer = last_layer_of(far)
+    assert layer.loss == 0
+    assert layer.log_loss == pytest.approx(float(ncjax.log_cross_entropy(far)), rel=1e-12)
+    assert layer.kkt_angle == pytest.approx(float(ncjax.kkt_angle(far)), rel=1e-6)
+
+
+@given(
+    counts=st.lists(st.integers(1, 4), min_size=2, max_size=4),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_unequal_classes_and_a_bias_against_loops(counts, with_bias, seed):
+    rng = np.random.default_rng(seed)
+    num_classes, dim = len(counts), 3
+    labels = rng.permutation(np.repeat(np.arange(num_classes), counts))
+    features = rng.normal(size=(labels.size, dim))
+    W, b = rng.normal(size=(num_classes, dim)), rng.normal(size=num_classes)
+    layer = ncjax.last_layer(features, labels, W, b if with_bias else None)
+    logits = features @ W.T + (b if with_bias else 0)
+    margins = [logits[a, y] - max(np.delete(logits[a], y)) for a, y in enumerate(labels)]
+    losses = [np.log(np.exp(z - z[y]).sum()) for z, y in zip(logits, labels, strict=True)]
+    full_W = np.column_stack([W, b]) if with_bias else W
+    full_H = np.column_stack([features, np.ones(labels.size)]) if with_bias else features
+    squares = (full_W**2).sum() + (full_H**2).sum()
+    optimum = (num_classes - 1) * np.sqrt(min(counts))
+    np.testing.assert_allclose(layer.loss, np.mean(losses), rtol=1e-9)
+    np.testing.assert_allclose(layer.least_margin, min(margins), rtol=1e-9)
+    np.testing.assert_allclose(
+        layer.margin_ratio, 2 * optimum * min(margins) / squares, rtol=1e-9
+    )
+    norms = np.linalg.norm(full_W) * np.linalg.norm(full_H)
+    np.testing.assert_allclose(
+        layer.balanced_margin_ratio, optimum * min(margins) / norms, rtol=1e-9
+    )
+    beta = beta_by_loops(full_W, full_H, labels)
+    np.testing.assert_allclose(
+        layer.kkt_angle, np.sqrt(max(0.0, 1 - beta**2)), rtol=1e-6, atol=1e-7
+    )
+    assert layer.margin_ratio <= 1
+
+
+def beta_by_loops(W, H, labels):
+    """<Z, -∇L> / (|Z| |∇L|), gradients written out sample by sample."""
+    gradient_W, gradient_H = np.zeros_like(W), np.zeros_like(H)
+    for a, y in enumerate(labels):
+        z = W @ H[a]
+        p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+        p[y] -= 1
+        gradient_W += np.outer(p, H[a])
+        gradient_H[a] = W.T @ p
+    inner = -(gradient_W * W).sum() - (gradient_H * H).sum()
+    norm = np.sqrt((W**2).sum() + (H**2).sum())
+    return inner / norm / np.sqrt((gradient_W**2).sum() + (gradient_H**2).sum())
+
+
+def test_collapse_has_ratio_one_however_scale_is_split():
+    collapse = ncjax.block_saddle(1, 5, per_class=4, dim=6)
+    split = ncjax.Params(7 * collapse.W, collapse.H / 3)
+    layer = last_layer_of(split)
+    assert layer.balanced_margin_ratio == pytest.approx(1)
+    assert layer.margin_ratio < 0.5
+    assert last_layer_of(collapse).margin_ratio == pytest.approx(1)
+
+
+def test_float32_and_half_precision(key):
+    params = ncjax.init_params(key, 5, 10, 8, scale=1.0, dtype=jnp.float32)
+    exact = last_layer_of(jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params))
+    got = last_layer_of(params)
+    for name, value in got._asdict().items():
+        assert value.dtype == jnp.float32
+        assert value == pytest.approx(float(getattr(exact, name)), rel=1e-5), name
+    half = ncjax.last_layer(
+        params.H.reshape(-1, 8).astype(jnp.bfloat16), np.repeat(np.arange(5), 10), params.W
+    )
+    assert half.loss.dtype == jnp.float32
+
+
+def test_peel_takes_the_first_of_each_class_in_order():
+    labels = np.array([1, 0, 1, 2, 0, 2, 1, 0])
+    features = np.arange(16.0).reshape(8, 2)
+    W, b = np.arange(6.0).reshape(3, 2), np.array([5.0, 6.0, 7.0])
+    params = ncjax.peel(features, labels, W, b)
+    np.testing.assert_array_equal(params.W, np.column_stack([W, b]))
+    expected = [[features[labels == k][i] for i in range(2)] for k in range(3)]
+    np.testing.assert_array_equal(params.H[..., :2], expected)
+    np.testing.assert_array_equal(params.H[..., 2], 1)
+    one = ncjax.peel(features, labels, W, per_class=1)
+    np.testing.assert_array_equal(one.H[:, 0], np.asarray(expected)[:, 0])
+
+
+def test_peeled_logits_are_those_of_the_network(key):
+    features = jax.random.normal(key, (12, 4))
+    W, b = jnp.ones((3, 4)), jnp.arange(3.0)
+    labels = np.arange(12) % 3
+    params = ncjax.peel(features, labels, W, b)
+    data = oracles.Data(*(np.asarray(x) for x in (features, labels, W, b)))
+    order = np.argsort(labels, kind="stable")
+    got = jnp.einsum("kid,jd->kij", params.H, params.W).reshape(12, 3)
+    np.testing.assert_allclose(got, oracles.logits(data)[order], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"per_class": 3}, "per_class is 3 but class 0 has 2 samples"),
+        ({"per_class": 0}, "per_class must be an integer of at least 1, got 0"),
+        ({"labels": np.array([0, 0, 0, 0])}, "every class needs a sample"),
+        ({"labels": np.array([0, 1, 2, 0])}, "labels must lie in"),
+        ({"features": np.ones((4, 2)) * np.nan}, "features must be finite"),
+        ({"b": np.ones(3)}, r"expected b \(2,\), got \(3,\)"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes, message):
+    arguments = {
+        "features": np.ones((4, 2)),
+        "labels": np.array([0, 0, 1, 1]),
+        "W": np.ones((2, 2)),
+    } | changes
+    with pytest.raises(ValueError, match=message):
+        ncjax.peel(**arguments)
+    arguments.pop("per_class", None)
+    if "per_class" not in changes:
+        with pytest.raises(ValueError, match=message):
+            ncjax.last_layer(**arguments)

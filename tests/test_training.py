@@ -1,0 +1,470 @@
+"""The training experiments: folders, resuming, interruption, devices, processes, errors."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import oracles
+import pytest
+
+import ncjax
+from experiments import (
+    _runs,
+    _training,
+    peel,
+    train_resnet,
+    train_small,
+    train_vgg,
+)
+from ncjax import data, train
+from ncjax.peeling import LastLayer
+
+SMALL = train_small.Config(
+    train_split="train[:200]",
+    test_split="test[:100]",
+    width=0.05,
+    epochs=6,
+    batch_size=40,
+    measurements=3,
+    checkpoint_every=2,
+)
+
+
+def small(folder, **changes):
+    return dataclasses.replace(SMALL, workdir=str(folder), **changes)
+
+
+def command(folder, *flags, module="train_small", **changes):
+    """The command of `SMALL` with changes, for another process."""
+    settings = _runs.settings(dataclasses.replace(SMALL, **changes))
+    default = train_small.Config()
+    given = [f"--{k}={v}" for k, v in settings.items() if v != getattr(default, k)]
+    start = (sys.executable, "-m", f"experiments.{module}", f"--workdir={folder}")
+    return [*start, *given, *flags]
+
+
+def state_of(folder):
+    """Leaves of the newest checkpoint of a run, and its epoch."""
+    config = dataclasses.replace(_config_of(folder), workdir=str(folder), resume=True)
+    loop = _training._Loop(config, _training.set_up(config, {}), folder)
+    checkpoints = _training.checkpoint.Checkpoints(folder / _training.CHECKPOINTS)
+    state, epoch = loop.restore(checkpoints)
+    checkpoints.close()
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)], epoch
+
+
+def _config_of(folder):
+    return train_small.Config(**_runs.stored_config(folder))
+
+
+def assert_same_run(folder, other, exact=True):
+    """Same parameters, optimiser state and metrics."""
+    (got, got_epoch), (expected, epoch) = state_of(folder), state_of(other)
+    assert got_epoch == epoch
+    for a, b in zip(got, expected, strict=True):
+        if exact:
+            np.testing.assert_array_equal(a, b)
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    if exact:
+        files = (folder / "metrics.csv", other / "metrics.csv")
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Many runs of the same network: compile each function once, here and in processes."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training") / "run"
+    return train_small.run(small(folder))
+
+
+def test_a_run_writes_its_folder(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"config.json", "summary.json", *_training.OUTPUTS}
+    config = json.loads((finished / "config.json").read_text())["config"]
+    assert config["model"] == "mlp"
+    assert "data_dir" not in config
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["training_images"] == 200
+    assert summary["parameters"] == 64 * 26 + 26 + 26 * 26 + 26 + 26 * 10 + 10
+    assert list((finished / "tensorboard").glob("events.*"))
+
+
+def test_metrics_have_a_row_for_each_epoch_and_split(finished):
+    rows = _training.read_rows(finished)
+    keys = [(row["epoch"], row["split"], row["seed"]) for row in rows]
+    assert keys == [(e, s, 0) for e in (1, 2, 6) for s in ("train", "test")]
+    fields = {*ncjax.CollapseMetrics._fields, *LastLayer._fields}
+    assert set(rows[0]) == {"epoch", "split", "seed", *fields}
+
+
+def test_metrics_are_the_oracle_on_the_stored_network(finished):
+    trained = _training.load_trained(finished)
+    assert trained.epoch == 6
+    digits = data.load("digits", "train[:200]")
+    np.testing.assert_array_equal(trained.labels, digits.labels)
+    # Features once more, in NumPy, from the parameters.
+    leaves = train_state(finished).params
+    mean, deviation = data.channel_statistics(digits.images)
+    hidden = ((digits.images / 255 - mean) / deviation).reshape(200, -1)
+    for layer in ("fc1", "fc2"):
+        kernel, bias = (np.asarray(leaves[layer][k], float) for k in ("kernel", "bias"))
+        hidden = np.maximum(hidden @ kernel + bias, 0)
+    np.testing.assert_allclose(trained.features, hidden, rtol=1e-4, atol=1e-5)
+    exact = oracles.Data(
+        hidden, digits.labels, np.asarray(trained.weight, float), np.asarray(trained.bias)
+    )
+    last = _training.read_rows(finished)[-2]
+    for field, formula in oracles.FIELDS.items():
+        expected = oracles.FORMULAS[formula](exact)
+        assert last[field] == pytest.approx(expected, rel=1e-3), field
+    assert last["loss"] == pytest.approx(oracles.cross_entropy(exact), rel=1e-4)
+
+
+def train_state(folder):
+    config = small(folder, resume=True)
+    loop = _training._Loop(config, _training.set_up(config, {}), folder)
+    checkpoints = _training.checkpoint.Checkpoints(folder / _training.CHECKPOINTS)
+    return loop.restore(checkpoints)[0]
+
+
+def test_a_folder_that_holds_a_run_is_refused_then_replaced_if_asked(finished, tmp_path):
+    folder = train_small.run(small(tmp_path / "run", epochs=2))
+    with pytest.raises(ValueError, match="holds a run already"):
+        train_small.run(small(folder))
+    train_small.run(small(folder, overwrite=True))
+    assert_same_run(folder, finished)
+
+
+@pytest.mark.parametrize("epoch", [1, 3, 6])
+def test_an_interrupted_run_saves_and_resumes_bit_for_bit(
+    finished, tmp_path, monkeypatch, epoch, capsys
+):
+    finite = _training._Loop._check_finite
+
+    def interrupt(self, log, number):
+        finite(self, log, number)
+        if number == epoch:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(_training._Loop, "_check_finite", interrupt)
+        if epoch < 6:
+            with pytest.raises(KeyboardInterrupt):
+                train_small.run(small(folder))
+            assert f"interrupted after epoch {epoch}" in capsys.readouterr().out
+        else:
+            train_small.run(small(folder))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train_small.run(small(folder, resume=True))
+    assert_same_run(folder, finished)
+
+
+def test_a_second_interrupt_is_met_at_once():
+    with _training._Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.wished
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.3])
+def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path, delay):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    # Wait until a first checkpoint is begun, be it whole or not.
+    while process.poll() is None and not list((folder / "checkpoints").glob("*")):
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.kill()
+    process.wait()
+    train_small.run(small(folder, resume=True))
+    assert_same_run(folder, finished)
+
+
+def test_a_kill_within_a_save_leaves_the_checkpoint_before(finished, tmp_path, monkeypatch):
+    """As kill -9 would: the save stops between its files, nothing is cleaned up."""
+    folder = tmp_path / "run"
+    save = _training.checkpoint.Checkpoints.save
+
+    class Killed(BaseException):
+        pass
+
+    def die(self, epoch, state):
+        if epoch < 4:
+            return save(self, epoch, state)
+        partial = folder / "checkpoints" / f"{epoch}.orbax-checkpoint-tmp"
+        partial.mkdir()
+        (partial / "half").write_bytes(b"a part")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_training.checkpoint.Checkpoints, "save", die)
+        with pytest.raises(Killed):
+            train_small.run(small(folder))
+    train_small.run(small(folder, resume=True))
+    assert_same_run(folder, finished)
+    assert not list((folder / "checkpoints").glob("*tmp*"))
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+    folder = train_small.run(small(tmp_path / "run", epochs=2))
+    (folder / "summary.json").unlink()
+    for path in (folder / "checkpoints" / "2").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"cannot restore .*checkpoints/2, remove it"):
+        train_small.run(small(folder, epochs=2, resume=True))
+
+
+def test_a_finished_run_is_not_run_again(finished, capsys):
+    assert train_small.run(small(finished, resume=True)) == finished
+    assert "the run is finished" in capsys.readouterr().out
+
+
+def test_divergence_is_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match=r"diverged in epoch .* lower --learning_rate"):
+        train_small.run(small(tmp_path / "run", learning_rate=1e12))
+
+
+def test_seeds_train_side_by_side(tmp_path):
+    folder = train_small.run(small(tmp_path / "run", seeds=3, test_split="", epochs=3))
+    rows = _training.read_rows(folder)
+    assert [row["seed"] for row in rows] == [0, 1, 2] * 3
+    assert len({row["loss"] for row in rows if row["epoch"] == 3}) == 3
+    networks = [_training.load_trained(folder, seed=seed) for seed in range(3)]
+    for row, network in zip(rows[-3:], networks, strict=True):
+        layer = ncjax.last_layer(
+            network.features, network.labels, network.weight, network.bias
+        )
+        assert row["loss"] == pytest.approx(float(layer.loss), rel=1e-5)
+    with pytest.raises(ValueError, match=r"expected a seed in \[0, 3\), got 3"):
+        _training.load_trained(folder, seed=3)
+
+
+def test_one_diverged_seed_does_not_stop_the_others(tmp_path, monkeypatch):
+    init = train.init_state
+
+    def broken(model, optimiser, shape, key):
+        state = init(model, optimiser, shape, key)
+        spoilt = jax.random.uniform(key) < 0.5
+        return state._replace(
+            params=jax.tree.map(
+                lambda leaf: jax.numpy.where(spoilt, np.float32(np.nan), leaf),
+                state.params,
+            )
+        )
+
+    monkeypatch.setattr(train, "init_state", broken)
+    folder = train_small.run(small(tmp_path / "run", seeds=8, test_split="", epochs=2))
+    losses = [row["loss"] for row in _training.read_rows(folder) if row["epoch"] == 2]
+    assert 0 < np.isfinite(losses).sum() < 8
+
+
+def test_measured_epochs_are_even_in_log_log():
+    assert _training.measured_epochs(5, 30) == [1, 2, 3, 4, 5]
+    epochs = _training.measured_epochs(350, 30)
+    assert epochs[0] == 1
+    assert epochs[-1] == 350
+    late = np.log(np.log([e for e in epochs if e > 20]))
+    np.testing.assert_allclose(np.diff(late), np.diff(late).mean(), rtol=0.2)
+
+
+def test_zero_error_is_for_good():
+    measured = {
+        "epoch": np.array([[1.0, 2, 4, 8]] * 2),
+        "accuracy": np.array([[0.5, 1, 1, 1], [0.9, 1, 0.99, 1]]),
+    }
+    assert _training.zero_error_epoch(measured) == 8
+    measured["accuracy"][0, -1] = 0.99
+    assert _training.zero_error_epoch(measured) is None
+    assert _training.zero_error_epoch(measured | {"accuracy": np.ones((2, 4))}) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "mnst"}, "no data set is called 'mnst'"),
+        ({"train_split": "valid"}, "cannot read split 'valid' of digits"),
+        ({"test_split": "test[:3]"}, r"every class needs an image, but 'test\[:3\]'"),
+        ({"model": "resnet19"}, "model must be one of resnet18, .*, got 'resnet19'"),
+        ({"width": 0.0}, "width must be positive"),
+        ({"batch_size": 201}, "--batch_size is 201 but .* has 200 images"),
+        ({"batch_size": 0}, "--batch_size must be at least 1, got 0"),
+        ({"epochs": 0}, "--epochs must be at least 1"),
+        ({"learning_rate": float("nan")}, "--learning_rate must be positive"),
+        ({"momentum": 1.0}, r"--momentum must lie in \[0, 1\)"),
+        ({"weight_decay": -0.1}, "--weight_decay must be finite and not negative"),
+        ({"schedule": "cosine"}, "--schedule must be one of constant, step, got 'cosine'"),
+        ({"compute_dtype": "int8"}, "--compute_dtype must be one of auto"),
+        ({"per_class": 100}, "per_class is 100 but class"),
+        ({"image_size": 4}, "image_size is 4 but the images are 8x8"),
+        ({"model": "vgg11"}, "VGG needs images of 32x32 or larger, got 8x8"),
+        ({"workdir": "/dev/null/run"}, "cannot write to workdir"),
+        ({"num_processes": 2, "workdir": ""}, "several processes need one --workdir"),
+    ],
+)
+def test_bad_settings_are_named_before_any_work(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train_small.run(dataclasses.replace(small(tmp_path / "run"), **changes))
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_grayscale_and_colour_do_not_mix(tmp_path, monkeypatch):
+    load = data.load
+
+    def coloured(name, split, *rest, **options):
+        dataset = load(name, split, *rest, **options)
+        if split.startswith("test"):
+            return dataset._replace(images=np.repeat(dataset.images, 3, axis=-1))
+        return dataset
+
+    monkeypatch.setattr(data, "load", coloured)
+    with pytest.raises(ValueError, match=r"training images are \(8, 8, 1\) but test"):
+        train_small.run(small(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--dataset=mnst",), "error: no data set is called 'mnst': did you mean mnist"),
+        (("--batch_size=7", "--cpu_devices=2"), "must be a multiple of the 2 devices"),
+        (("--process_id=1",), "--process_id must lie in [0, 1)"),
+        (("--coordinator=localhost:1",), "--coordinator=HOST:PORT and --num_processes go"),
+    ],
+)
+def test_bad_use_is_one_line_and_exit_code_2(tmp_path, flags, message):
+    done = subprocess.run(
+        [*command(tmp_path / "run"), *flags], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_devices_agree(finished, tmp_path, devices):
+    flags = (f"--cpu_devices={devices}",)
+    subprocess.run([*command(tmp_path / "run"), *flags], check=True, capture_output=True)
+    assert_same_run(tmp_path / "run", finished, exact=False)
+
+
+def test_two_processes_agree_with_one(finished, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
+    processes = [
+        subprocess.Popen(
+            [*command(tmp_path / "run"), *flags, f"--process_id={i}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert str(tmp_path / "run") in outputs[0]
+    assert_same_run(tmp_path / "run", finished, exact=False)
+
+
+@pytest.mark.parametrize(
+    ("module", "settings"),
+    [
+        (train_resnet, {"width": 0.05}),
+        (train_vgg, {"width": 0.02}),
+        (train_small, {"model": "convnet", "width": 0.1}),
+    ],
+)
+def test_a_hundred_real_images_are_learnt_by_heart(tmp_path, module, settings):
+    config = module.Config(
+        train_split="train[:100]",
+        test_split="",
+        epochs=60,
+        batch_size=50,
+        learning_rate=0.1,
+        measurements=2,
+        checkpoint_every=100,
+        workdir=str(tmp_path / "run"),
+        **settings,
+    )
+    folder = module.run(config)
+    last = _training.read_rows(folder)[-1]
+    assert last["accuracy"] == 1
+    assert last["least_margin"] > 0
+
+
+def test_peel_describes_the_network_and_where_the_flow_takes_it(finished, tmp_path):
+    config = peel.Config(
+        run=str(finished),
+        per_class=3,
+        log_t_max=30.0,
+        num_times=20,
+        workdir=str(tmp_path / "peel"),
+    )
+    folder = peel.run(config)
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "summary.json",
+        *peel.OUTPUTS,
+    }
+    summary = json.loads((folder / "summary.json").read_text())
+    network, end = summary["points"].values()
+    trained = _training.load_trained(finished)
+    params = peel._peel(trained, 3)
+    assert network["margin_ratio"] == pytest.approx(float(ncjax.margin_ratio(params)))
+    assert network["verdict"] == "not separated: a sample is misclassified"
+    eig = ncjax.hessian_eig(ncjax.log_cross_entropy, params, sphere=True)
+    assert network["smallest_riemannian_eigenvalue"] == pytest.approx(
+        float(eig.eigenvalues[0]), rel=1e-4
+    )
+    flow = ncjax.gradient_flow(params, [30.0]).final
+    assert end["log_loss"] == pytest.approx(float(ncjax.log_cross_entropy(flow)), rel=1e-6)
+    assert end["margin_ratio"] > network["margin_ratio"]
+    certificate = ncjax.certificate(flow)
+    assert end["sigma_max"] == pytest.approx(float(certificate.sigma_max), rel=1e-3)
+    assert end["verdict"] == ncjax.VERDICTS[int(certificate.verdict)]
+
+
+def test_peel_says_what_it_needs(tmp_path):
+    with pytest.raises(ValueError, match="--run=DIR is needed"):
+        peel.run(peel.Config())
+    with pytest.raises(ValueError, match="holds no run"):
+        peel.run(peel.Config(run=str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"config": {"seed": 0}}')
+    with pytest.raises(ValueError, match="holds no training run"):
+        peel.run(peel.Config(run=str(tmp_path)))
+    config = json.dumps({"config": _runs.settings(SMALL)})
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        peel.run(peel.Config(run=str(tmp_path)))
