@@ -26,6 +26,7 @@ class Config:
     run: str = _cli.flag("", "folder of a training run, with its checkpoints")
     index: int = _cli.flag(0, "which network, of a run of several seeds")
     per_class: int = _cli.flag(20, "n, first training images of each class; 0 for most")
+    balance: bool = _cli.flag(True, "start from W and H of equal norms, no logit changed")
     log_t_max: float = _cli.flag(1000.0, "log of the time that the flow goes on for")
     num_times: int = _cli.flag(100, f"times measured, up to a multiple of {_legs.LEGS}")
     data_dir: str = _cli.flag("", "of TFDS; if empty, TFDS_DATA_DIR or its default")
@@ -47,7 +48,8 @@ def run(config: Config) -> Path:
     """
     _check(config)
     trained = _training.load_trained(Path(config.run), config.data_dir, config.index)
-    start = _peel(trained, config.per_class)
+    network = _peel(trained, config.per_class)
+    start = ncjax.balance_norms(network) if config.balance else network
     folder = _runs.open_run(
         _runs.workdir(config, NAME),
         _runs.settings(config),
@@ -111,6 +113,7 @@ def describe(params: ncjax.Params) -> dict[str, Any]:
         "margin_ratio": float(layer.margin_ratio),
         "balanced_margin_ratio": float(layer.balanced_margin_ratio),
         "kkt_angle": float(layer.kkt_angle),
+        "balanced_kkt_angle": float(layer.balanced_kkt_angle),
         "smallest_riemannian_eigenvalue": float(eig.eigenvalues[0]),
     }
     if layer.least_margin > 0:

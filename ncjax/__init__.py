@@ -31,6 +31,7 @@ from ncjax.metrics import CollapseMetrics as CollapseMetrics
 from ncjax.metrics import collapse_metrics as collapse_metrics
 from ncjax.metrics import collapse_metrics_from_features as collapse_metrics_from_features
 from ncjax.peeling import LastLayer as LastLayer
+from ncjax.peeling import balance_norms as balance_norms
 from ncjax.peeling import last_layer as last_layer
 from ncjax.peeling import peel as peel
 from ncjax.separation import KKT as KKT

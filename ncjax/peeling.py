@@ -14,7 +14,7 @@ import numpy as np
 
 from ncjax.losses import log_softplus
 from ncjax.metrics import check_features
-from ncjax.types import Array, Params, check_integer
+from ncjax.types import Array, Params, check_integer, check_params
 
 
 class LastLayer(NamedTuple):
@@ -31,6 +31,7 @@ class LastLayer(NamedTuple):
     margin_ratio: Array  # 2 (K-1) √n q_min / |Z|², at most 1
     balanced_margin_ratio: Array  # (K-1) √n q_min / (|W| |H|), at most 1
     kkt_angle: Array  # √(1-β²), β = <Z, -∇L> / (|Z| |∇L|)
+    balanced_kkt_angle: Array  # the same of (c W, H / c), c² = |H| / |W|
 
 
 def last_layer(features, labels, W, b=None) -> LastLayer:
@@ -41,9 +42,10 @@ def last_layer(features, labels, W, b=None) -> LastLayer:
     \beta = \frac{\langle Z, -\nabla \mathcal L \rangle}{|Z|\, |\nabla \mathcal L|}$$
 
     where $q_{\min} > 0$. The first is Theorem 3.1 for classes of $n$ samples; larger
-    classes only add to $|H|_F$. The second does not see how scale is split between W and
-    H, which in a network is not free. All are computed in the log domain: a loss that
-    underflows keeps its angle.
+    classes only add to $|H|_F$. The second is the first of $(c W, H / c)$ with
+    $c^2 = |H|_F / |W|_F$, which has the same logits: how scale is split between W and H is
+    the network's doing and may hide all else. So too the second angle. All are computed
+    in the log domain: a loss that underflows keeps its angle.
 
     Args:
       features: (N, d) floating, the input of the last layer.
@@ -83,18 +85,16 @@ def _last_layer(features, labels, W, b) -> LastLayer:
     # P_a = ∇ℓ_a / L by the logits: probabilities, never tiny over tiny.
     log_weights = excess - jax.nn.softplus(log_odds)[:, None] - log_loss
     weights = jnp.where(others, jnp.exp(log_weights), 0)
-    inner = -jnp.sum(weights * excess)  # Σ_a of weighted margins: half of <Z, -∇L/L>
+    inner = -2 * jnp.sum(weights * excess)  # <Z, -∇L/L>, twice the weighted margins
     total = jnp.sum(weights, axis=1, keepdims=True)
     by_logits = jnp.where(others, weights, -total)
-    gradient_W = jnp.matmul(by_logits.T, features, precision="highest")
-    gradient_H = jnp.matmul(by_logits, W, precision="highest")
-    gradient_norm = jnp.hypot(jnp.linalg.norm(gradient_W), jnp.linalg.norm(gradient_H))
+    gradient = (
+        jnp.matmul(by_logits.T, features, precision="highest"),
+        jnp.matmul(by_logits, W, precision="highest"),
+    )
     norm_W, norm_H = jnp.linalg.norm(W), jnp.linalg.norm(features)
     norm = jnp.hypot(norm_W, norm_H)
-    # √(1-β²) from the rest of Z, not from 1 - β², which keeps no digit near 1.
-    along = 2 * inner / gradient_norm
-    rest_W = W / norm + along / norm / gradient_norm * gradient_W
-    rest_H = features / norm + along / norm / gradient_norm * gradient_H
+    scale = jnp.sqrt(norm_H / norm_W)
     counts = jnp.bincount(labels, length=num_classes)
     least = -jnp.max(jnp.where(others, excess, -jnp.inf))
     factor = (num_classes - 1) * jnp.sqrt(jnp.min(counts).astype(W.dtype))
@@ -104,8 +104,41 @@ def _last_layer(features, labels, W, b) -> LastLayer:
         least_margin=least,
         margin_ratio=2 * factor * least / norm**2,
         balanced_margin_ratio=factor * least / (norm_W * norm_H),
-        kkt_angle=jnp.hypot(jnp.linalg.norm(rest_W), jnp.linalg.norm(rest_H)),
+        kkt_angle=_angle(W, features, *gradient, inner),
+        balanced_kkt_angle=_angle(
+            scale * W, features / scale, gradient[0] / scale, scale * gradient[1], inner
+        ),
     )
+
+
+def _angle(W, H, gradient_W, gradient_H, inner) -> Array:
+    """Sine of the angle between Z and -∇L, from what is left of Z beside -∇L.
+
+    √(1-β²) itself would keep no digit near β = 1.
+    """
+    gradient_norm = jnp.hypot(jnp.linalg.norm(gradient_W), jnp.linalg.norm(gradient_H))
+    norm = jnp.hypot(jnp.linalg.norm(W), jnp.linalg.norm(H))
+    along = inner / gradient_norm / norm
+    rest_W = W / norm + along / gradient_norm * gradient_W
+    rest_H = H / norm + along / gradient_norm * gradient_H
+    return jnp.hypot(jnp.linalg.norm(rest_W), jnp.linalg.norm(rest_H))
+
+
+def balance_norms(params: Params) -> Params:
+    r"""$(c W, H / c)$ with $c^2 = |H|_F / |W|_F$: equal norms, the same logits.
+
+    Of all ways to split the scale of a last layer between W and H the one of the least
+    $|Z|$, so the only one that can be optimal.
+
+    Args:
+      params: `W` (K, d) and `H` (K, n, d), neither zero.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
+    """
+    W, H = check_params(params)
+    scale = jnp.sqrt(jnp.linalg.norm(H) / jnp.linalg.norm(W))
+    return Params(W=scale * W, H=H / scale)
 
 
 def peel(features, labels, W, b=None, *, per_class: int | None = None) -> Params:

@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 _STYLE: Any = {
     "font.family": "STIXGeneral",
@@ -97,7 +98,7 @@ def collapse_panels(metrics: Mapping[str, np.ndarray]) -> list[Panel]:
 def training_panels(
     train: Mapping[str, np.ndarray], test: Mapping[str, np.ndarray]
 ) -> list[Panel]:
-    """How a network trains: error, loss, margins and alignment of its last layer.
+    """How a network trains: error, loss, margin, and NC4; zeros are not drawn.
 
     Args:
       train: fields of `ncjax.CollapseMetrics` and `ncjax.LastLayer` by name, each (S, T)
@@ -109,26 +110,27 @@ def training_panels(
         curves = [Curve(of(train), "training set", _MEANS, width=2.4)]
         return [*curves, Curve(of(test), "test set", _CLASSIFIER)] if test else curves
 
-    def error(metrics):
-        wrong = 1 - metrics["accuracy"]
-        return np.where(wrong > 0, wrong, np.nan)
-
     return [
-        Panel("(a) share misclassified, not drawn where zero", both(error)),
+        Panel(
+            "(a) share misclassified",
+            both(lambda metrics: _positive(1 - metrics["accuracy"])),
+        ),
         Panel("(b) mean cross entropy", both(lambda metrics: metrics["loss"])),
         Panel(
-            "(c) least margin over the largest possible",
-            [
-                Curve(train["margin_ratio"], "at the norm |Z|", _MEANS, width=2.4),
-                Curve(train["balanced_margin_ratio"], "at the norms |W|, |H|", _CLASSIFIER),
-            ],
+            "(c) least margin over the largest at norms |W|, |H|",
+            both(lambda metrics: metrics["balanced_margin_ratio"]),
             scale="linear",
         ),
         Panel(
-            r"(d) KKT angle of the last layer: $\sqrt{1-\beta^2}$",
-            [Curve(train["kkt_angle"], "training set", _MEANS)],
+            "(d) share where classifier and nearest mean disagree",
+            both(lambda metrics: _positive(metrics["ncc_mismatch"])),
         ),
     ]
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    """NaN, so not drawn, where zero."""
+    return np.where(values > 0, values, np.nan)
 
 
 def figure_over_log_log_t(
@@ -256,10 +258,24 @@ def _finish(axis: Axes, panel: Panel, ruler: Ruler, edge: float | None) -> None:
     axis.set_xticks(ruler.ticks, ruler.tick_labels)
     axis.grid(visible=True, axis="y", lw=0.4, color="#dddddd")
     axis.set_axisbelow(True)
+    if panel.scale == "log":
+        _number_short_axis(axis)
     if edge is not None:
         axis.axvspan(ruler.x[0], min(edge, ruler.x[-1]), color=_SHADE, lw=0, zorder=0)
     if len(panel.curves) > 1:
-        axis.legend(loc="lower left")
+        axis.legend(loc="best")
+
+
+def _number_short_axis(axis: Axes) -> None:
+    """Plain numbers at 1, 2, 5 (or closer) where powers of ten would leave few ticks."""
+    low, high = axis.get_ylim()
+    decades = np.log10(high / low)
+    if decades > 2:
+        return
+    steps = (1, 2, 5) if decades > 0.7 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    axis.yaxis.set_major_locator(LogLocator(subs=steps))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def saddle_figure(

@@ -157,3 +157,17 @@ def test_what_does_not_fit_is_named(changes, message):
     if "per_class" not in changes:
         with pytest.raises(ValueError, match=message):
             ncjax.last_layer(**arguments)
+
+
+def test_balancing_changes_no_logit_and_is_what_the_balanced_numbers_speak_of(key):
+    params = ncjax.init_params(key, 4, 3, 6, scale=1.0)
+    lopsided = ncjax.Params(params.W / 50, 3 * params.H)
+    balanced = ncjax.balance_norms(lopsided)
+    np.testing.assert_allclose(ncjax.margins(balanced), ncjax.margins(lopsided), rtol=1e-12)
+    norms = [np.linalg.norm(leaf) for leaf in balanced]
+    assert norms[0] == pytest.approx(norms[1])
+    raw, even = last_layer_of(lopsided), last_layer_of(balanced)
+    assert raw.balanced_margin_ratio == pytest.approx(float(even.margin_ratio))
+    assert raw.balanced_kkt_angle == pytest.approx(float(even.kkt_angle), rel=1e-10)
+    assert even.balanced_kkt_angle == pytest.approx(float(even.kkt_angle), rel=1e-10)
+    assert raw.balanced_kkt_angle < raw.kkt_angle
