@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 _STYLE: Any = {
     "font.family": "STIXGeneral",
@@ -210,9 +210,22 @@ def _four_panels(
             _finish(axis, panel, ruler, edge)
         for axis in axes[2:]:
             axis.set_xlabel(ruler.label)
+        _legend(figure, [a for a, p in zip(axes, panels, strict=True) if p.curves[1:]])
         if edge is not None:
             figure.text(0.5, -0.03, note, ha="center", fontsize=8.5, color="#555555")
     return figure
+
+
+def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend above for the curves of all `axes`, those of one name being alike."""
+    handles = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles)
+        )
 
 
 def _draw(axis: Axes, x: np.ndarray, curve: Curve) -> None:
@@ -262,20 +275,20 @@ def _finish(axis: Axes, panel: Panel, ruler: Ruler, edge: float | None) -> None:
         _number_short_axis(axis)
     if edge is not None:
         axis.axvspan(ruler.x[0], min(edge, ruler.x[-1]), color=_SHADE, lw=0, zorder=0)
-    if len(panel.curves) > 1:
-        axis.legend(loc="best")
 
 
 def _number_short_axis(axis: Axes) -> None:
-    """Plain numbers at 1, 2, 5 (or closer) where powers of ten would leave few ticks."""
+    """Plain round numbers where powers of ten would leave few ticks."""
     low, high = axis.get_ylim()
     decades = np.log10(high / low)
     if decades > 2:
         return
-    steps = (1, 2, 5) if decades > 0.7 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
-    axis.yaxis.set_major_locator(LogLocator(subs=steps))
+    locator = (
+        LogLocator(subs=(1, 2, 5)) if decades > 1 else MaxNLocator(5, steps=[1, 2, 5, 10])
+    )
+    axis.yaxis.set_major_locator(locator)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def saddle_figure(

@@ -41,6 +41,15 @@ def test_the_example_runs(capsys):
     assert float(cdnv) < 0.01
 
 
+def test_the_examples_of_the_training_page_run(capsys):
+    page = (ROOT / "docs" / "training.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(example, "docs/training.md", "exec"), {})
+    ratio, shape = capsys.readouterr().out.splitlines()
+    assert float(ratio) < 1
+    assert shape == "(10, 10, 129)"
+
+
 def test_links_to_files_lead_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
