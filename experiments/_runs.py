@@ -6,8 +6,10 @@ import datetime
 import importlib.metadata
 import io
 import json
+import math
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -39,6 +41,17 @@ def workdir(config: Any, name: str) -> str:
 def settings(config: Any) -> dict[str, Any]:
     """The part of a config dataclass that determines the results."""
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in _HANDLING}
+
+
+def open_config(config: Any, name: str, outputs: Sequence[str]) -> Path:
+    """`open_run` for the config of the experiment `name`."""
+    return open_run(
+        workdir(config, name),
+        settings(config),
+        outputs,
+        overwrite=config.overwrite,
+        resume=getattr(config, "resume", False),
+    )
 
 
 def open_run(
@@ -83,18 +96,34 @@ def open_run(
             "--overwrite to replace it, --resume to go on with it, or another --workdir"
         )
     else:
-        for name in held:
-            _remove(folder / name)
+        _clear(folder, held)
         write_json(folder / CONFIG, {"config": dict(config)} | provenance())
     return folder
 
 
-def _remove(path: Path) -> None:
-    """Remove a file, or a folder with all that it holds."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+def _clear(folder: Path, held: Sequence[str]) -> None:
+    """Remove the outputs of the run in `folder`, its config last.
+
+    Raises:
+      ValueError: they include folders, and `folder` does not hold a run.
+    """
+    is_folder = {
+        name: (folder / name).is_dir() and not (folder / name).is_symlink() for name in held
+    }
+    if any(is_folder.values()):
+        try:
+            stored_config(folder)
+        except ValueError as error:
+            names = ", ".join(name for name in held if is_folder[name])
+            raise ValueError(
+                f"{str(folder)!r} holds {names} but no run that --overwrite could replace: "
+                f"{error}"
+            ) from None
+    for name in sorted(held, key=CONFIG.__eq__):
+        if is_folder[name]:
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink()
 
 
 def is_finished(folder: Path) -> bool:
@@ -139,9 +168,9 @@ def resume_command(config: Any, folder: Path) -> str:
     flags = [f"--workdir={folder}", "--resume"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in settings(config) and value != field.default:
+        if field.name not in ("workdir", "overwrite", "resume") and value != field.default:
             flags.append(f"--{field.name}={value}")
-    return " ".join(["python -m", _module_name(), *flags])
+    return " ".join(["python -m", _module_name(), *map(shlex.quote, flags)])
 
 
 def provenance(*others: str) -> dict[str, Any]:
@@ -187,8 +216,20 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` as indented JSON."""
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    """Write `content` as indented JSON, numbers that are not finite as null."""
+    text = json.dumps(_finite(content), indent=1, allow_nan=False)
+    write_atomically(path, (text + "\n").encode())
+
+
+def _finite(content: Any) -> Any:
+    """`content` with None for every float that JSON cannot hold."""
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
 
 
 def write_csv(path: Path, log_times: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:

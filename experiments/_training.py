@@ -8,8 +8,8 @@ import contextlib
 import csv
 import dataclasses
 import math
+import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +40,7 @@ SCHEDULES = ("constant", "step")
 DTYPES = ("auto", "float32", "bfloat16")
 # Figures are drawn anew after so many seconds at the earliest.
 _FIGURE_SECONDS = 20.0
+_POLL_SECONDS = 0.01
 # Measured, but not expected to fall to zero.
 _NOT_FALLING = (
     *("accuracy", "loss", "log_loss", "least_margin"),
@@ -74,7 +75,7 @@ class Config:
     )
     seed: int = _cli.flag(0, "of the initial weights and of the order of the images")
     seeds: int = _cli.flag(1, "networks trained side by side, from one seed")
-    measurements: int = _cli.flag(30, "epochs measured, evenly spaced in log log epoch")
+    measurements: int = _cli.flag(30, "epochs measured at most, even in log log epoch")
     checkpoint_every: int = _cli.flag(10, "epochs between checkpoints, at most")
     workdir: str = _cli.flag("", "run folder; if empty, a new one under runs/")
     overwrite: bool = _cli.flag(False, "replace the run that workdir holds")
@@ -114,14 +115,20 @@ def run(config: Config, name: str, options: Mapping[str, Any]) -> Path:
       RuntimeError: training diverged.
     """
     check(config)
+    config = _resolved(config)
     setup = set_up(config, options)
     folder = _open(config, name)
-    if _runs.is_finished(folder):
+    if any_process(is_primary() and _runs.is_finished(folder)):
         print(f"nothing to resume, the run is finished\n{folder}")
         return folder
     begun = time.perf_counter()
-    with _Interruption() as interruption:
-        rows = _Loop(config, setup, folder).run(interruption)
+    try:
+        with _Interruption() as interruption:
+            rows = _Loop(config, setup, folder).run(interruption)
+    except KeyboardInterrupt:
+        if is_primary():
+            print(f"interrupted; go on with: {_runs.resume_command(config, folder)}")
+        raise
     if is_primary():
         _finish(config, setup, folder, rows, time.perf_counter() - begun)
     return folder
@@ -155,8 +162,20 @@ def check(config: Config) -> None:
             f"--batch_size must be a multiple of the {jax.device_count()} devices, got "
             f"{config.batch_size}"
         )
+    if config.schedule == "step" and config.epochs < 3:
+        raise ValueError(
+            f"--schedule=step needs --epochs of at least 3, got {config.epochs}"
+        )
     if config.num_processes > 1 and not config.workdir:
         raise ValueError("several processes need one --workdir, on a disk that they share")
+
+
+def _resolved(config: Config) -> Config:
+    """The config with the dtype that "auto" stands for on this machine."""
+    if config.compute_dtype != "auto":
+        return config
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return dataclasses.replace(config, compute_dtype=dtype)
 
 
 def set_up(config: Config, options: Mapping[str, Any]) -> Setup:
@@ -166,9 +185,6 @@ def set_up(config: Config, options: Mapping[str, Any]) -> Setup:
       ValueError: they do not.
       OSError: the data cannot be read.
     """
-    dtype = config.compute_dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     model_options = {"width": config.width, "use_bias": config.use_bias, **options}
     models.build(config.model, 2, **model_options)  # a bad name is told before reading
     train_set = _load(config, config.train_split, config.per_class)
@@ -178,13 +194,21 @@ def set_up(config: Config, options: Mapping[str, Any]) -> Setup:
             f"training images are {train_set.images.shape[1:]} but test images "
             f"{test_set.images.shape[1:]}"
         )
+    if test_set and data.overlap(train_set, test_set):
+        raise ValueError(
+            f"--test_split={config.test_split} has images of "
+            f"--train_split={config.train_split}: give another one, or --test_split="
+        )
     if config.batch_size > len(train_set.labels):
         raise ValueError(
             f"--batch_size is {config.batch_size} but --train_split={config.train_split} "
             f"has {len(train_set.labels)} images"
         )
     model = models.build(
-        config.model, train_set.num_classes, dtype=jnp.dtype(dtype), **model_options
+        config.model,
+        train_set.num_classes,
+        dtype=jnp.dtype(_resolved(config).compute_dtype),
+        **model_options,
     )
     models.abstract_variables(model, train_set.images.shape[1:])
     return Setup(model, train_set, test_set, *data.channel_statistics(train_set.images))
@@ -211,16 +235,33 @@ def is_primary() -> bool:
 
 
 def _open(config: Config, name: str) -> Path:
-    """The run folder, made by the first process."""
-    if not is_primary():
-        return Path(config.workdir)
-    return _runs.open_run(
-        _runs.workdir(config, name),
-        _runs.settings(config),
-        OUTPUTS,
-        overwrite=config.overwrite,
-        resume=config.resume,
+    """The run folder, made by the first process; all leave if that fails.
+
+    Raises:
+      ValueError: it cannot be used.
+    """
+    folder, error = Path(config.workdir), None
+    if is_primary():
+        try:
+            folder = _runs.open_config(config, name, OUTPUTS)
+        except ValueError as refused:
+            error = refused
+    if any_process(error is not None):
+        raise error or ValueError("process 0 could not open the run folder")
+    return folder
+
+
+def any_process(wish: bool) -> bool:
+    """Whether any process wishes so; waits for all of them."""
+    if jax.process_count() == 1:
+        return wish
+    mesh = Mesh(np.asarray(jax.devices()), (train.AXIS,))
+    split, everywhere = (
+        NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((train.AXIS,), ())
     )
+    wishes = np.full(jax.local_device_count(), wish)
+    array = jax.make_array_from_process_local_data(split, wishes)
+    return bool(_on_host(jax.jit(jnp.any, out_shardings=everywhere)(array)))
 
 
 class Trained(NamedTuple):
@@ -234,11 +275,33 @@ class Trained(NamedTuple):
     title: str
 
 
+def stored_run(
+    folder: Path, data_dir: str = "", seed: int = 0
+) -> tuple[Config, dict[str, Any]]:
+    """Config and network options of a training run; arguments as `load_trained`.
+
+    Raises:
+      ValueError: the folder holds no run of a training experiment, or no checkpoint.
+    """
+    stored = _runs.stored_config(folder)
+    shared = {field.name for field in dataclasses.fields(Config)}
+    if "learning_rate" not in stored:
+        raise ValueError(f"{str(folder)!r} holds no training run")
+    settings = {name: value for name, value in stored.items() if name in shared}
+    handling = {"workdir": str(folder), "data_dir": data_dir, "test_split": ""}
+    config = Config(**settings | handling)
+    if not 0 <= seed < config.seeds:
+        raise ValueError(f"expected a seed in [0, {config.seeds}), got {seed}")
+    if not (folder / CHECKPOINTS).is_dir():
+        raise ValueError(f"{str(folder)!r} holds no checkpoint")
+    return config, {k: v for k, v in stored.items() if k not in shared}
+
+
 def load_trained(folder: Path, data_dir: str = "", seed: int = 0) -> Trained:
     """What a training run has come to, from its newest checkpoint.
 
     Args:
-      folder: of a run, finished or not.
+      folder: of a run, finished or not; nothing in it is touched.
       data_dir: of TFDS, where the training set is read again.
       seed: which of several networks.
 
@@ -246,24 +309,15 @@ def load_trained(folder: Path, data_dir: str = "", seed: int = 0) -> Trained:
       ValueError: the folder holds no run of a training experiment, or no checkpoint.
       OSError: the data cannot be read.
     """
-    stored = _runs.stored_config(folder)
-    shared = {field.name for field in dataclasses.fields(Config)}
-    if "learning_rate" not in stored:
-        raise ValueError(f"{str(folder)!r} holds no training run")
-    settings = {name: value for name, value in stored.items() if name in shared}
-    handling = {"workdir": str(folder), "data_dir": data_dir, "resume": True}
-    config = Config(**settings | handling)
-    if not 0 <= seed < config.seeds:
-        raise ValueError(f"expected a seed in [0, {config.seeds}), got {seed}")
-    if not (folder / CHECKPOINTS).is_dir():
-        raise ValueError(f"{str(folder)!r} holds no checkpoint")
-    options = {name: value for name, value in stored.items() if name not in shared}
+    config, options = stored_run(folder, data_dir, seed)
     setup = set_up(config, options)
     loop = _Loop(config, setup, folder)
-    with contextlib.closing(checkpoint.Checkpoints(folder / CHECKPOINTS)) as checkpoints:
-        state, epoch = loop.restore(checkpoints)
-    if not epoch:
-        raise ValueError(f"{str(folder)!r} holds no checkpoint")
+    checkpoints = checkpoint.Checkpoints(folder / CHECKPOINTS, read_only=True)
+    with contextlib.closing(checkpoints):
+        epoch = checkpoints.newest()
+        if epoch is None:
+            raise ValueError(f"{str(folder)!r} holds no checkpoint")
+        state = checkpoints.restore(loop.start())
     features = train.extract_features(loop.forward, state, loop.sets["train"])
     params = jax.tree.map(train.first_device, state.params)
     if config.seeds > 1:
@@ -275,7 +329,10 @@ def load_trained(folder: Path, data_dir: str = "", seed: int = 0) -> Trained:
 
 
 class _Interruption:
-    """Ctrl-C and SIGTERM as a wish, met after the epoch; a second one is met at once."""
+    """Ctrl-C and SIGTERM as a wish, met after the epoch; a second one is met at once.
+
+    Neither is heard while a function is compiled.
+    """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -291,9 +348,8 @@ class _Interruption:
         if self.wished:
             raise KeyboardInterrupt
         self.wished = True
-        tqdm.write(
-            "interrupted: saving after this epoch; once more to stop now", sys.stderr
-        )
+        # Not by print: a handler may run in the middle of another write.
+        os.write(2, b"\ninterrupted: saving after this epoch; once more to stop now\n")
 
     def __exit__(self, *_):
         for number, handler in getattr(self, "_before", {}).items():
@@ -349,7 +405,7 @@ class _Loop:
         keys = jax.vmap(lambda key: jax.random.fold_in(key, epoch))(self.keys)
         return keys if self.config.seeds > 1 else keys[0]
 
-    def _start(self) -> train.TrainState:
+    def start(self) -> train.TrainState:
         """Freshly drawn, for each seed where there are several."""
         shape = self.setup.train_set.images.shape[1:]
 
@@ -371,7 +427,7 @@ class _Loop:
             checkpoints = checkpoint.Checkpoints(self.folder / CHECKPOINTS)
             stack.callback(checkpoints.close)
             state, done = self.restore(checkpoints)
-            events = self._events(stack)
+            events = self._events(stack, done)
             bar = stack.enter_context(self._bar(done))
             to_measure = set(measured_epochs(config.epochs, config.measurements))
             for epoch in range(done + 1, config.epochs + 1):
@@ -385,28 +441,32 @@ class _Loop:
                 _write_events(events, epoch, log._asdict())
                 if epoch in to_measure:
                     self._measure(state, epoch, events)
-                stop = self._agreed(interruption.wished) and epoch < config.epochs
+                stop = any_process(interruption.wished) and epoch < config.epochs
                 if stop or epoch in to_measure or epoch % config.checkpoint_every == 0:
                     checkpoints.save(epoch, state)
                 if stop:
-                    bar.close()
-                    self._leave(epoch)
+                    raise KeyboardInterrupt
         return self.rows
 
     def restore(self, checkpoints) -> tuple[train.TrainState, int]:
         """The state to go on from, and the epochs behind it."""
-        state = self._start()
+        state = self.start()
         done = checkpoints.newest() if self.config.resume else None
         if done is None:
             return state, 0
         self.rows = read_rows(self.folder, up_to=done)
+        if not self.rows:
+            raise ValueError(
+                f"{self.folder / METRICS_FILE} is missing or damaged: give --overwrite to "
+                "start afresh"
+            )
         return checkpoints.restore(state), done
 
-    def _events(self, stack: contextlib.ExitStack) -> SummaryWriter | None:
+    def _events(self, stack: contextlib.ExitStack, done: int) -> SummaryWriter | None:
         """TensorBoard's writer, in the first process."""
         if not is_primary():
             return None
-        events = SummaryWriter(str(self.folder / _TENSORBOARD))
+        events = SummaryWriter(str(self.folder / _TENSORBOARD), purge_step=done + 1)
         stack.callback(events.close)
         return events
 
@@ -420,13 +480,6 @@ class _Loop:
             disable=not is_primary(),
         )
 
-    def _leave(self, epoch: int) -> None:
-        """Raise KeyboardInterrupt, saying how to go on."""
-        if is_primary():
-            command = _runs.resume_command(self.config, self.folder)
-            print(f"interrupted after epoch {epoch}; go on with: {command}")
-        raise KeyboardInterrupt
-
     def _check_finite(self, log: train.EpochLog, epoch: int) -> None:
         if not np.isfinite(log.loss).any():
             raise RuntimeError(
@@ -434,25 +487,19 @@ class _Loop:
                 f"--learning_rate than {self.config.learning_rate}"
             )
 
-    def _agreed(self, wish: bool) -> bool:
-        """Whether any process wishes so; all must leave together."""
-        if jax.process_count() == 1:
-            return wish
-        wishes = np.full(jax.local_device_count(), wish)
-        split = NamedSharding(self.mesh, PartitionSpec(train.AXIS))
-        array = jax.make_array_from_process_local_data(split, wishes)
-        return bool(_on_host(jax.jit(jnp.any, out_shardings=self.everywhere)(array)))
-
     def _measure(self, state: train.TrainState, epoch: int, events) -> None:
         """Rows of this epoch, metrics.csv and, now and then, the figures."""
         for split, dataset in self.sets.items():
             features = train.extract_features(self.forward, state, dataset)
-            for seed in range(self.config.seeds):
-                measured = self._measure_one(features, dataset, state.params, seed)
+            measured = [
+                self._measure_one(features, dataset, state.params, seed)
+                for seed in range(self.config.seeds)
+            ]
+            for seed, values in enumerate(measured):
                 row = {"epoch": epoch, "split": split, "seed": seed}
-                self.rows.append(row | measured)
-                tags = {f"{split}/{k}": v for k, v in measured.items()}
-                _write_events(events, epoch, tags if seed == 0 else {})
+                self.rows.append(row | values)
+            tags = {f"{split}/{k}": [v[k] for v in measured] for k in measured[0]}
+            _write_events(events, epoch, tags)
         if is_primary():
             _runs.write_rows(self.folder / METRICS_FILE, self.rows)
             if time.monotonic() - self.drawn > _FIGURE_SECONDS:
@@ -460,14 +507,17 @@ class _Loop:
                 self.drawn = time.monotonic()
 
     def _measure_one(self, features, dataset, params, seed: int) -> dict[str, float]:
-        """Metrics of one seed; NaN where it has diverged."""
+        """Metrics of one seed, to the digits of metrics.csv; NaN where it has diverged."""
         if self.config.seeds > 1:
             features = features[seed]
             params = jax.tree.map(lambda leaf: leaf[seed], params)
-        if not bool(jnp.isfinite(features).all()):
+        last = (features, *jax.tree.leaves(train.classifier(params)))
+        if not all(np.isfinite(_on_host(leaf)).all() for leaf in last):
             names = (*ncjax.CollapseMetrics._fields, *LastLayer._fields)
             return dict.fromkeys(names, math.nan)
-        return train.measure(features, dataset.labels, params)
+        measured = train.measure(features, dataset.labels, params)
+        # As it will be read back after an interruption.
+        return {name: float(f"{value:.9g}") for name, value in measured.items()}
 
 
 def _optimiser(config: Config, samples: int):
@@ -483,7 +533,10 @@ def _optimiser(config: Config, samples: int):
 
 
 def _on_host(tree):
-    """What the first local device holds, as NumPy arrays."""
+    """What the first local device holds, as NumPy arrays; signals are heard meanwhile."""
+    for leaf in jax.tree.leaves(tree):
+        while not leaf.is_ready():
+            time.sleep(_POLL_SECONDS)
     return jax.tree.map(lambda leaf: np.asarray(train.first_device(leaf)), tree)
 
 
@@ -579,15 +632,22 @@ def _table(of_train, of_test, zero: int | None) -> list[dict[str, Any]]:
     for name, values in of_train.items():
         if name == "epoch":
             continue
-        medians = np.median(values, axis=0)
-        first = math.nan if at_zero is None else float(medians[at_zero])
+        first = math.nan if at_zero is None else _median(values[:, at_zero])
+        last = _median(values[:, -1])
+        compared = at_zero is not None and name not in _NOT_FALLING and zero < epochs[-1]
         row = {
             "metric": name,
             "at_zero_error": first,
-            "at_the_end": float(medians[-1]),
-            "fell": "" if name in _NOT_FALLING else str(bool(medians[-1] < first)),
+            "at_the_end": last,
+            "fell": str(last < first) if compared else "",
         }
         if of_test:
-            row["test_at_the_end"] = float(np.median(of_test[name][:, -1]))
+            row["test_at_the_end"] = _median(of_test[name][:, -1])
         rows.append(row)
     return rows
+
+
+def _median(values: np.ndarray) -> float:
+    """Median over the seeds that have not diverged."""
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else math.nan

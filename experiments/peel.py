@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ncjax
 from experiments import _cli, _legs, _runs, _training
 from ncjax import plotting
+from ncjax.flow import SUCCESS
 
 NAME = "peel"
 OUTPUTS = ("metrics.csv", "peel.csv", "peel.md", "flow.png", "flow.pdf")
@@ -25,11 +26,12 @@ class Config:
 
     run: str = _cli.flag("", "folder of a training run, with its checkpoints")
     index: int = _cli.flag(0, "which network, of a run of several seeds")
-    per_class: int = _cli.flag(20, "n, first training images of each class; 0 for most")
+    per_class: int = _cli.flag(20, "n, first training images of each class; 0 for all")
     balance: bool = _cli.flag(True, "start from W and H of equal norms, no logit changed")
     log_t_max: float = _cli.flag(1000.0, "log of the time that the flow goes on for")
     num_times: int = _cli.flag(100, f"times measured, up to a multiple of {_legs.LEGS}")
     data_dir: str = _cli.flag("", "of TFDS; if empty, TFDS_DATA_DIR or its default")
+    cpu_devices: int = _cli.flag(1, "JAX devices that a CPU is split into; 1 is fastest")
     workdir: str = _cli.flag("", f"run folder; if empty, a new one under runs/{NAME}")
     overwrite: bool = _cli.flag(False, "replace the run that workdir holds")
     resume: bool = _cli.flag(False, "go on with the run that workdir holds")
@@ -47,32 +49,35 @@ def run(config: Config) -> Path:
       OSError: the training set cannot be read.
     """
     _check(config)
-    trained = _training.load_trained(Path(config.run), config.data_dir, config.index)
-    network = _peel(trained, config.per_class)
-    start = ncjax.balance_norms(network) if config.balance else network
-    folder = _runs.open_run(
-        _runs.workdir(config, NAME),
-        _runs.settings(config),
-        OUTPUTS,
-        overwrite=config.overwrite,
-        resume=config.resume,
-    )
+    source = (Path(config.run), config.data_dir, config.index)
+    _training.stored_run(*source)
+    folder = _runs.open_config(config, NAME, OUTPUTS)
     if _runs.is_finished(folder):
         print(f"nothing to resume, the run is finished\n{folder}")
         return folder
+    trained = _training.load_trained(*source)
+    network = _peel(trained, config.per_class)
+    start = ncjax.balance_norms(network) if config.balance else network
     log_times = _legs.log_times(config.log_t_max, config.num_times)
     starts = jax.tree.map(lambda leaf: leaf[None], start)
     try:
-        columns, _, ends = _legs.solve(starts, log_times, _legs.measure_collapse, folder)
+        columns, steps, ends = _legs.solve(
+            starts, log_times, _legs.measure_collapse, folder
+        )
     except KeyboardInterrupt:
         print(f"interrupted; go on with: {_runs.resume_command(config, folder)}")
         raise
+    if steps[-1, 0, 2] != SUCCESS:
+        raise RuntimeError(
+            f"the flow failed in leg {len(steps)} of {_legs.LEGS}, with result code "
+            f"{steps[-1, 0, 2]} of ncjax.gradient_flow: give a smaller --log_t_max"
+        )
     end = jax.tree.map(lambda leaf: leaf[0], ends)
-    points = {
-        "network": describe(start),
-        f"flow at log t = {log_times[-1]:g}": describe(end),
-    }
-    _write(folder, trained, log_times, columns, points)
+    points = {"network": network, "balanced": start, f"at_log_t_{log_times[-1]:g}": end}
+    if not config.balance:
+        del points["balanced"]
+    described = {title: describe(point) for title, point in points.items()}
+    _write(folder, trained, log_times, columns, described)
     return folder
 
 
@@ -80,6 +85,8 @@ def _check(config: Config) -> None:
     """Raise ValueError for a setting out of range, before any work."""
     if not config.run:
         raise ValueError("--run=DIR is needed: the folder of a training run")
+    if config.workdir and Path(config.workdir).resolve() == Path(config.run).resolve():
+        raise ValueError("--workdir must be another folder than that of --run")
     if config.per_class < 0:
         raise ValueError(f"--per_class must not be negative, got {config.per_class}")
     if not (math.isfinite(config.log_t_max) and config.log_t_max > 1):

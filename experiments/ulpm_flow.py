@@ -68,13 +68,7 @@ def run(config: Config) -> Path:
     """
     _check(config)
     starts = _starts(config)
-    folder = _runs.open_run(
-        _runs.workdir(config, NAME),
-        _runs.settings(config),
-        OUTPUTS,
-        overwrite=config.overwrite,
-        resume=config.resume,
-    )
+    folder = _runs.open_config(config, NAME, OUTPUTS)
     if _runs.is_finished(folder):
         print(f"nothing to resume, the run is finished\n{folder}")
         return folder

@@ -15,27 +15,30 @@ class Checkpoints:
     method, on a folder that they share.
     """
 
-    def __init__(self, folder: Path):
-        """Open the checkpoints in `folder`, which is made if it does not exist."""
+    def __init__(self, folder: Path, *, read_only: bool = False):
+        """Open the checkpoints in `folder`.
+
+        Args:
+          folder: made if it does not exist.
+          read_only: touch nothing, for a folder that another program may be writing to.
+        """
         self._folder = folder
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=2,
-                enable_async_checkpointing=False,
-                cleanup_tmp_directories=True,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else 2,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def newest(self) -> int | None:
         """The epoch of the newest checkpoint, None if there is none."""
         return self._manager.latest_step()
 
     def save(self, epoch: int, state: Any) -> None:
-        """Write `state`, a pytree of arrays, unless this epoch is there already."""
-        if epoch not in self._manager.all_steps():
-            self._manager.save(epoch, args=ocp.args.StandardSave(state))
-            self._manager.wait_until_finished()
+        """Write `state`, a pytree of arrays, as the newest checkpoint."""
+        self._manager.save(epoch, args=ocp.args.StandardSave(state))
+        self._manager.wait_until_finished()
 
     def restore(self, like: Any) -> Any:
         """The newest checkpoint.

@@ -30,12 +30,21 @@ _PROBE_SECONDS = 5.0
 _CROP = 4
 
 
+class Part(NamedTuple):
+    """Some successive samples of a split, at least one."""
+
+    name: str
+    start: int
+    stop: int
+
+
 class Dataset(NamedTuple):
     """Labelled images of one size."""
 
     images: np.ndarray  # (N, height, width, C) uint8, C = 1 or 3
     labels: np.ndarray  # (N,) int32 in [0, K)
     num_classes: int  # K
+    parts: tuple[Part, ...] = ()  # of a set on disk that they were taken from
 
 
 def load(
@@ -103,24 +112,14 @@ def _digits(name: str, split: str, data_dir: str | None) -> Dataset:
         key: SimpleNamespace(num_examples=size, shard_lengths=[size])
         for key, size in sizes.items()
     }
+    parts = _parts(name, split, splits)
     index = np.concatenate(
-        [
-            np.arange(part.start, part.stop) + start[part.name]
-            for part in _parts(name, split, splits)
-        ]
+        [np.arange(part.start, part.stop) + start[part.name] for part in parts]
     )
-    return Dataset(images[index], labels[index], 10)
+    return Dataset(images[index], labels[index], 10, parts)
 
 
-class _Part(NamedTuple):
-    """Some successive samples of a split, at least one."""
-
-    name: str
-    start: int
-    stop: int
-
-
-def _parts(name: str, split: str, splits: Any) -> list[_Part]:
+def _parts(name: str, split: str, splits: Any) -> tuple[Part, ...]:
     """What a split in the syntax of TFDS asks for.
 
     TFDS itself reads a slice that ends before it starts as some other samples.
@@ -142,11 +141,20 @@ def _parts(name: str, split: str, splits: Any) -> list[_Part]:
     for part in asked:
         size = splits[part.splitname].num_examples
         start, stop, _ = slice(part.from_, part.to).indices(size)
-        parts.append(_Part(part.splitname, start, stop))
+        parts.append(Part(part.splitname, start, stop))
     parts = [part for part in parts if part.start < part.stop]
     if not parts:
         raise ValueError(f"split {split!r} of {name}, which has {held}, is empty")
-    return parts
+    return tuple(parts)
+
+
+def overlap(first: Dataset, second: Dataset) -> bool:
+    """Whether two splits of one set were cut from common samples."""
+    return any(
+        a.name == b.name and max(a.start, b.start) < min(a.stop, b.stop)
+        for a in first.parts
+        for b in second.parts
+    )
 
 
 def _tfds(name: str, split: str, data_dir: str | None) -> Dataset:
@@ -186,7 +194,7 @@ def _tfds(name: str, split: str, data_dir: str | None) -> Dataset:
         raise ValueError(
             f"split {split!r} of {name} is not labelled: it has label {min(labels)}"
         )
-    return Dataset(np.stack(images), np.asarray(labels, np.int32), num_classes)
+    return Dataset(np.stack(images), np.asarray(labels, np.int32), num_classes, parts)
 
 
 def _builder(name: str, data_dir: str | None) -> Any:

@@ -218,13 +218,16 @@ def _four_panels(
 
 def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
     """One legend above for the curves of all `axes`, those of one name being alike."""
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if handles:
         figure.legend(
-            handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles)
+            [*handles.values()],
+            [*handles],
+            loc="outside upper center",
+            ncols=len(handles),
         )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 
 import ncjax
 from experiments import (
+    _cli,
+    _legs,
     _runs,
     _training,
     peel,
@@ -65,7 +68,7 @@ def _config_of(folder):
 
 
 def assert_same_run(folder, other, exact=True):
-    """Same parameters, optimiser state and metrics."""
+    """Same parameters, optimiser state, metrics and summary."""
     (got, got_epoch), (expected, epoch) = state_of(folder), state_of(other)
     assert got_epoch == epoch
     for a, b in zip(got, expected, strict=True):
@@ -76,6 +79,11 @@ def assert_same_run(folder, other, exact=True):
     if exact:
         files = (folder / "metrics.csv", other / "metrics.csv")
         assert files[0].read_bytes() == files[1].read_bytes()
+        summaries = [
+            json.loads((run / "summary.json").read_text())["metrics"]
+            for run in (folder, other)
+        ]
+        assert summaries[0] == summaries[1]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -178,7 +186,7 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(
         if epoch < 6:
             with pytest.raises(KeyboardInterrupt):
                 train_small.run(small(folder))
-            assert f"interrupted after epoch {epoch}" in capsys.readouterr().out
+            assert "interrupted; go on with: python -m" in capsys.readouterr().out
         else:
             train_small.run(small(folder))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -186,12 +194,82 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(
     assert_same_run(folder, finished)
 
 
-def test_a_second_interrupt_is_met_at_once():
-    with _training._Interruption() as interruption:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert interruption.wished
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+def test_a_second_interrupt_is_met_within_the_epoch(tmp_path):
+    """An epoch of several seconds is left, and not saved."""
+    settings = {"width": 2.0, "train_split": "train", "test_split": "", "batch_size": 1}
+    process = subprocess.Popen(
+        command(tmp_path / "run", **settings, epochs=50),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    # The first epoch is compiled once its first checkpoint is there.
+    checkpoints = tmp_path / "run" / "checkpoints"
+    while process.poll() is None and not list(checkpoints.glob("1")):
+        time.sleep(0.05)
+    for _ in range(2):
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not (checkpoints / "2").exists()
+    assert "interrupted; go on with: python -m experiments.train_small" in output
+    assert "saving after this epoch; once more to stop now" in errors
+
+
+def test_the_resume_command_is_the_whole_command(tmp_path):
+    config = small(tmp_path / "run", data_dir="~/my data", cpu_devices=2)
+    line = _runs.resume_command(config, tmp_path / "run")
+    assert "'--data_dir=~/my data'" in line
+    assert "--cpu_devices=2" in line
+    assert "'--train_split=train[:200]'" in line
+    flags = ["", *(flag for flag in shlex.split(line) if flag.startswith("--"))]
+    assert _cli.parse(train_small.Config, flags) == dataclasses.replace(config, resume=True)
+
+
+def test_overwriting_spares_folders_that_are_no_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"mine": 1}')
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "precious").write_text("weights")
+    with pytest.raises(ValueError, match="holds checkpoints but no run that --overwrite"):
+        train_small.run(small(tmp_path, overwrite=True))
+    assert (tmp_path / "checkpoints" / "precious").read_text() == "weights"
+    assert (tmp_path / "config.json").read_text() == '{"mine": 1}'
+
+
+def test_overwriting_removes_a_link_and_not_what_it_leads_to(tmp_path):
+    scratch, run = tmp_path / "scratch", tmp_path / "run"
+    scratch.mkdir()
+    run.mkdir()
+    (scratch / "old").write_text("kept")
+    (run / "config.json").write_text('{"config": {}}')
+    (run / "checkpoints").symlink_to(scratch)
+    train_small.run(small(run, overwrite=True, epochs=1))
+    assert (scratch / "old").read_text() == "kept"
+    assert not (run / "checkpoints").is_symlink()
+
+
+def test_a_run_without_its_metrics_is_not_resumed(tmp_path):
+    folder = train_small.run(small(tmp_path / "run", epochs=1))
+    (folder / "summary.json").unlink()
+    (folder / "metrics.csv").unlink()
+    with pytest.raises(ValueError, match=r"metrics.csv is missing or damaged"):
+        train_small.run(small(folder, epochs=1, resume=True))
+
+
+def test_reading_a_run_touches_nothing_in_it(finished):
+    saving = finished / "checkpoints" / "9.orbax-checkpoint-tmp"
+    saving.mkdir()
+    _training.load_trained(finished)
+    assert saving.exists()
+    saving.rmdir()
+
+
+def test_what_was_not_compared_has_not_failed_to_fall(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["zero_training_error_from_epoch"] is None
+    assert {row["fell"] for row in summary["metrics"].values()} == {""}
+    assert summary["metrics"]["cdnv"]["at_zero_error"] is None
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.3])
@@ -323,6 +401,8 @@ def test_zero_error_is_for_good():
         ({"learning_rate": float("nan")}, "--learning_rate must be positive"),
         ({"momentum": 1.0}, r"--momentum must lie in \[0, 1\)"),
         ({"weight_decay": -0.1}, "--weight_decay must be finite and not negative"),
+        ({"schedule": "step", "epochs": 2}, "--schedule=step needs --epochs of at least 3"),
+        ({"test_split": "train[150:]"}, r"--test_split=train\[150:\] has images of"),
         ({"schedule": "cosine"}, "--schedule must be one of constant, step, got 'cosine'"),
         ({"compute_dtype": "int8"}, "--compute_dtype must be one of auto"),
         ({"per_class": 100}, "per_class is 100 but class"),
@@ -439,7 +519,7 @@ def test_peel_describes_the_network_and_where_the_flow_takes_it(finished, tmp_pa
         *peel.OUTPUTS,
     }
     summary = json.loads((folder / "summary.json").read_text())
-    network, end = summary["points"].values()
+    network, balanced, end = summary["points"].values()
     trained = _training.load_trained(finished)
     params = peel._peel(trained, 3)
     assert network["margin_ratio"] == pytest.approx(float(ncjax.margin_ratio(params)))
@@ -448,12 +528,22 @@ def test_peel_describes_the_network_and_where_the_flow_takes_it(finished, tmp_pa
     assert network["smallest_riemannian_eigenvalue"] == pytest.approx(
         float(eig.eigenvalues[0]), rel=1e-4
     )
-    flow = ncjax.gradient_flow(params, [30.0]).final
+    start = ncjax.balance_norms(params)
+    assert balanced["margin_ratio"] == pytest.approx(float(ncjax.margin_ratio(start)))
+    flow = ncjax.gradient_flow(start, [30.0]).final
     assert end["log_loss"] == pytest.approx(float(ncjax.log_cross_entropy(flow)), rel=1e-6)
     assert end["margin_ratio"] > network["margin_ratio"]
     certificate = ncjax.certificate(flow)
     assert end["sigma_max"] == pytest.approx(float(certificate.sigma_max), rel=1e-3)
     assert end["verdict"] == ncjax.VERDICTS[int(certificate.verdict)]
+
+
+def test_peel_says_that_the_flow_failed(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(_legs, "step_limit", lambda log_t_max: 2)
+    with pytest.raises(RuntimeError, match="the flow failed in leg"):
+        peel.run(
+            peel.Config(run=str(finished), per_class=2, workdir=str(tmp_path / "peel"))
+        )
 
 
 def test_peel_says_what_it_needs(tmp_path):
@@ -464,6 +554,8 @@ def test_peel_says_what_it_needs(tmp_path):
     (tmp_path / "config.json").write_text('{"config": {"seed": 0}}')
     with pytest.raises(ValueError, match="holds no training run"):
         peel.run(peel.Config(run=str(tmp_path)))
+    with pytest.raises(ValueError, match="--workdir must be another folder"):
+        peel.run(peel.Config(run=str(tmp_path), workdir=f"{tmp_path}/."))
     config = json.dumps({"config": _runs.settings(SMALL)})
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match="holds no checkpoint"):
