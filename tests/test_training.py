@@ -196,7 +196,13 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(
 
 def test_a_second_interrupt_is_met_within_the_epoch(tmp_path):
     """An epoch of several seconds is left, and not saved."""
-    settings = {"width": 2.0, "train_split": "train", "test_split": "", "batch_size": 1}
+    settings = {
+        "width": 2.0,
+        "train_split": "train",
+        "test_split": "",
+        "batch_size": 1,
+        "learning_rate": 1e-4,
+    }
     process = subprocess.Popen(
         command(tmp_path / "run", **settings, epochs=50),
         stdout=subprocess.PIPE,
