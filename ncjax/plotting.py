@@ -245,7 +245,7 @@ def _draw(axis: Axes, x: np.ndarray, curve: Curve) -> None:
 
 
 def _draw_guide(axis: Axes, x: np.ndarray, values: np.ndarray, exponent: int) -> None:
-    """A dotted power law above the last sixth of a curve, where that is the asymptote."""
+    """A dotted power law below the last sixth of a curve, where that is the asymptote."""
     done = np.isfinite(values).any(axis=0)
     x, median = x[done], np.nanmedian(values[:, done], axis=0)
     if x.size == 0:
@@ -253,14 +253,16 @@ def _draw_guide(axis: Axes, x: np.ndarray, values: np.ndarray, exponent: int) ->
     late = x > x[-1] - (x[-1] - x[0]) / 6
     if np.exp(x[-1]) < 300 or late.sum() < 2:
         return
-    line = 2.5 * median[late][-1] * np.exp(-exponent * (x[late] - x[late][-1]))
+    line = 0.4 * median[late][-1] * np.exp(-exponent * (x[late] - x[late][-1]))
     axis.plot(x[late], line, ":", color=_GUIDE, lw=1.2)
     power = "" if exponent == 1 else f"^{exponent}"
     axis.annotate(
         rf"$1/\log{power} t$",
         (x[late][0], line[0]),
-        xytext=(2, 3),
+        xytext=(-3, 0),
         textcoords="offset points",
+        ha="right",
+        va="center",
         color=_GUIDE,
         fontsize=8.5,
     )
