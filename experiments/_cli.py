@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from absl import flags
+from absl import flags, logging
 
 _DEFINE: dict[Any, Callable[..., Any]] = {
     int: flags.DEFINE_integer,
@@ -72,6 +72,7 @@ def _main(config_class, run, name, argv) -> int:
     warnings.showwarning = lambda message, *_args, **_kwargs: print(
         f"warning: {message}", file=sys.stderr
     )
+    logging.set_verbosity(logging.ERROR)  # hints of TFDS and Orbax, none to the user
     try:
         config = parse(config_class, argv)
         set_up_jax(

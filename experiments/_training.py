@@ -634,7 +634,7 @@ def _table(of_train, of_test, zero: int | None) -> list[dict[str, Any]]:
             continue
         first = math.nan if at_zero is None else _median(values[:, at_zero])
         last = _median(values[:, -1])
-        compared = at_zero is not None and name not in _NOT_FALLING and zero < epochs[-1]
+        compared = first > 0 and name not in _NOT_FALLING and zero < epochs[-1]
         row = {
             "metric": name,
             "at_zero_error": first,
