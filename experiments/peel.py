@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from tqdm import tqdm
 
 import ncjax
 from experiments import _cli, _legs, _runs, _training
@@ -14,6 +15,8 @@ from ncjax import plotting
 from ncjax.flow import SUCCESS
 
 NAME = "peel"
+# Residual of the least curvature; its error is of the square of this.
+_CURVATURE = 1e-6
 OUTPUTS = ("metrics.csv", "peel.csv", "peel.md", "flow.png", "flow.pdf")
 
 
@@ -76,7 +79,9 @@ def run(config: Config) -> Path:
     points = {"network": network, "balanced": start, f"at_log_t_{log_times[-1]:g}": end}
     if not config.balance:
         del points["balanced"]
-    described = {title: describe(point) for title, point in points.items()}
+    described = {
+        title: describe(point) for title, point in tqdm(points.items(), desc="describe")
+    }
     _write(folder, trained, log_times, columns, described)
     return folder
 
@@ -112,7 +117,7 @@ def describe(params: ncjax.Params) -> dict[str, Any]:
     num_classes, per_class, dim = params.H.shape
     labels = jnp.repeat(jnp.arange(num_classes, dtype=jnp.int32), per_class)
     layer = ncjax.last_layer(params.H.reshape(-1, dim), labels, params.W)
-    eig = ncjax.hessian_eig(ncjax.log_cross_entropy, params, sphere=True)
+    eig = ncjax.hessian_eig(ncjax.log_cross_entropy, params, sphere=True, tol=_CURVATURE)
     found: dict[str, Any] = {
         "squared_norm": float(ncjax.squared_norm(params)),
         "log_loss": float(layer.log_loss),

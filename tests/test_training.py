@@ -513,7 +513,7 @@ def test_a_hundred_real_images_are_learnt_by_heart(tmp_path, module, settings):
 def test_peel_describes_the_network_and_where_the_flow_takes_it(finished, tmp_path):
     config = peel.Config(
         run=str(finished),
-        per_class=3,
+        per_class=2,
         log_t_max=30.0,
         num_times=20,
         workdir=str(tmp_path / "peel"),
@@ -527,7 +527,7 @@ def test_peel_describes_the_network_and_where_the_flow_takes_it(finished, tmp_pa
     summary = json.loads((folder / "summary.json").read_text())
     network, balanced, end = summary["points"].values()
     trained = _training.load_trained(finished)
-    params = peel._peel(trained, 3)
+    params = peel._peel(trained, 2)
     assert network["margin_ratio"] == pytest.approx(float(ncjax.margin_ratio(params)))
     assert network["verdict"] == "not separated: a sample is misclassified"
     eig = ncjax.hessian_eig(ncjax.log_cross_entropy, params, sphere=True)
