@@ -194,33 +194,18 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(
     assert_same_run(folder, finished)
 
 
-def test_a_second_interrupt_is_met_within_the_epoch(tmp_path):
-    """An epoch of several seconds is left, and not saved."""
-    settings = {
-        "width": 2.0,
-        "train_split": "train",
-        "test_split": "",
-        "batch_size": 1,
-        "learning_rate": 1e-4,
-    }
-    process = subprocess.Popen(
-        command(tmp_path / "run", **settings, epochs=50),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    # The first epoch is compiled once its first checkpoint is there.
-    checkpoints = tmp_path / "run" / "checkpoints"
-    while process.poll() is None and not list(checkpoints.glob("1")):
-        time.sleep(0.05)
-    for _ in range(2):
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert not (checkpoints / "2").exists()
-    assert "interrupted; go on with: python -m experiments.train_small" in output
-    assert "saving after this epoch; once more to stop now" in errors
+def test_a_second_interrupt_is_met_within_the_epoch():
+    class Busy:
+        """The result of an epoch that never ends; each look at it brings a signal."""
+
+        def is_ready(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            return False
+
+    with _training._Interruption() as interruption:
+        with pytest.raises(KeyboardInterrupt):
+            _training._on_host(Busy())
+        assert interruption.wished
 
 
 def test_the_resume_command_is_the_whole_command(tmp_path):
