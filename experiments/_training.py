@@ -251,11 +251,16 @@ def _open(config: Config, name: str) -> Path:
     return folder
 
 
+def _mesh() -> Mesh:
+    """All devices of all processes, along the axis that batches are split by."""
+    return Mesh(np.asarray(jax.devices()), (train.AXIS,))
+
+
 def any_process(wish: bool) -> bool:
     """Whether any process wishes so; waits for all of them."""
     if jax.process_count() == 1:
         return wish
-    mesh = Mesh(np.asarray(jax.devices()), (train.AXIS,))
+    mesh = _mesh()
     split, everywhere = (
         NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((train.AXIS,), ())
     )
@@ -370,7 +375,7 @@ class _Loop:
 
     def __init__(self, config: Config, setup: Setup, folder: Path):
         self.config, self.setup, self.folder = config, setup, folder
-        self.mesh = Mesh(np.asarray(jax.devices()), (train.AXIS,))
+        self.mesh = _mesh()
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())
         self.optimiser = _optimiser(config, len(setup.train_set.labels))
         self.sets = {
