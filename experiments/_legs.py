@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import ncjax
 from experiments import _runs
-from ncjax.flow import SUCCESS
+from ncjax.flow import SUCCESS, choose_solver
 
 LEGS = 20
 
@@ -43,7 +43,11 @@ def log_times(log_t_max: float, num_times: int) -> np.ndarray:
 
 
 def solve(
-    starts: ncjax.Params, times: np.ndarray, measure: Measure, folder: Path
+    starts: ncjax.Params,
+    times: np.ndarray,
+    measure: Measure,
+    folder: Path,
+    solver: str = "auto",
 ) -> tuple[dict[str, np.ndarray], np.ndarray, ncjax.Params]:
     """Flow from `starts` (S, ...) through `times` (T,), measured at each.
 
@@ -56,7 +60,10 @@ def solve(
     """
     legs = times.reshape(LEGS, -1)
     progress = _load(folder) or _none(starts)
-    flow, measured = _compile(starts, measure, step_limit(times[-1]))
+    if solver == "auto":  # within a leg the last time is traced
+        _, num_classes, dim = starts.W.shape
+        solver = choose_solver(num_classes, dim, times[-1], starts.W.dtype)
+    flow, measured = _compile(starts, measure, solver, step_limit(times[-1]))
     with tqdm(total=LEGS, initial=progress.legs_done, desc="flow", unit="leg") as bar:
         for leg in legs[progress.legs_done :]:
             done = progress.legs_done
@@ -105,7 +112,7 @@ def step_limit(log_t_max: float) -> int:
     return 1000 + math.ceil(4 * log_t_max)
 
 
-def _compile(starts: ncjax.Params, measure: Measure, max_steps: int):
+def _compile(starts: ncjax.Params, measure: Measure, solver: str, max_steps: int):
     """The flow of one leg, sharded over devices, and its measurement, on one of them."""
     seeds, dtype = starts.W.shape[0], starts.W.dtype
     count = max(c for c in range(1, jax.device_count() + 1) if seeds % c == 0)
@@ -115,7 +122,11 @@ def _compile(starts: ncjax.Params, measure: Measure, max_steps: int):
     def leg(states, times, before):
         def one(state):
             return ncjax.gradient_flow(
-                state, times, start_log_time=before, max_steps=max_steps
+                state,
+                times,
+                start_log_time=before,
+                solver=solver,
+                max_steps=max_steps,
             )
 
         return jax.vmap(one)(states)

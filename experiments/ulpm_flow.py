@@ -14,7 +14,7 @@ import numpy as np
 import ncjax
 from experiments import _cli, _fits, _legs, _runs
 from ncjax import plotting
-from ncjax.flow import SUCCESS
+from ncjax.flow import SOLVERS, SUCCESS
 
 NAME = "ulpm_flow"
 OUTPUTS = ("metrics.csv", "figure2.png", "figure2.pdf")
@@ -51,6 +51,9 @@ class Config:
     log_t_max: float = _cli.flag(1000.0, "natural logarithm of the last time")
     num_times: int = _cli.flag(200, f"times measured, up to a multiple of {_legs.LEGS}")
     dtype: str = _cli.flag("float64", "float64 or float32")
+    solver: str = _cli.flag(
+        "auto", "explicit, implicit, or auto: implicit from log t = 1e4 on, if K d <= 600"
+    )
     workdir: str = _cli.flag("", f"run folder; if empty, a new one under runs/{NAME}")
     overwrite: bool = _cli.flag(False, "replace the run that workdir holds")
     resume: bool = _cli.flag(False, "go on with the run that workdir holds")
@@ -75,7 +78,9 @@ def run(config: Config) -> Path:
     log_times = _legs.log_times(config.log_t_max, config.num_times)
     begun = time.perf_counter()
     try:
-        columns, steps, _ = _legs.solve(starts, log_times, _legs.measure_collapse, folder)
+        columns, steps, _ = _legs.solve(
+            starts, log_times, _legs.measure_collapse, folder, config.solver
+        )
     except KeyboardInterrupt:
         print(f"interrupted; go on with: {_runs.resume_command(config, folder)}")
         raise
@@ -104,6 +109,10 @@ def _check(config: Config) -> None:
         raise ValueError(f"--seed must lie in [0, 2**63), got {config.seed}")
     if config.dtype not in ("float64", "float32"):
         raise ValueError(f"--dtype must be float64 or float32, got {config.dtype!r}")
+    if config.solver not in SOLVERS:
+        raise ValueError(
+            f"--solver must be one of {', '.join(SOLVERS)}, got {config.solver!r}"
+        )
 
 
 def _starts(config: Config) -> ncjax.Params:

@@ -10,10 +10,8 @@ from ncjax import statistics as statistics
 from ncjax import variants as variants
 from ncjax.flow import DescentSolution as DescentSolution
 from ncjax.flow import FlowSolution as FlowSolution
-from ncjax.flow import InvariantDrift as InvariantDrift
 from ncjax.flow import gradient_descent as gradient_descent
 from ncjax.flow import gradient_flow as gradient_flow
-from ncjax.flow import invariant_drift as invariant_drift
 from ncjax.geometry import balance as balance
 from ncjax.geometry import block_saddle as block_saddle
 from ncjax.geometry import margin_ratio as margin_ratio
@@ -21,6 +19,9 @@ from ncjax.geometry import margins as margins
 from ncjax.geometry import simplex_etf as simplex_etf
 from ncjax.geometry import squared_norm as squared_norm
 from ncjax.hessian import hvp as hvp
+from ncjax.invariants import InvariantDrift as InvariantDrift
+from ncjax.invariants import invariant_drift as invariant_drift
+from ncjax.invariants import restore_invariants as restore_invariants
 from ncjax.landscape import HessianEig as HessianEig
 from ncjax.landscape import SpectralDensity as SpectralDensity
 from ncjax.landscape import hessian_eig as hessian_eig

@@ -1,5 +1,7 @@
 """Cross entropy in margin form: of the layer-peeled model at any norm, and of a network."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -85,15 +87,63 @@ def _log_softplus_jvp(primals, tangents):
     return value, jnp.exp(jax.nn.log_sigmoid(a) - value) * tangent
 
 
+class ErrorSlopes(NamedTuple):
+    """The loss and its slopes in the logits, for `L` of any size."""
+
+    log_loss: Array  # ()
+    P: Array  # (K, n, K)  ∇ℓ_ki / L in the logits of sample (k, i); rows sum to 0
+    right: Array  # (K, n)     softmax weight of the own class
+
+
+def error_slopes(params: Params) -> ErrorSlopes:
+    r"""Slopes of every sample's loss in its logits, relative to the whole loss.
+
+    $$P_{kij} = \frac{1}{\mathcal L} \frac{\partial \ell_{ki}}{\partial z_{kij}}
+    = \frac{p_{kij} - \delta_{jk}}{\mathcal L}, \qquad
+    \nabla_W \log \mathcal L = \sum_{k,i} P_{ki} h_{ki}^\top, \quad
+    \nabla_{h_{ki}} \log \mathcal L = W^\top P_{ki}$$
+
+    All in logarithms until the last, so that nothing of the order of 1 is lost where the
+    loss is e^-1000000; `p_k - 1` is the sum of the others, not a difference.
+
+    Args:
+      params: `W` (K, d) and `H` (K, n, d).
+
+    Returns:
+      `ErrorSlopes`.
+    """
+    differences, others = _logit_differences(params)
+    highest = jnp.max(jnp.where(others, differences, -jnp.inf), axis=-1, keepdims=True)
+    weights = jnp.where(others, jnp.exp(differences - highest), 0)
+    total = jnp.sum(weights, axis=-1)
+    highest = highest[..., 0]
+    log_odds = highest + jnp.log(total)
+    log_loss = jax.nn.logsumexp(log_softplus(log_odds))
+    log_any = jax.nn.softplus(log_odds)
+    P = weights * jnp.exp(highest - log_any - log_loss)[..., None]
+    own = -jnp.sum(P, axis=-1, keepdims=True)
+    return ErrorSlopes(
+        log_loss=log_loss,
+        P=jnp.where(others, P, own),
+        right=jnp.exp(-log_any),
+    )
+
+
 def _log_odds_of_error(params: Params) -> Array:
     """`a_ki = logsumexp over j != k of (w_j - w_k)·h_ki`, (K, n)."""
+    differences, others = _logit_differences(params)
+    return jax.nn.logsumexp(differences, axis=-1, where=others)
+
+
+def _logit_differences(params: Params) -> tuple[Array, Array]:
+    """`(w_j - w_k)·h_ki`, (K, n, K), and where j != k, (K, 1, K)."""
     W, H = check_params(params)
     # A common offset of the rows of W, which no margin sees, would cost digits.
     W = W - W[:1]
     logits = jnp.einsum("kid,jd->kij", H, W, precision="highest")
     own = jnp.einsum("kid,kd->ki", H, W, precision="highest")
     others = ~jnp.eye(W.shape[0], dtype=bool)[:, None, :]
-    return jax.nn.logsumexp(logits - own[..., None], axis=-1, where=others)
+    return logits - own[..., None], others
 
 
 def softmax_cross_entropy(logits: Array, labels: Array) -> Array:

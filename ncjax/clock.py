@@ -1,0 +1,66 @@
+r"""The flow's equation on the clock x, for a state that hardly moves.
+
+With $x = \log(1 + \log(1 + t))$ and $u = \log(1 + t) = e^x - 1$ the flow is $dZ/dx = -s
+\nabla \log \mathcal L(Z)$, $s = (1 + u)\, e^{u + \log \mathcal L}$. Since $|Z|^2$ grows
+like u, what is solved for is $Y = e^{-x/2} Z$,
+
+$$\frac{dY}{dx} = -s\, e^{-x/2}\, \nabla \log \mathcal L(e^{x/2} Y) - \frac{Y}{2}.$$
+
+s carries the loss, so the rank-one terms of $\nabla^2 \log \mathcal L$ and of $\nabla s$
+cancel and the Jacobian is exactly $-s\, \nabla^2 \mathcal L / \mathcal L - I/2$.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ncjax import implicit
+from ncjax.losses import error_slopes, log_cross_entropy
+from ncjax.rosenbrock import Rodas5P
+from ncjax.types import Array, Params
+
+
+def clock(log_times: Array) -> Array:
+    """`x = log(1 + log(1 + t))` of `log t`."""
+    return jnp.log1p(jax.nn.softplus(log_times))
+
+
+def unscaled(x: Array, scaled: Params) -> Params:
+    """`Z = e^{x/2} Y`; with -x for x, Y of Z."""
+    return jax.tree.map(lambda leaf: jnp.exp(x / 2) * leaf, scaled)
+
+
+def field(x, scaled: Params, _args=None) -> Params:
+    """`dY/dx`."""
+    W, H = unscaled(x, scaled)
+    slopes = error_slopes(Params(W, H))
+    P = speed(x, slopes.log_loss) * jnp.exp(-x / 2) * slopes.P
+    dW = jnp.einsum("kij,kid->jd", P, H, precision="highest")
+    dH = jnp.einsum("kij,jd->kid", P, W, precision="highest")
+    return Params(-dW - scaled.W / 2, -dH - scaled.H / 2)
+
+
+def speed(x: Array, log_loss: Array) -> Array:
+    """`s`, the factor of `-∇log L` in dZ/dx."""
+    u = jnp.expm1(x)
+    return (1 + u) * jnp.exp(u + log_loss)
+
+
+def _factor(x, scaled, _args, c):
+    """`I - c J = (1 + c/2) (I + c s / (1 + c/2) ∇²L / L)`."""
+    params = unscaled(x, scaled)
+    outer = 1 + c / 2
+    inner = c / outer * speed(x, log_cross_entropy(params))
+    return outer, implicit.factor(params, inner)
+
+
+def _solve(factored, right):
+    outer, inner = factored
+    return implicit.solve(inner, jax.tree.map(lambda leaf: leaf / outer, right))
+
+
+def _time_derivative(x, scaled, _args):
+    return jax.jvp(lambda x: field(x, scaled), (x,), (jnp.ones_like(x),))[1]
+
+
+# Rodas5P for `field`; one object, since it is a static argument of compiled functions.
+LINEARLY_IMPLICIT = Rodas5P(_factor, _solve, _time_derivative)

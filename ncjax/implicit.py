@@ -1,0 +1,179 @@
+r"""Linear systems with the Hessian of the loss, by their block structure.
+
+A linearly implicit step of the flow solves $(I + c\, \nabla^2\mathcal L / \mathcal L) X =
+R$ for several right-hand sides. The Hessian couples the samples only through the
+classifier: given $dW$ they decouple, and what is left is one system of size K d.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ncjax.losses import error_slopes
+from ncjax.types import Array, Params
+
+
+class Factored(NamedTuple):
+    """`I + c ∇²L/L`, ready to solve with; N = K n samples."""
+
+    params: Params  # W (K, d), H (K, n, d)
+    c: Array  # ()
+    P: Array  # (N, K)        slopes of each sample's loss in its logits, over L
+    E: Array  # (N, K, K)     (I + c D_a W Wᵀ)⁻¹ D_a
+    schur: Array  # (K d, K d)    inverse of what is left for dW
+
+
+def factor(params: Params, c: Array) -> Factored:
+    r"""Prepare $I + c\, \nabla^2 \mathcal L / \mathcal L$ for `solve`.
+
+    With the slopes $P_a = \nabla \ell_a / \mathcal L$ and curvatures $D_a = \nabla^2
+    \ell_a / \mathcal L$ of each sample's loss in its logits $W h_a$, and $E_a = (I + c D_a
+    W W^\top)^{-1} D_a$, eliminating the features leaves for $dW$
+
+    $$dW - c^2 \sum_a P_a P_a^\top dW + c \sum_a T_a^* E_a T_a\, dW, \qquad
+    T_a\, dW = dW h_a - c\, W dW^\top P_a.$$
+
+    Args:
+      params: `W` (K, d) and `H` (K, n, d).
+      c: positive scalar, small enough that the matrix is positive definite.
+
+    Returns:
+      `Factored`; its inverse is NaN or wrong where the matrix is singular.
+
+    Source: ncjax.
+    """
+    W, H = params
+    num_classes, dim = W.shape
+    h = H.reshape(-1, dim)
+    P, E = _slopes_and_eliminated_curvatures(params, c)
+    # Sums over samples as products of matrices with the samples in the middle.
+    samples = h.shape[0]
+    h_P = (h[:, :, None] * P[:, None, :]).reshape(samples, -1)
+    EW = _mul(E, W)
+    WEW = _mul(W.T, EW)
+    size = num_classes * dim
+
+    def kron(left, right):
+        """Sum over samples of left (K, K) and right (d, d), as (K d, K d)."""
+        product = _mul(left.reshape(samples, -1).T, right.reshape(samples, -1))
+        product = product.reshape(num_classes, num_classes, dim, dim)
+        return product.transpose(0, 2, 1, 3).reshape(size, size)
+
+    cross = _mul(EW.reshape(samples, -1).T, h_P)  # (i f, e l)
+    cross = cross.reshape(num_classes, dim, dim, num_classes)
+    cross = cross.transpose(0, 2, 3, 1).reshape(size, size)  # (i e, l f)
+    outer_h = h[:, :, None] * h[:, None, :]
+    outer_P = P[:, :, None] * P[:, None, :]
+    inner = c * WEW - jnp.eye(dim, dtype=W.dtype)[None]
+    schur = kron(E, outer_h) - c * (cross + cross.T) + c * kron(outer_P, inner)
+    schur = jnp.eye(size, dtype=W.dtype) + c * schur
+    return Factored(params, c, P, E, inverse(schur, dim))
+
+
+def solve(factored: Factored, right: Params) -> Params:
+    r"""Solve $(I + c\, \nabla^2\mathcal L/\mathcal L) X = R$.
+
+    Args:
+      factored: of `factor`.
+      right: `R`, shaped as the params.
+
+    Returns:
+      `X`, shaped as the params.
+    """
+    (W, H), c, P, E, schur = factored
+    h = H.reshape(-1, W.shape[1])
+    r = right.H.reshape(h.shape)
+    # What the features answer to the right-hand side alone.
+    p = _mul(E, _mul(r, W.T)[..., None])[..., 0]
+    rest = right.W - c * _mul(P.T, r) - c * (_mul(p.T, h) - c * _mul(_mul(P.T, p), W))
+    dW = _mul(schur, rest.reshape(-1)).reshape(W.shape)
+    pulled = _mul(P, dW)
+    p = p + _mul(E, (_mul(h, dW.T) - c * _mul(pulled, W.T))[..., None])[..., 0]
+    dh = r - c * pulled - c * _mul(p, W)
+    return Params(dW, dh.reshape(H.shape))
+
+
+def _slopes_and_eliminated_curvatures(params: Params, c: Array) -> tuple[Array, Array]:
+    r"""`P` (N, K) and `E` (N, K, K), with positive definite matrices only.
+
+    In the logits of the other classes less the own, $D = \operatorname{diag}(r)\, (I -
+    \mathcal L\, r r^\top) \operatorname{diag}(r)$ with $r_j^2 = P_j$. Its root is known,
+    $D = F F^\top$ with $F = \operatorname{diag}(r)\, (I - \beta r r^\top)$, and $E = F (I +
+    c F^\top V V^\top F)^{-1} F^\top$ for the differences V of the rows of W.
+    """
+    num_classes = params.W.shape[0]
+    slopes = error_slopes(params)
+    others = ~jnp.eye(num_classes, dtype=bool)[:, None, :]
+    root = jnp.sqrt(jnp.where(others, slopes.P, 0))  # r, (K, n, K)
+    beta = jnp.exp(slopes.log_loss) / (1 + jnp.sqrt(slopes.right))  # (K, n)
+
+    def scale(matrix):
+        return root[..., :, None] * matrix * root[..., None, :]
+
+    def deflate(matrix):
+        """`(I - β r rᵀ) M (I - β r rᵀ)` for symmetric M."""
+        image = jnp.sum(matrix * root[..., None, :], axis=-1)
+        value = jnp.sum(root * image, axis=-1, keepdims=True)
+        half = beta[..., None] * (image - beta[..., None] * value * root / 2)
+        crossed = half[..., :, None] * root[..., None, :]
+        return matrix - crossed - jnp.swapaxes(crossed, -1, -2)
+
+    differences = params.W[None] - params.W[:, None]  # (K, K, d)
+    gram = _mul(differences, jnp.swapaxes(differences, -1, -2))[:, None]
+    eye = jnp.eye(num_classes, dtype=gram.dtype)[None, None]
+    E = scale(deflate(inverse(eye + c * deflate(scale(gram)))))
+    # What one logit gains all others lose: rows and columns sum to zero.
+    own = ~others
+    E = jnp.where(own[..., None], -jnp.sum(E, axis=-2, keepdims=True), E)
+    E = jnp.where(own[..., None, :], -jnp.sum(E, axis=-1, keepdims=True), E)
+    shape = (-1, num_classes)
+    return slopes.P.reshape(shape), E.reshape(*shape, num_classes)
+
+
+def _mul(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision="highest")
+
+
+def inverse(matrix: Array, block: int = 1) -> Array:
+    """Inverse of positive definite (..., M, M) by Gauss and Jordan, block by block.
+
+    Batched LAPACK on CPU takes one matrix after another and solves with it column by
+    column; this is `M / block` products of matrices for the whole batch. Without pivots,
+    which positive definite matrices do not need.
+
+    Args:
+      matrix: (..., M, M), symmetric positive definite.
+      block: rows eliminated at once, a divisor of M.
+
+    Returns:
+      (..., M, M) array, NaN or infinite where a pivot is zero.
+
+    Raises:
+      ValueError: block does not divide M.
+    """
+    size = matrix.shape[-1]
+    if size % block:
+        raise ValueError(f"block must divide the size {size}, got {block}")
+
+    def sweep(k, matrix):
+        """Exchange one block of unknowns for its right-hand sides."""
+        start = k * block
+        rows = jax.lax.dynamic_slice_in_dim(matrix, start, block, -2)
+        columns = jax.lax.dynamic_slice_in_dim(matrix, start, block, -1)
+        pivot = jax.lax.dynamic_slice_in_dim(rows, start, block, -1)
+        pivot = 1 / pivot if block == 1 else inverse(pivot)
+        rows = _product(pivot, rows)
+        swept = matrix - _product(columns, rows)
+        rows = jax.lax.dynamic_update_slice_in_dim(rows, pivot, start, -1)
+        swept = jax.lax.dynamic_update_slice_in_dim(
+            swept, -_product(columns, pivot), start, -1
+        )
+        return jax.lax.dynamic_update_slice_in_dim(swept, rows, start, -2)
+
+    return jax.lax.fori_loop(0, size // block, sweep, matrix)
+
+
+def _product(left: Array, right: Array) -> Array:
+    """Matrix product; an outer one elementwise."""
+    return left * right if left.shape[-1] == 1 else _mul(left, right)

@@ -1,0 +1,76 @@
+"""The flow's two invariants: how far a solver has moved them, and back."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ncjax.geometry import balance, squared_norm
+from ncjax.types import Array, Params
+
+
+class InvariantDrift(NamedTuple):
+    """How far the two conserved quantities of the flow have moved: the solver's error."""
+
+    balance: Array  # |B(Z) - B(Z_0)|_F / |Z|²,          B of `ncjax.balance`
+    classifier_sum: Array  # |Σ_k w_k - Σ_k w_k(0)| / |Z|
+
+
+def invariant_drift(params: Params, start: Params) -> InvariantDrift:
+    r"""Change of the flow's invariants between two points of one trajectory, relative.
+
+    $W^\top W - \sum_{k,i} h_{k,i} h_{k,i}^\top$ and $\sum_k w_k$ are conserved, so what
+    they move by is the solver's own error.
+
+    Args:
+      params: state `Z`, `W` (K, d) and `H` (K, n, d).
+      start: earlier state `Z_0` of the same shapes.
+
+    Returns:
+      `InvariantDrift` of scalars, in units of `|Z|²` and `|Z|`.
+    """
+    size = squared_norm(params)
+    moved = balance(params) - balance(start)
+    sums = jnp.sum(params.W, axis=0) - jnp.sum(start.W, axis=0)
+    return InvariantDrift(
+        balance=jnp.linalg.norm(moved) / size,
+        classifier_sum=jnp.linalg.norm(sums) / jnp.sqrt(size),
+    )
+
+
+def restore_invariants(params: Params, start: Params) -> Params:
+    r"""The nearby state whose two invariants are those of `start`.
+
+    With the balance $W^\top W - \sum h h^\top$ off by $\Delta$, a symmetric X with $G X + X
+    G = \Delta$, $G = W^\top W + \sum h h^\top$, gives $W (I + X)$ and $(I - X) h$: to first
+    order the balance is restored and no logit $W h$ moves. Rows of W get their sum back
+    by a common shift, which no margin sees.
+
+    Args:
+      params: state `Z`, `W` (K, d) and `H` (K, n, d), with small errors.
+      start: earlier state of the same trajectory.
+
+    Returns:
+      `Params`.
+    """
+    target = balance(start)
+    sums = jnp.sum(start.W, axis=0) - jnp.sum(params.W, axis=0)
+    W, H = params.W + sums[None] / params.W.shape[0], params.H
+    for _ in range(2):  # Newton's method; the first leaves the square of the error
+        h = H.reshape(-1, H.shape[-1])
+        gram = jnp.matmul(W.T, W, precision="highest")
+        gram += jnp.matmul(h.T, h, precision="highest")
+        X, _ = jax.scipy.sparse.linalg.cg(
+            partial(_lyapunov, gram), target - balance(Params(W, H)), maxiter=50
+        )
+        W = W + jnp.matmul(W, X, precision="highest")
+        H = H - jnp.matmul(H, X, precision="highest")
+    return Params(W, H)
+
+
+def _lyapunov(gram: Array, X: Array) -> Array:
+    """`G X + X G`."""
+    return jnp.matmul(gram, X, precision="highest") + jnp.matmul(
+        X, gram, precision="highest"
+    )
