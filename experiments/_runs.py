@@ -49,6 +49,7 @@ def open_config(config: Any, name: str, outputs: Sequence[str]) -> Path:
         workdir(config, name),
         settings(config),
         outputs,
+        name=name,
         overwrite=config.overwrite,
         resume=getattr(config, "resume", False),
     )
@@ -59,6 +60,7 @@ def open_run(
     config: Mapping[str, Any],
     outputs: Sequence[str],
     *,
+    name: str = "",
     overwrite: bool,
     resume: bool,
 ) -> Path:
@@ -68,6 +70,7 @@ def open_run(
       workdir: the folder, made if it does not exist.
       config: what determines the results; a resumed run must have the same.
       outputs: names of the files that the run will write.
+      name: of the experiment.
       overwrite: allow a folder that holds a run already; its files are replaced.
       resume: go on with the run that the folder holds.
 
@@ -97,7 +100,8 @@ def open_run(
         )
     else:
         _clear(folder, held)
-        write_json(folder / CONFIG, {"config": dict(config)} | provenance())
+        named = {"experiment": name} if name else {}
+        write_json(folder / CONFIG, named | {"config": dict(config)} | provenance())
     return folder
 
 

@@ -1,0 +1,120 @@
+"""One page of any set of runs: figures, tables, verdicts, settings, versions, commands."""
+
+import dataclasses
+from pathlib import Path
+
+import jinja2
+
+from experiments import _cli, _runs, _views
+
+NAME = "report"
+_TEMPLATE = "_report.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One self-contained HTML page of any set of runs, to read, print or send.
+
+    Example: python -m experiments.report --runs=results --output=report.html
+    """
+
+    runs: str = _cli.flag("runs", "run folders or folders of them, separated by commas")
+    output: str = _cli.flag("report.html", "the page to write, one file")
+    title: str = _cli.flag("Neural collapse: report of runs", "heading of the page")
+    overwrite: bool = _cli.flag(False, "replace the file that output names")
+
+
+def run(config: Config) -> Path:
+    """Write the page and return its path.
+
+    It needs no network, no script and no other file. What a run folder holds is escaped;
+    a run that is unfinished or damaged is on the page with what can be read of it.
+
+    Raises:
+      ValueError: a folder is or holds no run, a run is of an unknown kind, or the output
+        is there already or cannot be written.
+    """
+    output = Path(config.output)
+    _check_output(output, config.overwrite)
+    runs, left_out = find_runs(config.runs)
+    page = render(config, [_views.view(folder) for folder in runs], left_out)
+    try:
+        _runs.write_atomically(output, page.encode())
+    except OSError as error:
+        raise ValueError(f"cannot write --output={output}: {error.strerror}") from None
+    unsound = [str(f) for f in runs if not _runs.is_finished(f)]
+    print(f"{len(runs)} runs, {output.stat().st_size / 1e6:.1f} MB")
+    if unsound:
+        print(f"unfinished: {', '.join(unsound)}")
+    print(output)
+    return output
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Raise ValueError unless the page can be written there, before any work."""
+    if output.is_dir() or not output.name:
+        raise ValueError(f"--output must be a file, got the folder {str(output)!r}")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output={output}: there is no folder {str(output.parent)!r}")
+    if output.exists() and not overwrite:
+        raise ValueError(f"--output={output} exists: give --overwrite to replace it")
+
+
+def find_runs(names: str) -> tuple[list[Path], list[str]]:
+    """Run folders that `names`, separated by commas, are or hold; and what is left out.
+
+    Runs named themselves must be of a known kind; those met below a folder are left out,
+    each with a sentence.
+
+    Raises:
+      ValueError: a folder is or holds no run, or a run named is of an unknown kind.
+    """
+    found: dict[Path, Path] = {}
+    left_out = []
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        folder = Path(name)
+        if not folder.is_dir():
+            raise ValueError(f"--runs: there is no folder {name!r}")
+        if (folder / _runs.CONFIG).is_file():
+            _views.kind_of(folder)
+            found.setdefault(folder.resolve(), folder)
+            continue
+        below = sorted(path.parent for path in folder.rglob(_runs.CONFIG))
+        if not below:
+            raise ValueError(f"--runs: {name!r} is and holds no run: no {_runs.CONFIG}")
+        for path in below:
+            try:
+                _views.kind_of(path)
+            except ValueError as error:
+                left_out.append(str(error))
+            else:
+                found.setdefault(path.resolve(), path)
+    if not found:
+        raise ValueError(
+            f"--runs={names}: no run to show" + "".join(f"; {e}" for e in left_out)
+        )
+    order = {kind: number for number, kind in enumerate(_views.KINDS)}
+    runs = sorted(found.values(), key=lambda path: (order[_views.kind_of(path)], str(path)))
+    return runs, left_out
+
+
+def render(config: Config, sections: list[_views.Section], left_out: list[str]) -> str:
+    """The page as HTML, everything escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(_TEMPLATE).render(
+        title=config.title,
+        runs=config.runs,
+        sections=sections,
+        side_by_side=_views.side_by_side(sections),
+        left_out=left_out,
+    )
+
+
+if __name__ == "__main__":
+    _cli.main(Config, run, f"experiments.{NAME}")

@@ -1,0 +1,307 @@
+"""The report: one sound page of any runs, whatever their folders hold."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import _views, report
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+COMMITTED = (
+    "ulpm_flow",
+    "saddle_analysis",
+    "theorems",
+    "train/vgg13_kmnist",
+    "peel/vgg13_kmnist",
+)
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(html.parser.HTMLParser):
+    """A page as parsed: its tags in order, its text, and the cells of its tables."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def make(tmp_path, runs, **settings):
+    output = tmp_path / "page.html"
+    report.run(report.Config(runs=str(runs), output=str(output), **settings))
+    return Page(output.read_text())
+
+
+def copy(tmp_path, name, without=("*.png", "*.pdf", "*.csv")):
+    folder = tmp_path / "runs" / name.replace("/", "_")
+    shutil.copytree(RESULTS / name, folder, ignore=shutil.ignore_patterns(*without))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    runs = ",".join(str(RESULTS / name) for name in COMMITTED)
+    return make(tmp_path_factory.mktemp("report"), runs)
+
+
+def test_the_page_is_whole_and_needs_nothing_else(page):
+    assert page.open == []
+    assert not page.all("script")
+    assert not page.all("link")
+    for attributes in page.all("img"):
+        assert attributes["src"].startswith("data:image/png;base64,")
+        assert attributes["alt"]
+        assert int(attributes["width"]) > 1000
+    targets = [a["href"] for a in page.all("a")]
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids)) == len(COMMITTED)
+    assert sorted(targets) == sorted(f"#{i}" for i in ids)
+
+
+def test_every_figure_of_the_runs_is_on_the_page(page):
+    assert len(page.all("img")) == 1 + 1 + 0 + 2 + 1
+
+
+def test_every_statement_is_on_the_page_with_its_number(page):
+    statements = json.loads((RESULTS / "theorems" / "summary.json").read_text())[
+        "statements"
+    ]
+    for entry in statements:
+        assert " ".join(entry["statement"].split()) in page.text
+        assert _views.number(entry["number"]) in " ".join(page.words)
+    assert page.words.count("holds") == len(statements)
+    assert f"{len(statements)} of {len(statements)} statements hold" in page.text
+
+
+def test_medians_and_exponents_are_those_of_the_summary(page):
+    summary = json.loads((RESULTS / "ulpm_flow" / "summary.json").read_text())
+    fitted = list(summary["exponents"].values())[-1]
+    start = page.words.index(_views.label("centred_self_duality"))
+    row = [word for word in page.words[start : start + 14] if word.strip()][:7]
+    final = summary["final"]["centred_self_duality"]
+    expected = [final["median"], final["q25"], final["q75"]]
+    assert row[1:4] == [_views.number(value) for value in expected]
+    assert float(row[5]) == pytest.approx(
+        fitted["centred_self_duality"]["median"], abs=1e-3
+    )
+    assert row[6] == "1"
+
+
+def test_commands_settings_and_versions_are_on_the_page(page):
+    for name in COMMITTED:
+        stored = json.loads((RESULTS / name / "config.json").read_text())
+        assert " ".join(stored["command"].split()) in page.text
+        for setting, value in stored["config"].items():
+            assert f"{setting}={value}".strip() in page.text
+    assert "diffrax 0.7.2" in page.text
+
+
+def test_networks_stand_side_by_side(tmp_path):
+    for name in ("resnet18_mnist", "vgg13_kmnist"):
+        copy(tmp_path, f"train/{name}")
+    page = make(tmp_path, tmp_path / "runs")
+    assert "Networks side by side" in page.text
+    assert page.words.count("resnet18 on mnist") == 3
+    assert "0.0628\u00a0→\u00a00.0681" in page.words
+
+
+def test_what_folders_hold_is_escaped(tmp_path):
+    folder = copy(tmp_path, "theorems")
+    evil = "<script>alert(1)</script><img src=x onerror='y'>"
+    config = json.loads((folder / "config.json").read_text())
+    config["config"][evil] = evil
+    config["experiment"] = "theorems"
+    (folder / "config.json").write_text(json.dumps(config))
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["statements"][0] |= {"statement": evil, "on": evil, "source": evil}
+    summary["command"] = summary["device"] = evil
+    summary["versions"] = {evil: evil}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = make(tmp_path, folder, title=evil)
+    assert not page.all("script")
+    assert not page.all("img")
+    assert page.text.count("alert(1)") >= 8
+
+
+def test_an_unfinished_run_is_on_the_page_with_what_it_has(tmp_path, capsys):
+    folder = copy(tmp_path, "train/vgg13_kmnist", without=("*.pdf",))
+    (folder / "summary.json").unlink()
+    (folder / "training.png").unlink()
+    (folder / "collapse.png").write_bytes(b"\x89PNG not a picture")
+    page = make(tmp_path, folder)
+    assert "There is no summary.json: the run has not come to its end." in page.text
+    assert "There is no training.png." in page.text
+    assert "collapse.png is damaged." in page.text
+    assert "learning_rate=0.05" in page.text
+    assert f"unfinished: {folder}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+@pytest.mark.parametrize("content", ["{", "null", "{}"])
+def test_a_damaged_summary_is_told_on_the_page(tmp_path, name, content):
+    folder = copy(tmp_path, name)
+    (folder / "summary.json").write_text(content)
+    page = make(tmp_path, folder)
+    assert "summary.json is damaged, or not of a run of" in page.text
+
+
+def test_a_statement_that_fails_is_seen_to_fail(tmp_path):
+    folder = copy(tmp_path, "theorems")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["statements"][3]["passed"] = False
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = make(tmp_path, folder)
+    assert "25 of 26 statements hold" in page.text
+    assert page.words.count("FAILS") == 1
+
+
+def test_a_run_says_which_experiment_it_is_of(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"experiment": "theorems", "config": {}, "command": "python -m pytest"}'
+    )
+    assert _views.kind_of(tmp_path) == "theorems"
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ("{", "config.json is damaged"),
+        (
+            '{"config": {}, "experiment": "alchemy"}',
+            "unknown kind, 'alchemy': expected one of",
+        ),
+        ('{"config": {}, "command": 3}', "unknown kind, ''"),
+        ('{"config": {}, "experiment": ["peel"]}', "unknown kind"),
+    ],
+)
+def test_a_run_of_no_known_kind_is_refused_but_left_out_below_a_folder(
+    tmp_path, stored, message
+):
+    known, unknown = copy(tmp_path, "theorems"), tmp_path / "runs" / "other"
+    unknown.mkdir()
+    (unknown / "config.json").write_text(stored)
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, f"{known},{unknown}")
+    page = make(tmp_path, tmp_path / "runs", overwrite=True)
+    assert re.search(f"Left out: .*{message}", page.text)
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, unknown, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"runs": "nowhere"}, "--runs: there is no folder 'nowhere'"),
+        ({"runs": ","}, "no run to show"),
+        ({"runs": str(ROOT / "ncjax")}, "is and holds no run: no config.json"),
+        ({"output": str(ROOT)}, "--output must be a file, got the folder"),
+        ({"output": "/dev/null/page.html"}, "there is no folder '/dev/null'"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, settings, message):
+    defaults = {"runs": str(RESULTS / "theorems"), "output": str(tmp_path / "page.html")}
+    with pytest.raises(ValueError, match=message):
+        report.run(report.Config(**defaults | settings))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_replaced_only_if_asked(tmp_path):
+    (tmp_path / "page.html").write_text("precious")
+    with pytest.raises(ValueError, match="exists: give --overwrite to replace it"):
+        make(tmp_path, RESULTS / "theorems")
+    assert (tmp_path / "page.html").read_text() == "precious"
+    assert make(tmp_path, RESULTS / "theorems", overwrite=True).all("table")
+
+
+def test_a_run_given_twice_is_shown_once(tmp_path):
+    page = make(tmp_path, f"{RESULTS / 'theorems'},{RESULTS / 'theorems'}/")
+    assert len(page.all("section")) == 1
+
+
+def test_errors_are_one_line_and_exit_code_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.report", "--runs=nowhere"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: --runs: there is no folder 'nowhere'\n"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (float("nan"), "–"),
+        (0.0, "0"),
+        (10000.0, "10000"),
+        (-3, "−3"),
+        (0.5, "0.5000"),
+        (-10006.9028, "−10007"),
+        (2.58e-15, "2.58\u00a0×\u00a010⁻¹⁵"),
+        (0.99999, "1\u00a0−\u00a01.00\u00a0×\u00a010⁻⁵"),
+        (403020.5, "4.03\u00a0×\u00a010⁵"),
+    ],
+)
+def test_numbers_as_printed(value, text):
+    assert _views.number(value) == text
+
+
+def test_the_committed_page_is_small_and_whole():
+    text = (RESULTS / "report.html").read_text()
+    assert len(text) < 3e6
+    page = Page(text)
+    assert page.open == []
+    assert "statements hold" in page.text
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs the chromium of Debian")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_the_page(tmp_path, width):
+    """Without a script and without a network, as it stands on the disk."""
+    make(tmp_path, RESULTS / "ulpm_flow")
+    picture = tmp_path / "page.png"
+    headless = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars")
+    command = [BROWSER, *headless, f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [f"--window-size={width},1400", f"--screenshot={picture}"]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND", (tmp_path / "page.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    assert pixels.shape == (1400, width, 3)
+    blue = (pixels[..., 2] - pixels[..., 0] > 60).sum()
+    dark = (pixels.sum(axis=-1) < 200).sum()
+    assert blue > 1000  # the curves of the figure
+    assert dark > 1000  # the text
