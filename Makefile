@@ -4,7 +4,7 @@ VENV ?= .venv
 FLAGS ?=
 PYTEST_FLAGS ?=
 
-.PHONY: flow test lint
+.PHONY: flow test lint docs
 
 flow: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.ulpm_flow $(FLAGS)
@@ -16,6 +16,13 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(VENV)/.installed requirements-docs.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
 
 $(VENV)/.installed: requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)

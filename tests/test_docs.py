@@ -1,0 +1,132 @@
+"""The documentation's code runs, its reference is complete, its notebook works."""
+
+import ast
+import json
+import re
+import textwrap
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted((DOCS / "howto").glob("*.md"))
+MODULES = ("losses", "models", "data", "train", "checkpoint", "plotting")
+REFERENCE = (DOCS / "reference" / "index.md").read_text()
+NAVIGATION = (ROOT / "mkdocs.yml").read_text()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Nearly all of the time here goes to the compiler, and nothing hangs on its best."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def plain_jax():
+    """Promotion as a reader has it, not as the tests are strict about it."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def run_blocks(blocks, name, monkeypatch, tmp_path):
+    """Execute code in one namespace and an empty folder; skip PyTorch's where it is not."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        if "import torch" in block and not _has_torch():
+            continue
+        exec(compile(block, f"{name}, block {number + 1}", "exec"), names)
+
+
+def _has_torch():
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page, plain_jax, monkeypatch, tmp_path):
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert blocks
+    run_blocks(blocks, page.name, monkeypatch, tmp_path)
+
+
+def test_the_first_page_has_the_example_of_the_readme():
+    """Which runs in test_readme."""
+    examples = [
+        re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+        for path in (DOCS / "index.md", ROOT / "README.md")
+    ]
+    assert examples[0] == examples[1]
+    assert len(examples[0]) == 1
+
+
+def test_the_notebook_runs(plain_jax, monkeypatch, tmp_path):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    notebook = json.loads((ROOT / "notebooks" / "quickstart.ipynb").read_text())
+    assert notebook["nbformat"] == 4
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    assert len(cells) >= 5
+    run_blocks(cells, "quickstart.ipynb", monkeypatch, tmp_path)
+
+
+def public(module):
+    """Names that a module of ncjax defines without an underscore."""
+    names = []
+    for node in ast.parse((ROOT / "ncjax" / f"{module}.py").read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AnnAssign):
+            names.append(node.target.id)
+    return [name for name in names if not name.startswith("_")]
+
+
+def exported():
+    """Full names of what `import ncjax` gives."""
+    tree = ast.parse((ROOT / "ncjax" / "__init__.py").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return [f"{node.module}.{alias.name}" for node in imports for alias in node.names]
+
+
+def test_every_public_name_stands_in_the_reference():
+    expected = exported() + [f"ncjax.{m}.{name}" for m in MODULES for name in public(m)]
+    listed = re.findall(r"^\| \[`(\w+)`\]\[([\w.]+)\] \| \S", REFERENCE, re.MULTILINE)
+    assert {full for _, full in listed} == set(expected)
+    assert all(full.endswith(f".{short}") for short, full in listed)
+
+
+def test_every_module_has_its_reference():
+    pages = "".join(p.read_text() for p in (DOCS / "reference").glob("*.md"))
+    documented = re.findall(r"^::: ncjax\.(\w+)$", pages, re.MULTILINE)
+    modules = [path.stem for path in (ROOT / "ncjax").glob("*.py")]
+    assert sorted(documented) == sorted(set(modules) - {"__init__"})
+
+
+def test_every_page_is_in_the_navigation():
+    pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    assert pages <= set(re.findall(r": ([\w/]+\.md)$", NAVIGATION, re.MULTILINE))
+
+
+def test_formulas_become_mathml():
+    pytest.importorskip("latex2mathml", reason="needs requirements-docs.txt")
+    hook: dict = {}
+    exec((DOCS / "hooks" / "mathml.py").read_text(), hook)
+    page = textwrap.dedent(r"""
+        <p>a <span class="arithmatex">\(m &lt; q_{\min}\)</span> b</p>
+        <div class="arithmatex">\[
+        \frac{dZ}{dt} = -\nabla \mathcal L(Z)
+        \]</div>""")
+    made = hook["on_page_content"](page)
+    assert made.count("<math") == 2
+    assert "arithmatex" not in made
+    assert "&lt;" in made or "&#x0003C;" in made
