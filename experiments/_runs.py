@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ _HANDLING = (
     *("cpu_devices", "coordinator", "num_processes", "process_id"),
 )
 SUMMARY = "summary.json"  # written last: a folder that holds it holds a finished run
+_EARLIER = "earlier"  # in config.json: what it said before a setting was changed
+
+# Settings that a resumed run may change, each with a check of the folder that raises
+# ValueError where it may not.
+Changes = Mapping[str, Callable[[Path], None]]
 
 
 def workdir(config: Any, name: str) -> str:
@@ -43,16 +48,27 @@ def settings(config: Any) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in _HANDLING}
 
 
-def open_config(config: Any, name: str, outputs: Sequence[str]) -> Path:
-    """`open_run` for the config of the experiment `name`."""
-    return open_run(
+def open_config(
+    config: Any, name: str, outputs: Sequence[str], changes: Changes | None = None
+) -> tuple[Path, bool]:
+    """`open_run` for the config of the experiment `name`.
+
+    Returns:
+      The folder, and whether the run in it has come to its end, which is told.
+    """
+    folder = open_run(
         workdir(config, name),
         settings(config),
         outputs,
         name=name,
         overwrite=config.overwrite,
         resume=getattr(config, "resume", False),
+        changes=changes,
     )
+    finished = (folder / SUMMARY).exists()
+    if finished:
+        print(f"nothing to resume, the run is finished\n{folder}")
+    return folder, finished
 
 
 def open_run(
@@ -63,16 +79,19 @@ def open_run(
     name: str = "",
     overwrite: bool,
     resume: bool,
+    changes: Changes | None = None,
 ) -> Path:
     """Make or reopen a run folder and write its `config.json`.
 
     Args:
       workdir: the folder, made if it does not exist.
-      config: what determines the results; a resumed run must have the same.
+      config: what determines the results; a resumed run must have the same, but for
+        `changes`.
       outputs: names of the files that the run will write.
       name: of the experiment.
       overwrite: allow a folder that holds a run already; its files are replaced.
       resume: go on with the run that the folder holds.
+      changes: settings that may be other than before; `config.json` then says both.
 
     Raises:
       ValueError: the folder cannot be written, holds a run and neither flag is given, or
@@ -92,7 +111,7 @@ def open_run(
     names = (CONFIG, SUMMARY, CHECKPOINT, *outputs)
     held = [name for name in names if (folder / name).exists()]
     if resume:
-        _check_same(folder, config)
+        _reopen(folder, config, changes or {})
     elif held and not overwrite:
         raise ValueError(
             f"workdir {workdir!r} holds a run already ({', '.join(held)}): give "
@@ -130,24 +149,50 @@ def _clear(folder: Path, held: Sequence[str]) -> None:
             (folder / name).unlink()
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether the run of this folder has come to its end."""
-    return (folder / SUMMARY).exists()
+def _reopen(folder: Path, config: Mapping[str, Any], changes: Changes) -> None:
+    """Go on with the run of this config, or of one that `changes` lead to from there.
 
+    One atomic write makes the change: before it the run is the old one, after it the new.
 
-def _check_same(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the folder holds a run of this config."""
+    Raises:
+      ValueError: the folder holds none.
+    """
     if not (folder / CONFIG).exists():
         raise ValueError(f"workdir {str(folder)!r} holds no run to resume")
     stored = stored_config(folder)
-    other = sorted(
-        name for name in {*stored, *config} if stored.get(name) != config.get(name)
-    )
-    if other:
-        asked = ", ".join(f"--{name}={stored.get(name)}" for name in other)
+    other = {k for k in {*stored, *config} if stored.get(k) != config.get(k)}
+    if refused := sorted(other - {*changes}):
+        asked = ", ".join(f"--{name}={stored.get(name)}" for name in refused)
         raise ValueError(
             f"the run in {str(folder)!r} has other settings: resume it with {asked}"
         )
+    for name in sorted(other):
+        changes[name](folder)
+    if other:
+        _change(folder, config, {name: stored.get(name) for name in sorted(other)})
+    _drop_earlier_summary(folder)
+
+
+def _change(folder: Path, config: Mapping[str, Any], old: Mapping[str, Any]) -> None:
+    """Put new settings into config.json; what it and summary.json said is kept there."""
+    said = _read_json(folder / CONFIG)
+    earlier = said.pop(_EARLIER, [])
+    entry: dict[str, Any] = {"changed": old} | {k: said[k] for k in said if k != "config"}
+    if (folder / SUMMARY).exists():
+        entry[SUMMARY] = _read_json(folder / SUMMARY)
+    content = {"config": dict(config)} | provenance() | {_EARLIER: [*earlier, entry]}
+    write_json(folder / CONFIG, content)
+    told = ", ".join(f"--{name}={config.get(name)} instead of {old[name]}" for name in old)
+    print(f"the run in {folder} goes on with {told}")
+
+
+def _drop_earlier_summary(folder: Path) -> None:
+    """Remove a summary that config.json keeps: it is not of the run as it is now."""
+    earlier = _read_json(folder / CONFIG).get(_EARLIER)
+    if not earlier or not (folder / SUMMARY).exists():
+        return
+    if _read_json(folder / SUMMARY) == earlier[-1].get(SUMMARY):
+        (folder / SUMMARY).unlink()
 
 
 def stored_config(folder: Path) -> dict[str, Any]:
@@ -157,14 +202,28 @@ def stored_config(folder: Path) -> dict[str, Any]:
       ValueError: there is none, or it is damaged.
     """
     try:
-        stored = json.loads((folder / CONFIG).read_text())["config"]
+        stored = _read_json(folder / CONFIG).get("config")
     except OSError:
         raise ValueError(f"{str(folder)!r} holds no run: no {CONFIG}") from None
-    except (ValueError, KeyError, TypeError):
-        stored = None
     if not isinstance(stored, dict):
         raise ValueError(f"{folder / CONFIG} is damaged")
     return stored
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file.
+
+    Raises:
+      ValueError: it holds none.
+      OSError: there is no file.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged")
+    return content
 
 
 def resume_command(config: Any, folder: Path) -> str:

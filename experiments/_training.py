@@ -7,6 +7,7 @@ interruption, the run folder.
 import contextlib
 import csv
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -117,9 +118,8 @@ def run(config: Config, name: str, options: Mapping[str, Any]) -> Path:
     check(config)
     config = _resolved(config)
     setup = set_up(config, options)
-    folder = _open(config, name)
-    if any_process(is_primary() and _runs.is_finished(folder)):
-        print(f"nothing to resume, the run is finished\n{folder}")
+    folder, finished = _open(config, name)
+    if finished:
         return folder
     begun = time.perf_counter()
     try:
@@ -234,21 +234,38 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def _open(config: Config, name: str) -> Path:
-    """The run folder, made by the first process; all leave if that fails.
+def _open(config: Config, name: str) -> tuple[Path, bool]:
+    """The run folder, opened by the first process, and whether the run in it is finished.
 
     Raises:
-      ValueError: it cannot be used.
+      ValueError: in all processes, it cannot be used.
     """
-    folder, error = Path(config.workdir), None
+    folder, finished, error = Path(config.workdir), False, None
+    changes = {"epochs": functools.partial(_check_epochs, config)}
     if is_primary():
         try:
-            folder = _runs.open_config(config, name, OUTPUTS)
+            folder, finished = _runs.open_config(config, name, OUTPUTS, changes)
         except ValueError as refused:
             error = refused
     if any_process(error is not None):
         raise error or ValueError("process 0 could not open the run folder")
-    return folder
+    return folder, any_process(finished)
+
+
+def _check_epochs(config: Config, folder: Path) -> None:
+    """Raise ValueError unless the run in `folder` is the start of one of these epochs."""
+    if config.schedule == "step":
+        stored = _runs.stored_config(folder).get("epochs")
+        raise ValueError(
+            f"--schedule=step drops the learning rate at thirds of --epochs={stored}: the "
+            f"run in {str(folder)!r} is not the start of one of {config.epochs} epochs"
+        )
+    done = checkpoint.newest_epoch(folder / CHECKPOINTS) or 0
+    if config.epochs < done:
+        raise ValueError(
+            f"the run in {str(folder)!r} has {done} epochs behind it: resume it with at "
+            f"least so many, got --epochs={config.epochs}"
+        )
 
 
 def _mesh() -> Mesh:
@@ -435,6 +452,8 @@ class _Loop:
             events = self._events(stack, done)
             bar = stack.enter_context(self._bar(done))
             to_measure = set(measured_epochs(config.epochs, config.measurements))
+            if done in to_measure and self.rows[-1]["epoch"] < done:
+                self._measure(state, done, events)  # not of the epochs asked for before
             for epoch in range(done + 1, config.epochs + 1):
                 state, log = self.epoch(state, self.sets["train"], self._keys_of(epoch))
                 log = _on_host(log)

@@ -54,9 +54,8 @@ def run(config: Config) -> Path:
     _check(config)
     source = (Path(config.run), config.data_dir, config.index)
     _training.stored_run(*source)
-    folder = _runs.open_config(config, NAME, OUTPUTS)
-    if _runs.is_finished(folder):
-        print(f"nothing to resume, the run is finished\n{folder}")
+    folder, finished = _runs.open_config(config, NAME, OUTPUTS)
+    if finished:
         return folder
     trained = _training.load_trained(*source)
     network = _peel(trained, config.per_class)

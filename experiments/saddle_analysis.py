@@ -60,7 +60,7 @@ def run(config: Config) -> Path:
       ValueError: a setting is out of range or the folder cannot be used.
     """
     _check(config)
-    folder = _runs.open_config(config, NAME, OUTPUTS)
+    folder, _ = _runs.open_config(config, NAME, OUTPUTS)
     family = [
         family_row(block, config.scale)
         for block in tqdm(_saddles.family(config.max_classes), desc="block family")

@@ -64,7 +64,7 @@ def run(config: Config) -> Path:
     """
     if config.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {config.seeds}")
-    folder = _runs.open_config(config, NAME, (f"{NAME}.csv", f"{NAME}.md"))
+    folder, _ = _runs.open_config(config, NAME, (f"{NAME}.csv", f"{NAME}.md"))
     begun = time.perf_counter()
     flow = _flows(config)
     found = [check(flow) for check in tqdm(CHECKS, desc="theorems")]

@@ -71,9 +71,8 @@ def run(config: Config) -> Path:
     """
     _check(config)
     starts = _starts(config)
-    folder = _runs.open_config(config, NAME, OUTPUTS)
-    if _runs.is_finished(folder):
-        print(f"nothing to resume, the run is finished\n{folder}")
+    folder, finished = _runs.open_config(config, NAME, OUTPUTS)
+    if finished:
         return folder
     log_times = _legs.log_times(config.log_t_max, config.num_times)
     begun = time.perf_counter()

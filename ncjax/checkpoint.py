@@ -7,6 +7,14 @@ import jax
 import orbax.checkpoint as ocp
 
 
+def newest_epoch(folder: Path) -> int | None:
+    """The epoch of the newest whole checkpoint in `folder`, by the names in it alone.
+
+    None if there is none. Other than `Checkpoints`, for one of several processes.
+    """
+    return max(ocp.utils.checkpoint_steps(folder), default=None)
+
+
 class Checkpoints:
     """The checkpoints in a folder, the newest two, by epoch.
 

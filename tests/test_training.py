@@ -1,9 +1,12 @@
 """The training experiments: folders, resuming, interruption, devices, processes, errors."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +29,7 @@ from experiments import (
     train_small,
     train_vgg,
 )
-from ncjax import data, train
+from ncjax import checkpoint, data, train
 from ncjax.peeling import LastLayer
 
 SMALL = train_small.Config(
@@ -54,28 +57,32 @@ def command(folder, *flags, module="train_small", **changes):
 
 
 def state_of(folder):
-    """Leaves of the newest checkpoint of a run, and its epoch."""
-    config = dataclasses.replace(_config_of(folder), workdir=str(folder), resume=True)
+    """The newest checkpoint of a run, and its epoch."""
+    settings = _runs.stored_config(folder)
+    config = train_small.Config(**settings, workdir=str(folder), resume=True)
     loop = _training._Loop(config, _training.set_up(config, {}), folder)
-    checkpoints = _training.checkpoint.Checkpoints(folder / _training.CHECKPOINTS)
-    state, epoch = loop.restore(checkpoints)
-    checkpoints.close()
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)], epoch
+    checkpoints = checkpoint.Checkpoints(folder / _training.CHECKPOINTS, read_only=True)
+    with contextlib.closing(checkpoints):
+        return loop.restore(checkpoints)
 
 
-def _config_of(folder):
-    return train_small.Config(**_runs.stored_config(folder))
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def measured(folder):
+    return sorted({row["epoch"] for row in _training.read_rows(folder)})
 
 
 def assert_same_run(folder, other, exact=True):
     """Same parameters, optimiser state, metrics and summary."""
     (got, got_epoch), (expected, epoch) = state_of(folder), state_of(other)
     assert got_epoch == epoch
-    for a, b in zip(got, expected, strict=True):
-        if exact:
-            np.testing.assert_array_equal(a, b)
-        else:
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    if exact:
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+    else:
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+        jax.tree.map(close, got, expected)
     if exact:
         files = (folder / "metrics.csv", other / "metrics.csv")
         assert files[0].read_bytes() == files[1].read_bytes()
@@ -111,13 +118,31 @@ def finished(tmp_path_factory):
     return train_small.run(small(folder))
 
 
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Runs a config as if Ctrl-C came in an epoch."""
+    finite = _training._Loop._check_finite
+
+    def run(config, epoch):
+        def interrupt(self, log, number):
+            finite(self, log, number)
+            if number == epoch:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_training._Loop, "_check_finite", interrupt)
+            return train_small.run(config)
+
+    return run
+
+
 def test_a_run_writes_its_folder(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {"config.json", "summary.json", *_training.OUTPUTS}
-    config = json.loads((finished / "config.json").read_text())["config"]
+    config = read_json(finished / "config.json")["config"]
     assert config["model"] == "mlp"
     assert "data_dir" not in config
-    summary = json.loads((finished / "summary.json").read_text())
+    summary = read_json(finished / "summary.json")
     assert summary["training_images"] == 200
     assert summary["parameters"] == 64 * 26 + 26 + 26 * 26 + 26 + 26 * 10 + 10
     assert list((finished / "tensorboard").glob("events.*"))
@@ -137,7 +162,7 @@ def test_metrics_are_the_oracle_on_the_stored_network(finished):
     digits = data.load("digits", "train[:200]")
     np.testing.assert_array_equal(trained.labels, digits.labels)
     # Features once more, in NumPy, from the parameters.
-    leaves = train_state(finished).params
+    leaves = state_of(finished)[0].params
     mean, deviation = data.channel_statistics(digits.images)
     hidden = ((digits.images / 255 - mean) / deviation).reshape(200, -1)
     for layer in ("fc1", "fc2"):
@@ -154,13 +179,6 @@ def test_metrics_are_the_oracle_on_the_stored_network(finished):
     assert last["loss"] == pytest.approx(oracles.cross_entropy(exact), rel=1e-4)
 
 
-def train_state(folder):
-    config = small(folder, resume=True)
-    loop = _training._Loop(config, _training.set_up(config, {}), folder)
-    checkpoints = _training.checkpoint.Checkpoints(folder / _training.CHECKPOINTS)
-    return loop.restore(checkpoints)[0]
-
-
 def test_a_folder_that_holds_a_run_is_refused_then_replaced_if_asked(finished, tmp_path):
     folder = train_small.run(small(tmp_path / "run", epochs=2))
     with pytest.raises(ValueError, match="holds a run already"):
@@ -171,24 +189,15 @@ def test_a_folder_that_holds_a_run_is_refused_then_replaced_if_asked(finished, t
 
 @pytest.mark.parametrize("epoch", [1, 3, 6])
 def test_an_interrupted_run_saves_and_resumes_bit_for_bit(
-    finished, tmp_path, monkeypatch, epoch, capsys
+    finished, interrupted, tmp_path, epoch, capsys
 ):
-    finite = _training._Loop._check_finite
-
-    def interrupt(self, log, number):
-        finite(self, log, number)
-        if number == epoch:
-            os.kill(os.getpid(), signal.SIGINT)
-
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(_training._Loop, "_check_finite", interrupt)
-        if epoch < 6:
-            with pytest.raises(KeyboardInterrupt):
-                train_small.run(small(folder))
-            assert "interrupted; go on with: python -m" in capsys.readouterr().out
-        else:
-            train_small.run(small(folder))
+    if epoch < 6:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(small(folder), epoch)
+        assert "interrupted; go on with: python -m" in capsys.readouterr().out
+    else:
+        interrupted(small(folder), epoch)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     train_small.run(small(folder, resume=True))
     assert_same_run(folder, finished)
@@ -257,7 +266,7 @@ def test_reading_a_run_touches_nothing_in_it(finished):
 
 
 def test_what_was_not_compared_has_not_failed_to_fall(finished):
-    summary = json.loads((finished / "summary.json").read_text())
+    summary = read_json(finished / "summary.json")
     assert summary["zero_training_error_from_epoch"] is None
     assert {row["fell"] for row in summary["metrics"].values()} == {""}
     assert summary["metrics"]["cdnv"]["at_zero_error"] is None
@@ -317,6 +326,95 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
 def test_a_finished_run_is_not_run_again(finished, capsys):
     assert train_small.run(small(finished, resume=True)) == finished
     assert "the run is finished" in capsys.readouterr().out
+
+
+def test_an_extended_run_is_the_longer_one_bit_for_bit(tmp_path, capsys):
+    longer = train_small.run(small(tmp_path / "longer", epochs=5))
+    folder = train_small.run(small(tmp_path / "run", epochs=3))
+    short = read_json(folder / "config.json")
+    summary = read_json(folder / "summary.json")
+    before = (folder / "metrics.csv").read_text()
+    train_small.run(small(folder, epochs=5, resume=True))
+    assert "goes on with --epochs=5 instead of 3" in capsys.readouterr().out
+    (got, done), (expected, epochs) = state_of(folder), state_of(longer)
+    assert done == epochs == 5
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    # Rows stay and go on; what both have measured is the same.
+    after = (folder / "metrics.csv").read_text()
+    assert after.startswith(before)
+    assert measured(folder) == [1, 2, 3, 5]
+    assert set((longer / "metrics.csv").read_text().splitlines()) <= {*after.splitlines()}
+    # What was said of the shorter run is kept.
+    stored = read_json(folder / "config.json")
+    assert stored["config"] == short.pop("config") | {"epochs": 5}
+    assert stored["earlier"] == [
+        {"changed": {"epochs": 3}, "summary.json": summary} | short
+    ]
+    assert stored.keys() == {*short, "config", "earlier"}
+    # The end is the new one.
+    assert read_json(folder / "summary.json")["metrics"] != summary["metrics"]
+    train_small.run(small(folder, epochs=5, resume=True))
+    assert "the run is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("step", ["write_json", "_drop_earlier_summary"])
+def test_a_kill_within_an_extension_loses_nothing(finished, tmp_path, monkeypatch, step):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_runs, step, die)
+        with pytest.raises(Killed):
+            train_small.run(small(folder, epochs=8, resume=True))
+    kept = read_json(finished / "summary.json")
+    assert read_json(folder / "summary.json") == kept
+    train_small.run(small(folder, epochs=8, resume=True))
+    assert measured(folder) == [1, 2, 6, 8]
+    stored = read_json(folder / "config.json")
+    assert [entry["summary.json"] for entry in stored["earlier"]] == [kept]
+    assert stored["config"]["epochs"] == 8
+
+
+def test_an_interrupted_run_may_end_where_it_stands(interrupted, finished, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(small(folder), 4)
+    assert measured(folder) == [1, 2]
+    for epochs in (3, 1):
+        with pytest.raises(ValueError, match=rf"has 4 epochs .*, got --epochs={epochs}$"):
+            train_small.run(small(folder, epochs=epochs, resume=True))
+    assert read_json(folder / "config.json")["config"]["epochs"] == 6
+    train_small.run(small(folder, epochs=4, resume=True))
+    assert measured(folder) == [1, 2, 4]
+    assert state_of(folder)[1] == 4
+    # And on again, from a run made shorter.
+    train_small.run(small(folder, epochs=6, resume=True))
+    assert measured(folder) == [1, 2, 4, 6]
+    jax.tree.map(np.testing.assert_array_equal, state_of(folder)[0], state_of(finished)[0])
+    earlier = read_json(folder / "config.json")["earlier"]
+    assert [entry["changed"] for entry in earlier] == [{"epochs": 6}, {"epochs": 4}]
+
+
+def test_what_cannot_be_extended_is_refused(finished, tmp_path):
+    before = (finished / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"has 6 epochs behind it: .*, got --epochs=5"):
+        train_small.run(small(finished, epochs=5, resume=True))
+    with pytest.raises(ValueError, match=r"resume it with --seed=0$"):
+        train_small.run(small(finished, epochs=7, seed=1, resume=True))
+    assert (finished / "config.json").read_bytes() == before
+    stepped = _runs.settings(small("", schedule="step", compute_dtype="float32"))
+    (tmp_path / "config.json").write_text(json.dumps({"config": stepped}))
+    with pytest.raises(
+        ValueError, match=r"at thirds of --epochs=6: .* of 9 epochs"
+    ) as error:
+        train_small.run(small(tmp_path, schedule="step", epochs=9, resume=True))
+    assert "\n" not in str(error.value)
 
 
 def test_divergence_is_an_error(tmp_path):
@@ -509,7 +607,7 @@ def test_peel_describes_the_network_and_where_the_flow_takes_it(finished, tmp_pa
         "summary.json",
         *peel.OUTPUTS,
     }
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_json(folder / "summary.json")
     network, balanced, end = summary["points"].values()
     trained = _training.load_trained(finished)
     params = peel._peel(trained, 2)
