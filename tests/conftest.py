@@ -12,6 +12,21 @@ settings.register_profile("ncjax", deadline=None, derandomize=True, max_examples
 settings.load_profile("ncjax")
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Where nearly all of the time goes to the compiler and nothing hangs on its best."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def full_precision():
+    """Products of float32 in float32, on every platform."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

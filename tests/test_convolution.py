@@ -19,6 +19,8 @@ from ncjax.convolution import (
     max_pool,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation", "full_precision")
+
 FORMULAS = {
     "lax": convolve_lax,
     "canonical": convolve_canonical,
@@ -54,15 +56,6 @@ POOLS = {
     "overlapping": ((2, 5, 4, 2), 3, 1, 0),
     "apart": ((1, 8, 9, 2), 2, 3, 1),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Nearly all of the time here goes to the compiler, and nothing hangs on its best."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.default_matmul_precision("highest"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(params=["cpu", "gpu"])

@@ -19,6 +19,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 import ncjax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # m, b, n, d, the limit of the least eigenvalue and its multiplicity (m-1)(d-K+m).
 SADDLES = [
     (2, 2, 1, 4, -1 / 4, 2),
@@ -26,14 +28,6 @@ SADDLES = [
     (2, 2, 3, 4, -1 / (4 * math.sqrt(3)), 2),
     (2, 3, 2, 8, -1 / (6 * math.sqrt(2)), 4),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Nearly all of the time here goes to the compiler, and nothing hangs on its best."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def quadratic(x, matrix):

@@ -22,6 +22,8 @@ from torch_transfer import (
 from ncjax import models
 from ncjax.convolution import convolve
 
+pytestmark = pytest.mark.usefixtures("quick_compilation", "full_precision")
+
 REFERENCE = Path(__file__).parent / "data" / "torchvision_logits.json"
 TORCHVISION = {
     "resnet18": 11_689_512,
@@ -60,15 +62,6 @@ SHAPE = (32, 32, 3)
 
 every_network = pytest.mark.parametrize("network", EVERY)
 small_network = pytest.mark.parametrize("network", SMALL)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Nearly all of the time here goes to the compiler; float32 products in float32."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.default_matmul_precision("highest"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

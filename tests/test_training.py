@@ -93,25 +93,6 @@ def assert_same_run(folder, other, exact=True):
         assert summaries[0] == summaries[1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Many runs of the same network: compile each function once, here and in processes."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    settings = {
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-            patch.setenv(name.upper(), str(value))
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training") / "run"
@@ -191,14 +172,14 @@ def test_a_folder_that_holds_a_run_is_refused_then_replaced_if_asked(finished, t
 def test_an_interrupted_run_saves_and_resumes_bit_for_bit(
     finished, interrupted, tmp_path, epoch, capsys
 ):
-    folder = tmp_path / "run"
+    folder, handler = tmp_path / "run", signal.getsignal(signal.SIGINT)
     if epoch < 6:
         with pytest.raises(KeyboardInterrupt):
             interrupted(small(folder), epoch)
         assert "interrupted; go on with: python -m" in capsys.readouterr().out
     else:
         interrupted(small(folder), epoch)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     train_small.run(small(folder, resume=True))
     assert_same_run(folder, finished)
 
