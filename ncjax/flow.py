@@ -41,8 +41,9 @@ SOLVERS = ("auto", "explicit", "implicit")
 _IMPLICIT_FROM = 1e4
 _IMPLICIT_SIZE = 600
 
-# The implicit solver takes two steps over this length of x before each time asked for.
+# The implicit solver takes two steps over this length of x up to each time asked for.
 _SETTLING = 0.03
+_SETTLING_FROM = 1.0  # in x; before, nothing is held fast
 # log t from which the norm can be read off the time to the digits that the flow has.
 _EQUILIBRIUM_FROM = 1e6
 
@@ -200,7 +201,10 @@ def _integrate(params, log_times, start, rtol, atol, solver, record, max_steps, 
     stand_in = x_start + jnp.arange(log_times.size, dtype=dtype)
     x_save = jnp.where(sound, clock(log_times), stand_in)
     x_last = x_save[-1]
-    x_seen = jnp.maximum(x_save - _SETTLING, x_start) if implicit else x_save
+    x_seen = x_save
+    if implicit:
+        x_seen = jnp.where(x_save > _SETTLING_FROM, x_save - _SETTLING, x_save)
+        x_seen = jnp.maximum(x_seen, x_start)
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
         solver,

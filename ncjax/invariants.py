@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from ncjax.geometry import balance, squared_norm
 from ncjax.types import Array, Params
 
+# Directions of a share below this are as good as empty.
+_FLOOR = 1e-7
+
 
 class InvariantDrift(NamedTuple):
     """How far the two conserved quantities of the flow have moved: the solver's error."""
@@ -42,10 +45,10 @@ def invariant_drift(params: Params, start: Params) -> InvariantDrift:
 def restore_invariants(params: Params, start: Params) -> Params:
     r"""The nearby state whose two invariants are those of `start`.
 
-    With the balance $W^\top W - \sum h h^\top$ off by $\Delta$, a symmetric X with $G X + X
-    G = \Delta$, $G = W^\top W + \sum h h^\top$, gives $W (I + X)$ and $(I - X) h$: to first
-    order the balance is restored and no logit $W h$ moves. Rows of W get their sum back
-    by a common shift, which no margin sees.
+    The mean row of W is replaced by that of `start`, which no margin sees. For the centred
+    rows, with the balance $W^\top W - \sum h h^\top$ off by $\Delta$, a symmetric X with
+    $G X + X G = \Delta$, $G = W^\top W + \sum h h^\top$, gives $W (I + X)$ and $(I - X) h$:
+    to first order the balance is restored and no logit $W h$ moves.
 
     Args:
       params: state `Z`, `W` (K, d) and `H` (K, n, d), with small errors.
@@ -54,19 +57,25 @@ def restore_invariants(params: Params, start: Params) -> Params:
     Returns:
       `Params`.
     """
-    target = balance(start)
-    sums = jnp.sum(start.W, axis=0) - jnp.sum(params.W, axis=0)
-    W, H = params.W + sums[None] / params.W.shape[0], params.H
-    for _ in range(2):  # Newton's method; the first leaves the square of the error
+    mean = jnp.mean(start.W, axis=0, keepdims=True)
+    target = balance(Params(start.W - mean, start.H))
+    W, H = params.W - jnp.mean(params.W, axis=0, keepdims=True), params.H
+    for _ in range(2):  # Newton's method: each leaves the square of the error
         h = H.reshape(-1, H.shape[-1])
         gram = jnp.matmul(W.T, W, precision="highest")
         gram += jnp.matmul(h.T, h, precision="highest")
+        size = jnp.trace(gram)
+        # Directions that no row has cannot be put right, nor need they.
+        gram += _FLOOR * size * jnp.eye(gram.shape[0], dtype=gram.dtype)
         X, _ = jax.scipy.sparse.linalg.cg(
-            partial(_lyapunov, gram), target - balance(Params(W, H)), maxiter=50
+            partial(_lyapunov, gram),
+            target - balance(Params(W, H)),
+            atol=float(jnp.finfo(gram.dtype).eps) * size,
+            maxiter=50,
         )
         W = W + jnp.matmul(W, X, precision="highest")
         H = H - jnp.matmul(H, X, precision="highest")
-    return Params(W, H)
+    return Params(W + mean, H)
 
 
 def _lyapunov(gram: Array, X: Array) -> Array:

@@ -10,7 +10,7 @@ from scipy.integrate import solve_ivp
 from test_losses import random_params
 
 import ncjax
-from ncjax.flow import BAD_TIMES, STEP_LIMIT, STEP_TOO_SMALL, SUCCESS
+from ncjax.flow import BAD_TIMES, STEP_LIMIT, STEP_TOO_SMALL, SUCCESS, choose_solver
 
 
 def sine_params(dtype=np.float64):
@@ -38,8 +38,11 @@ LATE = {
 }
 
 
-def test_reference_values_up_to_t_of_1e5():
-    flow = ncjax.gradient_flow(sine_params(), np.log(list(EARLY)), rtol=1e-11, atol=1e-11)
+@pytest.mark.parametrize("solver", ["explicit", "implicit"])
+def test_reference_values_up_to_t_of_1e5(solver):
+    flow = ncjax.gradient_flow(
+        sine_params(), np.log(list(EARLY)), rtol=1e-11, atol=1e-11, solver=solver
+    )
     got = np.stack(
         [
             jnp.exp(flow.log_loss),
@@ -53,9 +56,14 @@ def test_reference_values_up_to_t_of_1e5():
     np.testing.assert_allclose(got, list(EARLY.values()), rtol=2e-9)
 
 
-@pytest.mark.parametrize("log_times", [[100.0], [100.0, 1000.0]])
-def test_reference_values_far_out(log_times):
-    flow = ncjax.gradient_flow(sine_params(), log_times, rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize(
+    ("log_times", "solver"),
+    [([100.0], "explicit"), ([100.0, 1e3], "explicit"), ([100.0, 1e3], "implicit")],
+)
+def test_reference_values_far_out(log_times, solver):
+    flow = ncjax.gradient_flow(
+        sine_params(), log_times, rtol=1e-10, atol=1e-10, solver=solver
+    )
     got = np.stack(
         [
             flow.log_loss,
@@ -69,8 +77,9 @@ def test_reference_values_far_out(log_times):
     np.testing.assert_allclose(got, [LATE[t] for t in log_times], rtol=2e-8)
 
 
-def test_reference_values_at_log_t_of_10000_at_the_default_tolerance():
-    flow = ncjax.gradient_flow(sine_params(), [10000.0])
+@pytest.mark.parametrize("solver", ["explicit", "implicit"])
+def test_reference_values_at_log_t_of_10000_at_the_default_tolerance(solver):
+    flow = ncjax.gradient_flow(sine_params(), [10000.0], solver=solver)
     got = [flow.log_loss[0], ncjax.squared_norm(flow.final), flow.final.W[0, 0]]
     np.testing.assert_allclose(got, LATE[10000][:3], rtol=1e-7)
     assert float(flow.drift.balance[0]) < 1e-7
@@ -89,7 +98,7 @@ def test_the_flow_is_the_raw_equation_in_t():
 
     start = np.concatenate([np.ravel(leaf) for leaf in params])
     raw = solve_ivp(field, (0, 30), start, "DOP853", times, rtol=1e-10, atol=1e-12)
-    flow = ncjax.gradient_flow(params, np.log(times), rtol=1e-10, atol=1e-10)
+    flow = ncjax.gradient_flow(params, np.log(times), rtol=1e-10, atol=1e-10, solver=solver)
     got = np.concatenate([np.asarray(leaf).reshape(4, -1) for leaf in flow.params], axis=1)
     np.testing.assert_allclose(got, raw.y.T, rtol=1e-8, atol=1e-9)
 
@@ -352,3 +361,116 @@ def test_bad_input_to_the_descent_is_named(changes, message):
     arguments = {"params": sine_params(), "step_size": 0.1, "num_steps": 10} | changes
     with pytest.raises(ValueError, match=message):
         ncjax.gradient_descent(**arguments)
+
+
+@pytest.fixture(scope="module")
+def far_times():
+    return np.array([1e3, 1e4, 1e5, 1e6])
+
+
+@pytest.fixture(scope="module")
+def far(far_times):
+    """A start of the committed run's size, far out at the default tolerance."""
+    start = ncjax.init_params(jax.random.key(0), 10, 5, 20)
+    return start, ncjax.gradient_flow(start, far_times)
+
+
+def test_the_steps_to_log_t_of_1e6_are_few(far):
+    flow = far[1]
+    assert int(flow.result) == SUCCESS
+    assert int(flow.num_steps) < 400
+
+
+def test_sharp_constants_to_five_digits(far, far_times):
+    # |Z|² / log t -> 2 (K-1) √n and t L log t -> (K-1) √n / 2, with gaps like
+    # log log t / log t.
+    optimum, flow = 9 * 5**0.5, far[1]
+    products = np.exp(far_times + flow.log_loss) * far_times
+    scaled_gap = (1 - products / (optimum / 2)) * far_times
+    np.testing.assert_allclose(products[-1], optimum / 2, rtol=2e-5)
+    # In units of 1 / log t the gap grows like log log t: by log 10 a decade.
+    np.testing.assert_allclose(np.diff(scaled_gap)[1:], np.log(10), rtol=0.01)
+    norm = float(ncjax.squared_norm(flow.final)) / far_times[-1]
+    np.testing.assert_allclose(norm, 2 * optimum, rtol=3e-5)
+
+
+def test_metrics_far_out_hold_to_six_digits(far, far_times):
+    start, flow = far
+    finer = ncjax.gradient_flow(start, far_times, rtol=1e-10)
+    got, expected = (jax.vmap(ncjax.collapse_metrics)(f.params) for f in (flow, finer))
+    angles = [jax.vmap(ncjax.kkt_angle)(f.params) for f in (flow, finer)]
+    np.testing.assert_allclose(*angles, rtol=1e-6)
+    for name in (
+        "within_class_quotient",
+        "mean_norm_variation",
+        "centred_classifier_norm_variation",
+        "mean_cosine_deviation",
+        "self_duality",
+        "centred_self_duality",
+    ):
+        np.testing.assert_allclose(
+            getattr(got, name), getattr(expected, name), rtol=1e-6, err_msg=name
+        )
+
+
+def test_invariants_are_put_right(far):
+    start, flow = far
+    drift = jax.vmap(lambda state: ncjax.invariant_drift(state, start))(flow.params)
+    np.testing.assert_array_less(drift.balance, 1e-14)
+    np.testing.assert_array_less(drift.classifier_sum, 1e-14)
+    # What the solver itself has let slip is reported, and small too.
+    assert 0 < float(flow.drift.balance.max()) < 1e-8
+
+
+def test_restored_invariants_move_no_logit():
+    start = random_params(0, 4, 3, 6, 1.0)
+    off = random_params(1, 4, 3, 6, 1e-6)
+    moved = jax.tree.map(lambda p, q: p + q, start, off)
+    back = ncjax.restore_invariants(moved, start)
+    drift = ncjax.invariant_drift(back, start)
+    assert float(drift.balance) < 1e-13
+    assert float(drift.classifier_sum) < 1e-13
+    # The move of the margins is the square of that of the balance.
+    np.testing.assert_allclose(ncjax.margins(back), ncjax.margins(moved), atol=1e-10)
+
+
+def test_implicit_saves_at_the_start_and_close_together():
+    times = [-np.inf, -20.0, 0.0, 1e-9, 1.0]
+    implicit = ncjax.gradient_flow(sine_params(), times, solver="implicit")
+    explicit = ncjax.gradient_flow(sine_params(), times, solver="explicit")
+    np.testing.assert_allclose(implicit.params.H, explicit.params.H, rtol=1e-6, atol=2e-7)
+
+
+def test_implicit_legs_join_under_jit_and_vmap():
+    starts = jax.tree.map(
+        lambda leaf: jnp.stack([leaf, 1.1 * leaf]), random_params(3, 3, 2, 4, 0.5)
+    )
+
+    @jax.jit
+    def two_legs(starts, first, second):
+        def one(start):
+            a = ncjax.gradient_flow(start, first, solver="implicit")
+            b = ncjax.gradient_flow(
+                a.final, second, start_log_time=first[-1], solver="implicit"
+            )
+            return b.final
+
+        return jax.vmap(one)(starts)
+
+    got = two_legs(starts, jnp.array([5.0, 300.0]), jnp.array([1e3, 3e4]))
+    for i in range(2):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], starts)
+        whole = ncjax.gradient_flow(one, [3e4], solver="implicit").final
+        np.testing.assert_allclose(got.W[i], whole.W, rtol=1e-6, atol=1e-6)
+
+
+def test_auto_is_implicit_far_out_in_float64_for_small_systems():
+    assert choose_solver(10, 20, 1e4, jnp.float64) == "implicit"
+    assert choose_solver(10, 20, 1e3, jnp.float64) == "explicit"
+    assert choose_solver(10, 20, 1e4, jnp.float32) == "explicit"
+    assert choose_solver(100, 128, 1e4, jnp.float64) == "explicit"
+
+
+def test_an_unknown_solver_is_refused():
+    with pytest.raises(ValueError, match=r"solver must be one of auto, .*got 'euler'"):
+        ncjax.gradient_flow(sine_params(), [1.0], solver="euler")

@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax.flatten_util import ravel_pytree
+from test_losses import random_params
+
+import ncjax
+from ncjax import implicit, losses
+
+SHAPES = [(2, 1, 1), (3, 2, 2), (4, 3, 6), (5, 1, 3), (3, 4, 8)]
+
+
+def hessian_over_loss(params):
+    flat, unravel = ravel_pytree(params)
+    hessian = jax.hessian(lambda z: ncjax.cross_entropy(unravel(z)))(flat)
+    return np.asarray(hessian / ncjax.cross_entropy(params))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("c", [1e-3, 0.05, 0.3])
+def test_solves_with_the_hessian_of_the_loss(shape, c):
+    params, right = random_params(0, *shape, 0.7), random_params(1, *shape, 1.0)
+    matrix = np.eye(ravel_pytree(params)[0].size) + c * hessian_over_loss(params)
+    assert np.linalg.eigvalsh(matrix).min() > 0
+    got = implicit.solve(implicit.factor(params, jnp.asarray(c)), right)
+    expected = np.linalg.solve(matrix, ravel_pytree(right)[0])
+    np.testing.assert_allclose(ravel_pytree(got)[0], expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("scale", [30.0, 1e3])
+def test_solves_where_the_loss_has_underflowed(scale):
+    etf = ncjax.simplex_etf(4, 5)
+    noise = random_params(2, 4, 3, 5, 0.01)
+    W, H = etf + noise.W, jnp.repeat(etf[:, None], 3, axis=1) + noise.H
+    params, right = ncjax.Params(scale * W, scale * H), random_params(3, 4, 3, 5, 1.0)
+    assert float(ncjax.log_cross_entropy(params)) < -700
+
+    def operator(v):
+        # ∇²L / L = ∇² log L + ∇log L (∇log L)ᵀ
+        slope, curved = jax.jvp(jax.grad(ncjax.log_cross_entropy), (params,), (v,))
+        along = sum(jnp.sum(g * leaf) for g, leaf in zip(slope, v, strict=True))
+        return jax.tree.map(lambda h, g: h + along * g, curved, slope)
+
+    c = jnp.asarray(1e-2)
+    X = implicit.solve(implicit.factor(params, c), right)
+    residual = jax.tree.map(lambda x, a, r: x + c * a - r, X, operator(X), right)
+    for leaf in residual:
+        np.testing.assert_allclose(leaf, 0, atol=1e-6)
+
+
+def test_vmap_solves_each():
+    many = jax.vmap(lambda key: ncjax.init_params(key, 3, 2, 4, 0.5))(
+        jax.random.split(jax.random.key(0), 3)
+    )
+    c = jnp.asarray([0.01, 0.02, 0.03])
+    together = jax.vmap(lambda p, c: implicit.solve(implicit.factor(p, c), p))(many, c)
+    for i in range(3):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], many)
+        alone = implicit.solve(implicit.factor(one, c[i]), one)
+        np.testing.assert_allclose(together.W[i], alone.W, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "block"), [(1, 1), (7, 1), (12, 4), (20, 20)])
+def test_inverse_of_a_positive_definite_matrix(size, block):
+    rng = np.random.default_rng(size)
+    root = rng.normal(size=(3, size, size))
+    matrix = root @ root.transpose(0, 2, 1) + 0.1 * np.eye(size)
+    got = implicit.inverse(jnp.asarray(matrix), block)
+    np.testing.assert_allclose(got, np.linalg.inv(matrix), rtol=1e-8, atol=1e-10)
+
+
+def test_a_block_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="block must divide the size 6, got 4"):
+        implicit.inverse(jnp.eye(6), 4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [0.1, 1.0, 40.0])
+def test_slopes_are_the_gradient_of_the_log_loss(shape, scale):
+    params = random_params(4, *shape, scale)
+    slopes = losses.error_slopes(params)
+    log_loss, dW, dH = oracles.log_cross_entropy_and_gradient(*map(np.asarray, params))
+    np.testing.assert_allclose(slopes.log_loss, float(log_loss), rtol=1e-12)
+    got = jnp.einsum("kij,kid->jd", slopes.P, params.H)
+    size = float(np.abs(dW).max())
+    np.testing.assert_allclose(got, dW.astype(float), rtol=1e-9, atol=1e-11 * size)
+    got = jnp.einsum("kij,jd->kid", slopes.P, params.W)
+    size = float(np.abs(dH).max())
+    np.testing.assert_allclose(got, dH.astype(float), rtol=1e-9, atol=1e-11 * size)
+    np.testing.assert_allclose(jnp.sum(slopes.P, axis=-1), 0, atol=1e-12 * scale)
