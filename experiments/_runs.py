@@ -65,10 +65,15 @@ def open_config(
         resume=getattr(config, "resume", False),
         changes=changes,
     )
-    finished = (folder / SUMMARY).exists()
+    finished = is_finished(folder)
     if finished:
         print(f"nothing to resume, the run is finished\n{folder}")
     return folder, finished
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run of this folder has come to its end."""
+    return (folder / SUMMARY).exists()
 
 
 def open_run(
