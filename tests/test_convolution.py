@@ -9,13 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ncjax import convolution
+from ncjax import convolution, winograd
 from ncjax.convolution import (
     convolve,
     convolve_canonical,
     convolve_dense,
     convolve_gathered,
     convolve_lax,
+    convolve_pointwise,
+    convolve_winograd,
     max_pool,
 )
 
@@ -35,13 +37,22 @@ LAYERS = {
     "3x3 of 2x2": ((3, 2, 2, 5), (3, 3, 5, 4), 1, 1, convolve_dense),
     "3x3 of 1x1": ((3, 1, 1, 5), (3, 3, 5, 4), 1, 1, convolve_dense),
     "3x3 of 1x3": ((2, 1, 3, 5), (3, 3, 5, 4), 1, 1, convolve_dense),
-    "strided": ((2, 8, 8, 5), (3, 3, 5, 4), 2, 1, convolve_gathered),
-    "strided, odd": ((2, 7, 5, 6), (3, 3, 6, 2), 2, 1, convolve_gathered),
+    "3x3, many channels and tiles": (
+        (6, 13, 9, 16),
+        (3, 3, 16, 17),
+        1,
+        1,
+        convolve_winograd,
+    ),
+    "3x3, few tiles": ((5, 13, 9, 16), (3, 3, 16, 17), 1, 1, convolve_canonical),
+    "3x3, few channels": ((6, 13, 9, 15), (3, 3, 15, 17), 1, 1, convolve_canonical),
+    "strided": ((2, 8, 8, 16), (3, 3, 16, 17), 2, 1, convolve_gathered),
+    "strided, odd": ((2, 7, 5, 6), (3, 3, 6, 2), 2, 1, convolve_canonical),
     "strided to 1x1": ((2, 2, 2, 5), (3, 3, 5, 4), 2, 1, convolve_dense),
     "strided, large": ((1, 9, 10, 5), (3, 3, 5, 2), 2, 1, convolve_canonical),
-    "1x1": ((2, 4, 3, 5), (1, 1, 5, 4), 1, 0, convolve_lax),
-    "1x1 strided": ((2, 5, 4, 5), (1, 1, 5, 4), 2, 0, convolve_lax),
-    "1x1 of one channel": ((2, 2, 2, 1), (1, 1, 1, 1), 1, 0, convolve_lax),
+    "1x1": ((2, 4, 3, 5), (1, 1, 5, 4), 1, 0, convolve_pointwise),
+    "1x1 strided": ((2, 5, 4, 5), (1, 1, 5, 4), 2, 0, convolve_pointwise),
+    "1x1 of one channel": ((2, 2, 2, 1), (1, 1, 1, 1), 1, 0, convolve_pointwise),
     "no padding": ((2, 5, 6, 2), (3, 3, 2, 3), 1, 0, convolve_canonical),
     "more padding than kernel": ((2, 2, 3, 5), (1, 1, 5, 2), 2, 3, convolve_lax),
     "5x2": ((2, 6, 4, 5), (5, 2, 5, 3), 1, 1, convolve_canonical),
@@ -169,14 +180,67 @@ def test_formulas_match_loops_for_any_shape(layer, seed):
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_the_formula_picked(layer, platform, monkeypatch):
     x_shape, kernel_shape, stride, padding, on_cpu = layer
-    for formula in (convolve_lax, convolve_canonical, convolve_gathered, convolve_dense):
-        name = formula.__name__
+    for name in [name for name in vars(convolution) if name.startswith("convolve_")]:
         monkeypatch.setattr(convolution, name, lambda *_, name=name: name)
     picked = convolve(jnp.zeros(x_shape), jnp.zeros(kernel_shape), stride, padding)
     assert picked == (on_cpu.__name__ if platform == "cpu" else "convolve_lax")
 
 
-@pytest.mark.parametrize("name", ["3x3 of 1x1", "strided, large"])
+WINOGRAD = [
+    ("3x3, many channels and tiles", 256),
+    ("3x3, many channels and tiles", 24),  # groups of two images
+    ("3x3 of 2x2", 1),
+    ("3x3 of 1x3", 2),
+    ("3x3", 4),
+    ("cifar stem", 8),
+]
+
+
+@pytest.mark.parametrize(("name", "tiles"), WINOGRAD)
+def test_winograd_matches_loops_and_gradients_match_lax(name, tiles, monkeypatch):
+    monkeypatch.setattr(winograd, "_TILES_AT_ONCE", tiles)
+    assert_convolutions_equal(*LAYERS[name][:4], winograd=convolve_winograd)
+
+
+def test_winograd_rounds_a_few_times_more_than_lax_in_float32():
+    arrays = normal((8, 16, 16, 64), (8, 16, 16, 64), (3, 3, 64, 64))
+    single = [array.astype(np.float32) for array in arrays]
+    lax = partial(convolve_lax, stride=1, padding=1)
+
+    @jax.jit
+    def all_of_them(single, double):
+        return [
+            with_gradients(lax, *double),
+            with_gradients(lax, *single),
+            with_gradients(convolve_winograd, *single),
+        ]
+
+    double = [array.astype(float) for array in single]
+    for exact, plain, fast in zip(*all_of_them(single, double), strict=True):
+        assert fast.dtype == np.float32
+        errors = [np.std(np.asarray(got, float) - exact) for got in (plain, fast)]
+        assert errors[1] < 4 * errors[0]
+        assert errors[1] < 4e-6 * np.std(exact)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "formula"),
+    [(jnp.float32, "convolve_winograd"), (jnp.bfloat16, "convolve_canonical")],
+)
+def test_half_precision_is_not_given_to_winograd(dtype, formula):
+    shapes = LAYERS["3x3, many channels and tiles"][:2]
+    assert convolution._formula(*shapes, 1, 1, dtype).__name__ == formula
+
+
+@pytest.mark.parametrize("each", [1, 3, 4])
+def test_gathering_a_few_images_at_a_time(each, monkeypatch):
+    monkeypatch.setattr(convolution, "_images_at_once", lambda *_: each)
+    assert_convolutions_equal((7, 5, 4, 3), (3, 3, 3, 2), 2, 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["3x3 of 1x1", "strided, large", "strided", "3x3, many channels and tiles"]
+)
 def test_second_derivatives_match_lax(name):
     """Hessian times a direction, by both orders that reach the picked formula."""
     x_shape, kernel_shape, stride, padding, _ = LAYERS[name]

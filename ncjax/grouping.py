@@ -1,0 +1,42 @@
+"""A function of a batch of images, a few at a time: its memory stays in the cache."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from ncjax.types import Array
+
+
+def map_groups(fn: Callable[..., Array], each: int, *arrays: Array) -> Array:
+    """`fn(*arrays)`, which treats every image alike, at most `each` images at a time."""
+    groups = _grouped(each, arrays)
+    if len(groups[0]) == 1:
+        return fn(*arrays)
+    result = jax.lax.map(lambda group: fn(*group), groups)
+    return result.reshape(-1, *result.shape[2:])[: len(arrays[0])]
+
+
+def sum_groups(fn: Callable[..., Array], each: int, *arrays: Array) -> Array:
+    """`fn(*arrays)`, a sum over images that is 0 for zeros, `each` at a time at most."""
+    groups = _grouped(each, arrays)
+    if len(groups[0]) == 1:
+        return fn(*arrays)
+    first = fn(*(group[0] for group in groups))
+    rest = tuple(group[1:] for group in groups)
+    return jax.lax.scan(lambda total, group: (total + fn(*group), None), first, rest)[0]
+
+
+def _grouped(each: int, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Arrays (B, ...) as (groups, B', ...), B' at most `each`, filled up with zeros."""
+    count = len(arrays[0])
+    groups = math.ceil(count / max(1, each))
+    size = math.ceil(count / groups)
+    missing = groups * size - count
+    return tuple(
+        jnp.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1))).reshape(
+            groups, size, *array.shape[1:]
+        )
+        for array in arrays
+    )

@@ -1,0 +1,151 @@
+r"""3x3 convolution by the fast algorithm of Winograd, for CPUs.
+
+A tile of 4x4 outputs hangs on 6x6 inputs. Both the inputs and the kernel are evaluated at
+six points each way, multiplied there and interpolated: 36 products where the definition
+takes 144. The sums over channels at the 36 points are matrix products, the gradients are of
+the same form, and a few images at a time keep everything in the cache.
+
+The result is that of the definition but for rounding, which is two to three times that of
+XLA's own: in float32 about 1e-6 of the typical output, root mean square. The points 0,
+±1/√2, ±√2 and infinity round least among the usual ones.
+
+Source: Lavin and Gray (CVPR 2016), Section 4.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ncjax.grouping import map_groups, sum_groups
+from ncjax.types import Array
+
+WINDOW = 3
+_TILE = 4
+_POINTS = (0.0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2), -math.sqrt(2))
+# Tiles of one pass: enough rows for a fast matrix product, few enough for the cache.
+_TILES_AT_ONCE = 256
+
+
+def _transforms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a tile's 36 inputs, a kernel's 9 taps, and to its 16 outputs: (36, ·), (·, 36)."""
+    size = len(_POINTS) + 1
+    inputs, taps, outputs = (np.zeros((size, n)) for n in (size, WINDOW, _TILE))
+    for row, point in enumerate(_POINTS):
+        others = [p for p in _POINTS if p != point]
+        inputs[row, :-1] = np.poly(others)[::-1]
+        taps[row] = point ** np.arange(WINDOW) / np.prod(point - np.array(others))
+        outputs[row] = point ** np.arange(_TILE)
+    # Infinity takes the leading coefficient.
+    inputs[-1] = np.poly(_POINTS)[::-1]
+    taps[-1, -1] = outputs[-1, -1] = 1
+    return np.kron(inputs, inputs), np.kron(taps, taps), np.kron(outputs, outputs).T
+
+
+_INPUTS, _TAPS, _OUTPUTS = _transforms()
+
+
+def count_tiles(size) -> int:
+    """Tiles of an output of this height and width."""
+    return math.prod(_grid(size))
+
+
+def correlate(x: Array, kernel: Array) -> Array:
+    """Cross-correlation with a border of zeros.
+
+    Args:
+      x: (B, height, width, C).
+      kernel: (3, 3, C, O).
+
+    Returns:
+      (B, height, width, O).
+    """
+    size, channels = x.shape[1:3], kernel.shape[2:]
+    taps = kernel.reshape(WINDOW**2, -1)
+    points = _product(_TAPS, taps).reshape(-1, *channels)
+
+    def of_images(images):
+        at_points = jnp.matmul(_evaluate(images), points, precision="highest")
+        tiles = _product(_OUTPUTS, at_points.reshape(len(points), -1))
+        return _assemble(tiles.reshape(-1, channels[1]), len(images), size)
+
+    return map_groups(of_images, _TILES_AT_ONCE // count_tiles(size), x)
+
+
+def kernel_gradient(x: Array, cotangent: Array) -> Array:
+    """Cotangent of the kernel of `correlate`.
+
+    Args:
+      x: (B, height, width, C).
+      cotangent: (B, height, width, O), of the result.
+
+    Returns:
+      (3, 3, C, O).
+    """
+    channels = (x.shape[3], cotangent.shape[3])
+
+    def of_images(images, cotangents):
+        tiles = _product(_OUTPUTS.T, _disassemble(cotangents))
+        tiles = tiles.reshape(len(_TAPS), -1, channels[1])
+        over_tiles = ((1,), (1,)), ((0,), (0,))
+        return jax.lax.dot_general(
+            _evaluate(images), tiles, over_tiles, precision="highest"
+        )
+
+    each = _TILES_AT_ONCE // count_tiles(x.shape[1:3])
+    total = sum_groups(of_images, each, x, cotangent)
+    taps = _product(_TAPS.T, total.reshape(len(_TAPS), -1))
+    return taps.reshape(WINDOW, WINDOW, *channels)
+
+
+def _product(matrix: np.ndarray, rows: Array) -> Array:
+    return jnp.matmul(matrix.astype(rows.dtype), rows, precision="highest")
+
+
+def _grid(size) -> tuple[int, int]:
+    """Rows and columns of tiles."""
+    return -(-size[0] // _TILE), -(-size[1] // _TILE)
+
+
+def _padded(images: Array, border: int) -> Array:
+    """Images filled up to whole tiles, and with `border` zeros on every side of that."""
+    sides = [
+        (border, _TILE * tiles + border - length)
+        for tiles, length in zip(_grid(images.shape[1:3]), images.shape[1:3], strict=True)
+    ]
+    return jnp.pad(images, ((0, 0), *sides, (0, 0)))
+
+
+def _evaluate(images: Array) -> Array:
+    """Values (36, tiles, C) at the points, of images (B, height, width, C)."""
+    rows, columns = _grid(images.shape[1:3])
+    padded = _padded(images, 1)
+    width = _TILE + WINDOW - 1
+    inputs = jnp.stack([_strided(padded, i, rows, axis=1) for i in range(width)])
+    inputs = jnp.stack([_strided(inputs, j, columns, axis=3) for j in range(width)], axis=1)
+    values = _product(_INPUTS, inputs.reshape(width**2, -1))
+    return values.reshape(width**2, -1, images.shape[3])
+
+
+def _strided(array: Array, start: int, count: int, axis: int) -> Array:
+    """Every fourth entry, `count` of them."""
+    stop = start + _TILE * (count - 1) + 1
+    return jax.lax.slice_in_dim(array, start, stop, _TILE, axis)
+
+
+def _assemble(tiles: Array, count: int, size) -> Array:
+    """Images (count, height, width, O) of their tiles, (16, tiles, O) in rows."""
+    rows, columns = _grid(size)
+    tiles = tiles.reshape(_TILE, _TILE, count, rows, columns, -1).transpose(
+        2, 3, 0, 4, 1, 5
+    )
+    images = tiles.reshape(count, rows * _TILE, columns * _TILE, -1)
+    return images[:, : size[0], : size[1]]
+
+
+def _disassemble(images: Array) -> Array:
+    """The transpose of `_assemble`: (16, tiles * O), with zeros beyond the border."""
+    rows, columns = _grid(images.shape[1:3])
+    tiles = _padded(images, 0).reshape(len(images), rows, _TILE, columns, _TILE, -1)
+    return tiles.transpose(2, 4, 0, 1, 3, 5).reshape(_TILE**2, -1)
