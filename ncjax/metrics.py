@@ -18,8 +18,8 @@ from ncjax.types import (
     check_sizes,
 )
 
-# Elements of one chunk of features and of its distances to the centres.
-_CHUNK_ELEMENTS = 2**22
+# Elements of one chunk of features and of its distances to the centres: 2 MB of float32.
+_CHUNK_ELEMENTS = 2**19
 
 
 class CollapseMetrics(NamedTuple):
@@ -136,7 +136,8 @@ def collapse_metrics_from_features(
     features, labels, W, b = check_features(features, labels, W, b, num_classes)
     samples, dim = features.shape
     if chunk_size is None:
-        chunk_size = max(1, _CHUNK_ELEMENTS // (dim + W.shape[0]))
+        # As many samples as classes at least: taking in a chunk costs a few (K, d).
+        chunk_size = max(W.shape[0], _CHUNK_ELEMENTS // (dim + W.shape[0]))
     check_integer("chunk_size", chunk_size, least=1)
     return _metrics_in_chunks(features, labels, W, b, min(chunk_size, samples))
 
