@@ -187,7 +187,7 @@ def test_the_formula_picked(layer, platform, monkeypatch):
 
 
 WINOGRAD = [
-    ("3x3, many channels and tiles", 256),
+    ("3x3, many channels and tiles", 72),
     ("3x3, many channels and tiles", 24),  # groups of two images
     ("3x3 of 2x2", 1),
     ("3x3 of 1x3", 2),
