@@ -1,15 +1,4 @@
-"""Time `ncjax.hessian_eig` against PyHessian and SciPy's ARPACK, in one run.
-
-    pip install -e .[bench] && python -m benchmarks.hessian
-
-About five minutes on two cores. The extra `bench` holds torch, whose default wheel for
-Linux brings gigabytes of CUDA; the CPU wheel does here, and is a tenth of the size:
-
-    pip install torch --index-url https://download.pytorch.org/whl/cpu
-    pip install --no-deps pyhessian
-
-A peer that is not installed is left out, and a line says so. Prints a Markdown table and
-writes `benchmarks/hessian.json`: every timing, eigenvalues, versions, device, command.
+"""`ncjax.hessian_eig` against PyHessian and SciPy's ARPACK.
 
 **What is asked.** ncjax: five eigenpairs from each end (`which="both", k=5`). SciPy:
 `eigsh` on a `LinearOperator` over a jitted Hessian-vector product, the same ten as "BE",
@@ -24,7 +13,7 @@ function for all, and the worst |λ - λ*| / |H|, where λ* is the best that any
 found: by Courant and Fischer no orthonormal set overshoots either end, so what falls
 short is an error or a copy missed. PyHessian has a row with its defaults and one for
 which iterations are quadrupled until its residual is that of the tolerance given to the
-others, or the time passes `--cap`: then it says "not reached", timed once.
+others, or the time passes `CAP`: then it says "not reached", timed once.
 
 **Same number, other meaning.** `tol` bounds ncjax's residuals relative to |H|, ARPACK's
 estimates relative to each |λ|, which asks more of the small ones; neither needs the
@@ -32,16 +21,12 @@ product of the other, and the residuals in the table tell how far each went.
 """
 
 import dataclasses
-import importlib.metadata
 import itertools
-import json
 import math
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -56,29 +41,13 @@ from scipy.sparse.linalg import (  # type: ignore[import-untyped]
 )
 
 import ncjax
-from experiments import _cli, _runs
+from benchmarks import _timing
 
-NAME = "hessian"
 # Eigenpairs from each end.
 K = 5
 _ARPACK_RESTARTS = 2000
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Time hessian_eig against PyHessian and SciPy's eigsh.
-
-    Example: python -m benchmarks.hessian --repeats=5
-    """
-
-    repeats: int = _cli.flag(5, "timed calls of each program, new starts each")
-    problems: str = _cli.flag(
-        "mlp-22k,layer-peeled-10k,mlp-288k", "which to time, with commas between"
-    )
-    cap: float = _cli.flag(20.0, "seconds that PyHessian may take to reach the residual")
-    torch: bool = _cli.flag(True, "time PyHessian too")
-    torch_threads: int = _cli.flag(0, "threads of PyTorch; 0 for its own choice")
-    out: str = _cli.flag("benchmarks/hessian.json", "where the numbers go")
+# Seconds that PyHessian may take to reach the residual.
+CAP = 12.0
 
 
 class Problem(NamedTuple):
@@ -99,24 +68,15 @@ class Found(NamedTuple):
 
 
 @dataclasses.dataclass
-class Program:
-    """One row of the table."""
+class Program(_timing.Program):
+    """One row of the table: which pairs it gives, and what it found."""
 
-    name: str
-    pairs: str  # "both ends", "top", "bottom" or "magnitude"
-    call: Callable[[int], Found]  # seed -> pairs
-    warm: Callable[[], Any] | None = None  # compiles
-    note: str = ""
-    compile_seconds: float | None = None
-    seconds: list[float] = dataclasses.field(default_factory=list)
+    pairs: str = "both ends"  # or "top", "bottom", "magnitude"
     found: list[Found] = dataclasses.field(default_factory=list)
 
-    def time(self, seed: int) -> None:
-        """Call once and keep the result."""
-        begun = time.perf_counter()
-        found = self.call(seed)
-        self.seconds.append(time.perf_counter() - begun)
-        self.found.append(found)
+    def keep(self, result: Found) -> None:
+        """For the residuals."""
+        self.found.append(result)
 
 
 # Problems.
@@ -268,7 +228,7 @@ def ncjax_program(problem: Problem, dtype: str) -> Program:
     def warm() -> None:
         jax.block_until_ready(solve(0, max_hvps=1))
 
-    return Program("ncjax hessian_eig", "both ends", call, warm)
+    return Program("ncjax hessian_eig", call, warm)
 
 
 def scipy_programs(problem: Problem, dtype: str) -> list[Program]:
@@ -296,7 +256,7 @@ def scipy_programs(problem: Problem, dtype: str) -> list[Program]:
 
     def program(which: str, k: int, pairs: str) -> Program:
         return Program(
-            f"eigsh {which}", pairs, lambda seed: solve(seed, which, k), warm=warm
+            f"eigsh {which}", lambda seed: solve(seed, which, k), warm, pairs=pairs
         )
 
     def warm() -> None:
@@ -361,81 +321,83 @@ def residuals(product: Callable, found: Found) -> np.ndarray:
     return np.array(norms)
 
 
-def _warm_up(programs: Sequence[Program]) -> None:
-    """Compile, and time that."""
-    for program in programs:
-        if program.warm is not None:
-            begun = time.perf_counter()
-            program.warm()
-            program.compile_seconds = time.perf_counter() - begun
-
-
-def _interleave(programs: Sequence[Program], repeats: int) -> None:
-    for seed in range(repeats):
-        for program in programs:
-            program.time(seed)
-
-
-def _raised(problem: Problem, product: Callable, norm: float, cap: float) -> Program:
+def _raised(problem: Problem, product: Callable, norm: float) -> Program:
     """PyHessian with iterations quadrupled until its residual is within tolerance."""
     iterations = 100
     while True:
         program = Program(
             f"PyHessian, tol=0, maxIter={iterations}",
-            "magnitude",
             pyhessian_call(problem, maxIter=iterations, tol=0.0),
+            pairs="magnitude",
         )
         program.time(0)
         worst = float(residuals(product, program.found[0]).max()) / norm
         if worst <= tolerance("float32"):
             program.seconds, program.found = [], []
             return program
-        if 4 * program.seconds[0] > cap:
+        if 4 * program.seconds[0] > CAP:
             program.note = "residual not reached"
             return program
         iterations *= 4
 
 
-def _pyhessian_programs(
-    problem: Problem, product: Callable, known: Found, cap: float
-) -> list[Program]:
+def _pyhessian_programs(problem: Problem, product: Callable, known: Found) -> list[Program]:
     norm = float(np.abs(known.values).max())
     return [
-        Program("PyHessian, defaults", "magnitude", pyhessian_call(problem)),
-        _raised(problem, product, norm, cap),
+        Program("PyHessian, defaults", pyhessian_call(problem), pairs="magnitude"),
+        _raised(problem, product, norm),
         Program(
             "PyHessian, shifted, defaults",
-            "bottom",
             pyhessian_call(problem, shift=float(known.values.max())),
+            pairs="bottom",
         ),
     ]
 
 
-def measure(problem: Problem, dtype: str, config: Config, peers: bool) -> dict[str, Any]:
+def measure(
+    repeats: int, problems: Sequence[str] = ("mlp-22k", "layer-peeled-10k", "mlp-288k")
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows and notes, for names of `PROBLEMS`."""
+    skipped = _timing.missing("torch", "pyhessian")
+    measured = []
+    for name in problems:
+        problem = PROBLEMS[name]()
+        for dtype in ("float32", "float64"):
+            peers = dtype == "float32" and not skipped
+            measured += measure_one(name, problem, dtype, repeats, peers)
+    return measured, [skipped] if skipped else []
+
+
+def measure_one(
+    name: str, problem: Problem, dtype: str, repeats: int, peers: bool
+) -> list[dict[str, Any]]:
     """All programs on one problem in one dtype."""
     params, batch = _cast(_cast((problem.params, problem.batch), dtype), "float64")
     product = hessian_product(problem.fn, params, batch)
     programs = [ncjax_program(problem, dtype), *scipy_programs(problem, dtype)]
-    _warm_up(programs)
+    _timing.warm_up(programs)
     once: list[Program] = []
     if peers:
-        others = _pyhessian_programs(problem, product, programs[0].call(0), config.cap)
+        others = _pyhessian_programs(problem, product, programs[0].call(0))
         once = [program for program in others if program.note]
         programs += [program for program in others if not program.note]
-    _interleave(programs, config.repeats)
+    _timing.interleave(programs, repeats)
     programs += once
     dim = sum(leaf.size for leaf in jax.tree.leaves(params))
     best = _best(programs)
     norm = float(np.abs(best["both ends"]).max())
-    return {
+    shared = {
         "dtype": dtype,
         "dim": dim,
         "norm": norm,
         "tol": tolerance(dtype),
-        "best_eigenvalues": best["both ends"].tolist(),
         "seconds_per_hvp": _product_seconds(problem, dtype),
-        "rows": [_row(program, programs[0], product, best, norm) for program in programs],
     }
+    timed = _timing.rows(f"{name}, {dtype}, {dim} parameters", programs, **shared)
+    return [
+        row | _quality(program, product, best, norm)
+        for row, program in zip(timed, programs, strict=True)
+    ]
 
 
 def _best(programs: Sequence[Program]) -> dict[str, np.ndarray]:
@@ -452,8 +414,8 @@ def _best(programs: Sequence[Program]) -> dict[str, np.ndarray]:
     return {"both ends": both, "top": high, "bottom": low, "magnitude": np.sort(magnitude)}
 
 
-def _row(program, first, product, best, norm) -> dict[str, Any]:
-    seconds = float(np.median(program.seconds))
+def _quality(program, product, best, norm) -> dict[str, Any]:
+    """What a program found, against the best of all."""
     worst = [float(residuals(product, f).max(initial=0.0)) for f in program.found]
     expected = best[program.pairs]
     complete = all(len(f.values) == len(expected) for f in program.found)
@@ -463,18 +425,18 @@ def _row(program, first, product, best, norm) -> dict[str, Any]:
         if complete
     ]
     return {
-        "program": program.name,
         "pairs": program.pairs,
-        "note": program.note if complete else "not converged",
-        "median_seconds": seconds,
-        "over_ncjax": seconds / float(np.median(first.seconds)),
-        "seconds": program.seconds,
-        "compile_seconds": program.compile_seconds,
+        "note": _note(program, complete, max(worst) / norm),
         "num_hvps": float(np.median([f.num_hvps for f in program.found])),
         "worst_relative_residual": max(worst) / norm,
         "worst_relative_error": max(errors, default=None),
         "eigenvalues": np.sort(program.found[0].values).tolist(),
     }
+
+
+def _note(program: Program, complete: bool, residual: float) -> str:
+    note = f", {program.note}" if complete and program.note else ""
+    return f"{program.pairs}, {residual:.0e}{note if complete else ', not converged'}"
 
 
 def _product_seconds(problem: Problem, dtype: str, calls: int = 20) -> float:
@@ -488,110 +450,3 @@ def _product_seconds(problem: Problem, dtype: str, calls: int = 20) -> float:
         product(vector).block_until_ready()
         times.append(time.perf_counter() - begun)
     return float(np.median(times[1:]))
-
-
-# The run.
-
-
-def run(config: Config) -> dict[str, Any]:
-    """Time everything, print the table, write the JSON file.
-
-    Raises:
-      ValueError: a setting is out of range.
-    """
-    names = config.problems.split(",")
-    unknown = [name for name in names if name not in PROBLEMS]
-    if unknown:
-        raise ValueError(f"--problems must be among {sorted(PROBLEMS)}, got {unknown}")
-    if config.repeats < 1:
-        raise ValueError(f"--repeats must be at least 1, got {config.repeats}")
-    skipped = _missing_peer() if config.torch else "PyHessian skipped: --notorch"
-    if config.torch_threads and not skipped:
-        import torch
-
-        torch.set_num_threads(config.torch_threads)
-    begun = time.perf_counter()
-    summary: dict[str, Any] = {"skipped": skipped, "results": []} | _provenance()
-    for name in names:
-        problem = PROBLEMS[name]()
-        for dtype in ("float32", "float64"):
-            peers = dtype == "float32" and not skipped
-            result = {"problem": name} | measure(problem, dtype, config, peers)
-            summary["results"].append(result)
-            # After each, so that an interrupted run leaves what it has.
-            _runs.write_json(Path(config.out), summary)
-            print(f"{name}, {dtype}: {time.perf_counter() - begun:.0f} s", file=sys.stderr)
-    print(table(summary))
-    return summary
-
-
-def _missing_peer() -> str:
-    """Why PyHessian is left out; empty if it is not."""
-    for name in ("torch", "pyhessian"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            return f"PyHessian skipped: {error}; pip install torch pyhessian"
-    return ""
-
-
-def _provenance() -> dict[str, Any]:
-    known = _runs.provenance()
-    for package in ("scipy", "torch", "pyhessian"):
-        try:
-            known["versions"][package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            known["versions"][package] = "not installed"
-    return known | {"processor": _processor()}
-
-
-def _processor() -> str:
-    """Model of the processor, as far as the system says."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    models = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    return models[0] if models else platform.processor()
-
-
-def table(summary: dict[str, Any]) -> str:
-    """The results in Markdown."""
-    lines = []
-    for result in summary["results"]:
-        lines += [
-            "",
-            f"**{result['problem']}**, {result['dtype']}: D = {result['dim']}, "
-            f"|H| = {result['norm']:.4g}, tol = {result['tol']:.1e}, "
-            f"{1e3 * result['seconds_per_hvp']:.2f} ms for one product",
-            "",
-            "| program | pairs | seconds | over ncjax | products | residual / |H|"
-            " | error / |H| | compile s |".replace("|H|", "&#124;H&#124;"),
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for row in result["rows"]:
-            note = f" ({row['note']})" if row["note"] else ""
-            cells = [
-                row["program"] + note,
-                row["pairs"],
-                f"{row['median_seconds']:.3f}",
-                f"{row['over_ncjax']:.2f}",
-                f"{row['num_hvps']:.0f}",
-                f"{row['worst_relative_residual']:.1e}",
-                _or_dash(row["worst_relative_error"], ".1e"),
-                _or_dash(row["compile_seconds"], ".1f"),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    if summary["skipped"]:
-        lines += ["", summary["skipped"]]
-    versions = json.dumps(summary["versions"]).strip("{}").replace('"', "")
-    lines += ["", f"{summary['processor']}, {summary['platform']}; {versions}"]
-    return "\n".join(lines)
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-if __name__ == "__main__":
-    _cli.main(Config, run, f"benchmarks.{NAME}")

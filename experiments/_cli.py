@@ -121,12 +121,12 @@ def set_up_jax(
     if (num_processes > 1) != bool(coordinator):
         raise ValueError("--coordinator=HOST:PORT and --num_processes go together")
     jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_num_cpu_devices", cpu_devices or _cores())
+    jax.config.update("jax_num_cpu_devices", cpu_devices or cores())
     if num_processes > 1:
         jax.distributed.initialize(coordinator, num_processes, process_id)
 
 
-def _cores() -> int:
+def cores() -> int:
     """CPU cores that this process may use."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))

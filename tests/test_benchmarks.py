@@ -1,4 +1,4 @@
-"""The benchmark runs on a tiny problem, and its programs agree."""
+"""The benchmarks run on tiny problems, and their programs agree."""
 
 import json
 
@@ -7,25 +7,167 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from benchmarks import hessian
+import ncjax
+from benchmarks import (
+    _timing,
+    hessian,
+    hessian_resnet,
+    metrics,
+    run,
+    startup,
+    training_step,
+)
+from ncjax import models
 
 
-def run(path, **settings):
-    config = hessian.Config(repeats=1, problems="mlp-tiny", out=str(path), **settings)
-    return hessian.run(config)
+@pytest.fixture
+def no_peers(monkeypatch):
+    """As if no peer were installed."""
+    monkeypatch.setattr(_timing, "missing", lambda *_: "peers left out: none wanted")
+    for module in (metrics, training_step):
+        monkeypatch.setattr(module, "missing", _timing.missing)
 
 
-def test_ncjax_and_arpack_agree(tmp_path, capsys):
-    summary = run(tmp_path / "hessian.json", torch=False)
-    assert "PyHessian skipped" in capsys.readouterr().out
-    assert json.loads((tmp_path / "hessian.json").read_text()) == summary
-    for result in summary["results"]:
-        assert result["dim"] == 1584
-        assert len(result["rows"]) == 4
-        for row in result["rows"]:
-            assert row["worst_relative_residual"] < result["tol"]
-            assert row["worst_relative_error"] < result["tol"]
-            assert row["num_hvps"] > 0
+def test_programs_take_turns_and_are_compared_within_a_repeat(monkeypatch):
+    clock, calls = [0.0], []
+    monkeypatch.setattr(_timing.time, "perf_counter", lambda: clock[0])
+
+    def program(name, seconds, **more):
+        def call(repeat):
+            calls.append((name, repeat))
+            clock[0] += seconds[repeat]
+
+        return _timing.Program(name, call, lambda: call(0), **more)
+
+    ours = program("ours", [1.0, 2.0, 30.0])
+    other = program("other", [4.0, 6.0, 60.0], steps=2, note="two at once")
+    _timing.warm_up([ours, other])
+    _timing.interleave([ours, other], 3)
+    assert calls[2:] == [(name, i) for i in range(3) for name in ("ours", "other")]
+    first, second = _timing.rows("p", [ours, other], extra=1)
+    assert first["over_ncjax"] == 1.0
+    assert second == {
+        "problem": "p",
+        "program": "other",
+        "note": "two at once",
+        "median_seconds": 3.0,
+        "over_ncjax": 1.5,  # the median of 2, 1.5 and 1
+        "seconds": [2.0, 3.0, 30.0],
+        "compile_seconds": 4.0,
+        "extra": 1,
+    }
+
+
+def fake(name, note=""):
+    def measure(repeats):
+        program = _timing.Program(name, lambda _: None)
+        _timing.interleave([program], repeats)
+        return _timing.rows("nothing", [program]), [note]
+
+    return measure
+
+
+def test_a_section_is_replaced_and_others_are_kept(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.json"
+    monkeypatch.setattr(run, "SECTIONS", {"a": fake("old"), "b": fake("b")})
+    both = run.run(run.Config(only="a,b", repeats=2, out=str(path)))
+    assert [len(section["rows"][0]["seconds"]) for section in both.values()] == [2, 2]
+    monkeypatch.setitem(run.SECTIONS, "a", fake("new", "a peer is missing"))
+    capsys.readouterr()
+    after = run.run(run.Config(only="a", repeats=1, out=str(path)))
+    assert json.loads(path.read_text()) == after
+    assert after["b"] == both["b"]
+    assert after["a"]["rows"][0]["program"] == "new"
+    assert {"command", "date", "versions", "device", "processor"} <= after["a"].keys()
+    text = path.with_suffix(".md").read_text()
+    assert "| nothing | new |" in text
+    assert "| nothing | b |" in text
+    printed = capsys.readouterr().out
+    assert "| nothing | new |" in printed
+    assert "a peer is missing" in printed
+    assert "| nothing | b |" not in printed
+
+
+def test_bad_settings_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"--only must be among .*got \['speed'\]"):
+        run.run(run.Config(only="startup,speed"))
+    with pytest.raises(ValueError, match="--repeats must be at least 1, got 0"):
+        run.run(run.Config(repeats=0))
+    path = tmp_path / "other.json"
+    for text in ("not JSON", '{"mine": 1}', "[]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"--out={path}"):
+            run.run(run.Config(out=str(path)))
+        assert path.read_text() == text
+
+
+def test_start_up_is_timed_in_fresh_processes(monkeypatch):
+    monkeypatch.setattr(startup, "COMMANDS", {"nothing": ("-c", "")})
+    (row,), notes = startup.measure(2)
+    assert len(row["seconds"]) == 2
+    assert notes == []
+    monkeypatch.setattr(startup, "COMMANDS", {"failing": ("-c", "raise SystemExit(3)")})
+    with pytest.raises(startup.subprocess.CalledProcessError):
+        startup.measure(1)
+
+
+SMALL = metrics.Problem(num_classes=4, dim=9, samples=60)
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_metrics_are_timed_alone_without_peers():
+    (row,), notes = metrics.measure(2, {"small": SMALL})
+    assert (row["program"], row["problem"]) == ("ncjax", "small")
+    assert notes == ["peers left out: none wanted"]
+
+
+def test_the_peer_computes_the_same_metrics():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    arrays = metrics.draw(SMALL)
+    ours = ncjax.collapse_metrics_from_features(*arrays)._asdict()
+    theirs = metrics.torch_metrics(*map(torch.from_numpy, arrays))
+    assert theirs.keys() == ours.keys()
+    for name, value in theirs.items():
+        np.testing.assert_allclose(value, ours[name], rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_training_steps_are_timed():
+    tiny = training_step.Problem("convnet", {"channels": (4,)}, (8, 8, 1))
+    measured, notes = training_step.measure(1, {"tiny": tiny}, batch=8)
+    assert [row["program"] for row in measured] == ["ncjax", "plain Flax"]
+    assert notes == [training_step.OPEN, "peers left out: none wanted"]
+
+
+@pytest.mark.parametrize("problem", training_step.PROBLEMS.values())
+def test_the_peer_trains_the_same_network(problem):
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    network = training_step.torch_network(problem)
+    model = models.build(problem.name, training_step.NUM_CLASSES, **problem.options)
+    count = sum(p.numel() for p in network.parameters())
+    assert count == models.count_parameters(model, problem.image_shape)
+
+
+def test_the_hessian_of_a_network_is_timed():
+    options = {"stem": "imagenet", "depths": (1,), "width": 1 / 32}
+    tiny = training_step.Problem("resnet18", options, (12, 12, 1))
+    (row,), _ = hessian_resnet.measure(1, tiny, images=100)
+    assert row["converged"]
+    assert row["dim"] < 1000
+    assert len(row["eigenvalues"]) == 2 * hessian_resnet.K
+    assert row["peak_gigabytes"] > 0
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_ncjax_and_arpack_agree():
+    rows, notes = hessian.measure(1, ["mlp-tiny"])
+    assert notes == ["peers left out: none wanted"]
+    assert len(rows) == 8
+    for row in rows:
+        assert row["dim"] == 1584
+        assert row["worst_relative_residual"] < row["tol"]
+        assert row["worst_relative_error"] < row["tol"]
+        assert row["num_hvps"] > 0
 
 
 def test_pyhessian_is_given_the_same_loss(tmp_path):
@@ -45,10 +187,3 @@ def test_pyhessian_is_given_the_same_loss(tmp_path):
         product = hessian.hessian_product(problem.fn, problem.params, problem.batch)
         top = np.linalg.norm(product(jnp.asarray(found.vectors[0], float)))
         np.testing.assert_allclose(abs(found.values[0]), top, rtol=0.05)
-
-
-def test_bad_settings_are_named(tmp_path):
-    with pytest.raises(ValueError, match="--problems must be among"):
-        hessian.run(hessian.Config(problems="mlp-1k"))
-    with pytest.raises(ValueError, match="--repeats must be at least 1"):
-        hessian.run(hessian.Config(repeats=0))
