@@ -92,7 +92,9 @@ def missing(*packages: str) -> str:
 
 def provenance() -> dict[str, Any]:
     """Command, date, versions of the peers too, device and processor."""
-    known = _runs.provenance("flax", "optax", "scipy", "torch", "torchvision", "pyhessian")
+    known = _runs.provenance(
+        "flax", "optax", "scipy", "torch", "torchvision", "torchdiffeq", "pyhessian"
+    )
     return known | {"processor": _processor(), "threads": threads()}
 
 

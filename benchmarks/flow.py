@@ -173,14 +173,12 @@ def wide(
     measured = []
     for shape in shapes:
         start = draw(shape)
-        times = [log_t]
-        program = Program(
-            "ncjax, explicit",
-            lambda _, start=start, times=times: jax.block_until_ready(
-                ncjax.gradient_flow(start, times)
-            ),
-        )
-        steps = int(program.call(0).num_steps)  # compiles, too
+
+        def call(_repeat: int, start=start):
+            return jax.block_until_ready(ncjax.gradient_flow(start, [log_t]))
+
+        program = Program("ncjax, explicit", call)
+        steps = int(call(0).num_steps)  # compiles, too
         program.time(0)
         # Three products an evaluation, six evaluations a step and one to begin with.
         operations = 6 * math.prod(shape) * shape[0] * (6 * steps + 1)

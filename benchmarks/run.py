@@ -27,11 +27,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _timing, hessian, hessian_resnet, metrics, startup, training_step
+from benchmarks import (
+    _timing,
+    flow,
+    hessian,
+    hessian_resnet,
+    metrics,
+    startup,
+    training_step,
+)
 from experiments import _cli, _runs
 
 NAME = "run"
 SECTIONS: dict[str, Callable[[int], tuple[list[dict[str, Any]], list[str]]]] = {
+    "flow": flow.measure,
     "training_step": training_step.measure,
     "metrics": metrics.measure,
     "startup": startup.measure,

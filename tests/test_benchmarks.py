@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 import ncjax
 from benchmarks import (
     _timing,
+    flow,
     hessian,
     hessian_resnet,
     metrics,
@@ -187,3 +189,18 @@ def test_pyhessian_is_given_the_same_loss(tmp_path):
         product = hessian.hessian_product(problem.fn, problem.params, problem.batch)
         top = np.linalg.norm(product(jnp.asarray(found.vectors[0], float)))
         np.testing.assert_allclose(abs(found.values[0]), top, rtol=0.05)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_peers_of_the_flow_come_to_the_same_end(monkeypatch):
+    monkeypatch.setattr(flow, "missing", lambda package: f"no {package}")
+    end = np.log(30.0)
+    monkeypatch.setattr(flow, "draw", lambda: ncjax.init_params(jax.random.key(0), 3, 2, 4))
+    measured, notes = flow.peers(1, end)
+    assert notes == ["no torchdiffeq", "no torch"]
+    assert measured[0]["program"] == "ncjax, explicit"
+    start = flow.draw()
+    expected = ncjax.gradient_flow(start, [end], rtol=1e-10).final
+    for solve in flow.SOLVERS.values():
+        got = solve(start, 30.0)
+        np.testing.assert_allclose(got.W, expected.W, rtol=1e-5, atol=1e-6)
