@@ -129,7 +129,7 @@ def merge(first: ClassStatistics, second: ClassStatistics) -> ClassStatistics:
 
 
 def all_merge(statistics: ClassStatistics, axis_name: str) -> ClassStatistics:
-    """`merge` over the devices of a mapped axis (`jax.shard_map`), three sums of (K, d)."""
+    """`merge` over the devices of a mapped axis (`jax.shard_map`), two sums of (K, d)."""
     dtype = statistics.anchor.dtype
     device = jax.lax.axis_index(axis_name)
     absent = jax.lax.axis_size(axis_name)
