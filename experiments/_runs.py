@@ -29,6 +29,7 @@ _HANDLING = (
     *("cpu_devices", "coordinator", "num_processes", "process_id"),
 )
 SUMMARY = "summary.json"  # written last: a folder that holds it holds a finished run
+_EXPERIMENT = "experiment"  # in config.json: its name
 _EARLIER = "earlier"  # in config.json: what it said before a setting was changed
 
 # Settings that a resumed run may change, each with a check of the folder that raises
@@ -124,7 +125,7 @@ def open_run(
         )
     else:
         _clear(folder, held)
-        named = {"experiment": name} if name else {}
+        named = {_EXPERIMENT: name} if name else {}
         write_json(folder / CONFIG, named | {"config": dict(config)} | provenance())
     return folder
 
@@ -182,11 +183,12 @@ def _change(folder: Path, config: Mapping[str, Any], old: Mapping[str, Any]) -> 
     """Put new settings into config.json; what it and summary.json said is kept there."""
     said = _read_json(folder / CONFIG)
     earlier = said.pop(_EARLIER, [])
+    named = {k: said.pop(k) for k in (_EXPERIMENT,) if k in said}
     entry: dict[str, Any] = {"changed": old} | {k: said[k] for k in said if k != "config"}
     if (folder / SUMMARY).exists():
         entry[SUMMARY] = _read_json(folder / SUMMARY)
-    content = {"config": dict(config)} | provenance() | {_EARLIER: [*earlier, entry]}
-    write_json(folder / CONFIG, content)
+    new = {"config": dict(config)} | provenance() | {_EARLIER: [*earlier, entry]}
+    write_json(folder / CONFIG, named | new)
     told = ", ".join(f"--{name}={config.get(name)} instead of {old[name]}" for name in old)
     print(f"the run in {folder} goes on with {told}")
 

@@ -12,21 +12,31 @@ from ncjax import implicit, losses
 SHAPES = [(2, 1, 1), (3, 2, 2), (4, 3, 6), (5, 1, 3), (3, 4, 8)]
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@jax.jit
+def solved(params, c, right):
+    return implicit.solve(implicit.factor(params, c), right)
+
+
+@jax.jit
 def hessian_over_loss(params):
     flat, unravel = ravel_pytree(params)
     hessian = jax.hessian(lambda z: ncjax.cross_entropy(unravel(z)))(flat)
-    return np.asarray(hessian / ncjax.cross_entropy(params))
+    return hessian / ncjax.cross_entropy(params)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("c", [1e-3, 0.05, 0.3])
-def test_solves_with_the_hessian_of_the_loss(shape, c):
+def test_solves_with_the_hessian_of_the_loss(shape):
     params, right = random_params(0, *shape, 0.7), random_params(1, *shape, 1.0)
-    matrix = np.eye(ravel_pytree(params)[0].size) + c * hessian_over_loss(params)
-    assert np.linalg.eigvalsh(matrix).min() > 0
-    got = implicit.solve(implicit.factor(params, jnp.asarray(c)), right)
-    expected = np.linalg.solve(matrix, ravel_pytree(right)[0])
-    np.testing.assert_allclose(ravel_pytree(got)[0], expected, rtol=1e-10, atol=1e-11)
+    hessian, flat_right = np.asarray(hessian_over_loss(params)), ravel_pytree(right)[0]
+    for c in (1e-3, 0.05, 0.3):
+        matrix = np.eye(len(hessian)) + c * hessian
+        assert np.linalg.eigvalsh(matrix).min() > 0
+        got = ravel_pytree(solved(params, jnp.asarray(c), right))[0]
+        expected = np.linalg.solve(matrix, flat_right)
+        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e3])
@@ -44,7 +54,7 @@ def test_solves_where_the_loss_has_underflowed(scale):
         return jax.tree.map(lambda h, g: h + along * g, curved, slope)
 
     c = jnp.asarray(1e-2)
-    X = implicit.solve(implicit.factor(params, c), right)
+    X = solved(params, c, right)
     residual = jax.tree.map(lambda x, a, r: x + c * a - r, X, operator(X), right)
     for leaf in residual:
         np.testing.assert_allclose(leaf, 0, atol=1e-6)
@@ -55,10 +65,10 @@ def test_vmap_solves_each():
         jax.random.split(jax.random.key(0), 3)
     )
     c = jnp.asarray([0.01, 0.02, 0.03])
-    together = jax.vmap(lambda p, c: implicit.solve(implicit.factor(p, c), p))(many, c)
+    together = jax.jit(jax.vmap(solved))(many, c, many)
     for i in range(3):
         one = jax.tree.map(lambda leaf, i=i: leaf[i], many)
-        alone = implicit.solve(implicit.factor(one, c[i]), one)
+        alone = solved(one, c[i], one)
         np.testing.assert_allclose(together.W[i], alone.W, rtol=1e-12)
 
 

@@ -327,11 +327,12 @@ def test_an_extended_run_is_the_longer_one_bit_for_bit(tmp_path, capsys):
     assert set((longer / "metrics.csv").read_text().splitlines()) <= {*after.splitlines()}
     # What was said of the shorter run is kept.
     stored = read_json(folder / "config.json")
+    assert stored["experiment"] == short.pop("experiment")
     assert stored["config"] == short.pop("config") | {"epochs": 5}
     assert stored["earlier"] == [
         {"changed": {"epochs": 3}, "summary.json": summary} | short
     ]
-    assert stored.keys() == {*short, "config", "earlier"}
+    assert stored.keys() == {*short, "experiment", "config", "earlier"}
     # The end is the new one.
     assert read_json(folder / "summary.json")["metrics"] != summary["metrics"]
     train_small.run(small(folder, epochs=5, resume=True))
