@@ -42,6 +42,9 @@ SMALL = train_small.Config(
     checkpoint_every=2,
 )
 
+# The same at another moment or size: half a minute each.
+SLOW = pytest.mark.slow
+
 
 def small(folder, **changes):
     return dataclasses.replace(SMALL, workdir=str(folder), **changes)
@@ -168,7 +171,7 @@ def test_a_folder_that_holds_a_run_is_refused_then_replaced_if_asked(finished, t
     assert_same_run(folder, finished)
 
 
-@pytest.mark.parametrize("epoch", [1, 3, 6])
+@pytest.mark.parametrize("epoch", [1, *(pytest.param(e, marks=SLOW) for e in (3, 6))])
 def test_an_interrupted_run_saves_and_resumes_bit_for_bit(
     finished, interrupted, tmp_path, epoch, capsys
 ):
@@ -253,7 +256,9 @@ def test_what_was_not_compared_has_not_failed_to_fall(finished):
     assert summary["metrics"]["cdnv"]["at_zero_error"] is None
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize(
+    "delay", [0.05, *(pytest.param(d, marks=SLOW) for d in (0.0, 0.3))]
+)
 def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path, delay):
     folder = tmp_path / "run"
     process = subprocess.Popen(
@@ -522,7 +527,7 @@ def test_bad_use_is_one_line_and_exit_code_2(tmp_path, flags, message):
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [8, pytest.param(2, marks=SLOW)])
 def test_devices_agree(finished, tmp_path, devices):
     flags = (f"--cpu_devices={devices}",)
     subprocess.run([*command(tmp_path / "run"), *flags], check=True, capture_output=True)
