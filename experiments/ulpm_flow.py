@@ -52,7 +52,7 @@ class Config:
     num_times: int = _cli.flag(200, f"times measured, up to a multiple of {_legs.LEGS}")
     dtype: str = _cli.flag("float64", "float64 or float32")
     solver: str = _cli.flag(
-        "auto", "explicit, implicit (for log t of 1e5 and beyond), or auto: the faster"
+        "auto", "explicit, stabilised (log t from 2e3), implicit (from 5e4), or auto"
     )
     workdir: str = _cli.flag("", f"run folder; if empty, a new one under runs/{NAME}")
     overwrite: bool = _cli.flag(False, "replace the run that workdir holds")

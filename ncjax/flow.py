@@ -14,6 +14,7 @@ from ncjax.clock import LINEARLY_IMPLICIT, clock, field, unscaled
 from ncjax.geometry import squared_norm
 from ncjax.invariants import InvariantDrift, invariant_drift, restore_invariants
 from ncjax.losses import cross_entropy, log_cross_entropy
+from ncjax.stabilised import Stabilised4
 from ncjax.types import (
     Array,
     Params,
@@ -35,12 +36,23 @@ _FIRST_STEP = 0.1
 # The same for the implicit solver, whose steps do not shrink with time.
 _FIRST_IMPLICIT_STEP = 0.01
 
-SOLVERS = ("auto", "explicit", "implicit")
-# From this log t on the implicit solver takes less time than the explicit one, and from
-# (K d / 150)² times it where its systems are larger than that; see benchmarks/flow.py.
-_IMPLICIT_FROM = 1e4
+_SOLVERS = {
+    "explicit": diffrax.Tsit5(),
+    "stabilised": Stabilised4(),
+    "implicit": LINEARLY_IMPLICIT,
+}
+SOLVERS = ("auto", *_SOLVERS)
+# From this log t on the stabilised solver takes less time than the explicit one; from the
+# next on the implicit one takes less than both, and from (K d / 150)² times it where its
+# systems are larger than that. See benchmarks/flow.py.
+_STABILISED_FROM = 2e3
+_STABILISED_RTOL = 1e-9  # its order is 4: below, accuracy bounds the step and not stability
+_IMPLICIT_FROM = 3e4
 _IMPLICIT_SIZE = 150
 _LARGEST_SYSTEM = 2000
+# Of the stabilised solver, where stability and not accuracy bounds the step: with the last
+# two errors a third as many steps are rejected as with the last error alone.
+_TWO_ERRORS = {"pcoeff": 0.3, "icoeff": 0.4}
 
 # The implicit solver takes two steps over this length of x up to each time asked for.
 _SETTLING = 0.03
@@ -84,7 +96,8 @@ def gradient_flow(
     $$\frac{dZ}{dx} = -(1 + u)\, e^{u + \log \mathcal L(Z)}\, \nabla \log \mathcal L(Z),$$
 
     the same trajectory with every quantity finite. The equation grows stiff in
-    proportion to $\log t$: an explicit solver takes about 0.4 steps (Tsit5) per unit, and
+    proportion to $\log t$: an explicit solver takes about 0.4 steps (Tsit5, six gradients
+    each) or 0.1 (`Stabilised4`, twelve each) per unit of $\log t$, and
     knows margins to about rtol times $\log t$. The linearly implicit one takes about 300
     steps to $\log t = 10^4$ and 50 more to $10^6$, each at the cost of solving a system of
     K d unknowns. It steps twice over the last 0.03 of x before a time that is
@@ -103,10 +116,12 @@ def gradient_flow(
       rtol: relative tolerance of a step; 1e-8 in float64 and 1e-6 in float32 if None.
       atol: absolute tolerance of a step; if None as rtol, times the root mean square of
         `params` where that is below 1, so that small starts are followed too.
-      solver: "explicit" (Tsit5), "implicit" (Rodas5P with the structure of the Hessian),
-        or a diffrax solver. "auto" takes what is faster: "implicit" in float64 where
-        the last time is known (not traced) and log t there is at least 1e4 max(1, K d /
-        150)², for K d up to 2000; else "explicit".
+      solver: "explicit" (Tsit5), "stabilised" (explicit, for stiff equations), "implicit"
+        (Rodas5P with the structure of the Hessian), or a diffrax solver. "auto" takes
+        what is faster for the last time (where it is not traced, else "explicit"):
+        "implicit" in float64 where log t is at least 3e4 max(1, K d / 150)², for K d up
+        to 2000; else "stabilised" where it is at least 2000 and rtol at least 1e-9; else
+        "explicit".
       record: function of the state whose value (any pytree of arrays) is saved instead of
         the state. It is compiled in: pass the same function object to compile once.
       max_steps: bound on the solver's steps, rejected ones included.
@@ -144,30 +159,34 @@ def gradient_flow(
         jnp.asarray(start_log_time, dtype),
         rtol,
         tolerance * _small_size(params) if atol is None else atol,
-        _resolve(solver, params, log_times),
+        _resolve(solver, params, log_times, rtol),
         record,
         max_steps,
         progress,
     )
 
 
-def choose_solver(num_classes: int, dim: int, log_t_max: float, dtype) -> str:
-    """The faster of "explicit" and "implicit", as `gradient_flow` chooses.
+def choose_solver(
+    num_classes: int, dim: int, log_t_max: float, dtype, rtol: float | None = None
+) -> str:
+    """The fastest of the solvers, as `gradient_flow` chooses.
 
     Args:
       num_classes: K.
       dim: d.
       log_t_max: natural logarithm of the last time.
       dtype: float32 or float64.
+      rtol: relative tolerance of a step, None for the default.
     """
     size = num_classes * dim
-    if size > _LARGEST_SYSTEM or jnp.dtype(dtype) != jnp.float64:
-        return "explicit"
     far = log_t_max >= _IMPLICIT_FROM * max(1.0, size / _IMPLICIT_SIZE) ** 2
-    return "implicit" if far else "explicit"
+    if far and size <= _LARGEST_SYSTEM and jnp.dtype(dtype) == jnp.float64:
+        return "implicit"
+    loose = rtol is None or rtol >= _STABILISED_RTOL
+    return "stabilised" if loose and log_t_max >= _STABILISED_FROM else "explicit"
 
 
-def _resolve(solver, params: Params, log_times: Array) -> diffrax.AbstractSolver:
+def _resolve(solver, params: Params, log_times: Array, rtol) -> diffrax.AbstractSolver:
     """The diffrax solver that `solver` names."""
     if isinstance(solver, diffrax.AbstractSolver):
         return solver
@@ -176,8 +195,8 @@ def _resolve(solver, params: Params, log_times: Array) -> diffrax.AbstractSolver
         known = not isinstance(log_times, jax.core.Tracer)
         last = float(log_times[-1]) if known else 0.0
         num_classes, dim = params.W.shape
-        solver = choose_solver(num_classes, dim, last, params.W.dtype)
-    return LINEARLY_IMPLICIT if solver == "implicit" else diffrax.Tsit5()
+        solver = choose_solver(num_classes, dim, last, params.W.dtype, rtol)
+    return _SOLVERS[solver]
 
 
 @partial(jax.jit, static_argnums=(5, 6, 7, 8))
@@ -226,6 +245,7 @@ def _integrate(params, log_times, start, rtol, atol, solver, record, max_steps, 
             norm=_finite_or_infinite_norm,
             force_dtmin=False,
             dtmin=16 * float(jnp.finfo(dtype).eps) * jnp.maximum(1, x_last),
+            **(_TWO_ERRORS if isinstance(solver, Stabilised4) else {}),
         ),
         max_steps=max_steps,
         throw=False,

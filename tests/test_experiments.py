@@ -169,7 +169,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         ({"dtype": "int8"}, "--dtype must be float64 or float32, got 'int8'"),
         (
             {"solver": "euler"},
-            "--solver must be one of auto, explicit, implicit, got 'euler'",
+            "--solver must be one of auto, explicit, stabilised, implicit, got 'euler'",
         ),
         ({"overwrite": True, "resume": True}, "exclude each other"),
         ({"folder": "/dev/null/run"}, "cannot write to workdir '/dev/null/run'"),

@@ -38,7 +38,7 @@ LATE = {
 }
 
 
-@pytest.mark.parametrize("solver", ["explicit", "implicit"])
+@pytest.mark.parametrize("solver", ["explicit", "stabilised", "implicit"])
 def test_reference_values_up_to_t_of_1e5(solver):
     flow = ncjax.gradient_flow(
         sine_params(), np.log(list(EARLY)), rtol=1e-11, atol=1e-11, solver=solver
@@ -77,7 +77,7 @@ def test_reference_values_far_out(log_times, solver):
     np.testing.assert_allclose(got, [LATE[t] for t in log_times], rtol=2e-8)
 
 
-@pytest.mark.parametrize("solver", ["explicit", "implicit"])
+@pytest.mark.parametrize("solver", ["explicit", "stabilised", "implicit"])
 def test_reference_values_at_log_t_of_10000_at_the_default_tolerance(solver):
     flow = ncjax.gradient_flow(sine_params(), [10000.0], solver=solver)
     got = [flow.log_loss[0], ncjax.squared_norm(flow.final), flow.final.W[0, 0]]
@@ -464,12 +464,14 @@ def test_implicit_legs_join_under_jit_and_vmap():
         np.testing.assert_allclose(got.W[i], whole.W, rtol=1e-6, atol=1e-6)
 
 
-def test_auto_is_implicit_far_out_in_float64_for_small_systems():
-    assert choose_solver(4, 6, 1e4, jnp.float64) == "implicit"
-    assert choose_solver(4, 6, 1e4, jnp.float32) == "explicit"
-    assert choose_solver(10, 20, 1e4, jnp.float64) == "explicit"
+def test_auto_goes_by_time_size_precision_and_tolerance():
+    assert choose_solver(4, 6, 1e3, jnp.float64) == "explicit"
+    assert choose_solver(4, 6, 3e4, jnp.float64) == "implicit"
+    assert choose_solver(4, 6, 3e4, jnp.float32) == "stabilised"
+    assert choose_solver(10, 20, 1e4, jnp.float64) == "stabilised"
     assert choose_solver(10, 20, 1e5, jnp.float64) == "implicit"
-    assert choose_solver(100, 128, 1e9, jnp.float64) == "explicit"
+    assert choose_solver(100, 128, 1e9, jnp.float64) == "stabilised"
+    assert choose_solver(10, 20, 1e4, jnp.float64, rtol=1e-11) == "explicit"
 
 
 def test_an_unknown_solver_is_refused():
