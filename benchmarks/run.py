@@ -94,6 +94,7 @@ def run(config: Config) -> dict[str, Any]:
         text = "\n".join(table(*item) for item in sections.items())
         _runs.write_atomically(path.with_suffix(".md"), text.encode())
         print(table(name, section))
+    print(path)
     return stored(path)
 
 

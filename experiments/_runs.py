@@ -1,5 +1,6 @@
 """Run folders: nothing is overwritten unasked, and nothing is half written."""
 
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -13,7 +14,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,27 @@ def open_config(
     if finished:
         print(f"nothing to resume, the run is finished\n{folder}")
     return folder, finished
+
+
+@contextlib.contextmanager
+def announced(config: Any, folder: Path) -> Iterator[None]:
+    """A run in `folder`: however it ends, stdout ends with the folder.
+
+    An interruption is told on stderr, with the command to give next. Of several processes
+    the first alone speaks.
+    """
+    speaks = jax.process_index() == 0
+    try:
+        yield
+    except KeyboardInterrupt:
+        if speaks:
+            then = "go on" if hasattr(config, "resume") else "start again"
+            command = resume_command(config, folder)
+            print(f"interrupted; {then} with: {command}", file=sys.stderr)
+        raise
+    finally:
+        if speaks:
+            print(folder)
 
 
 def is_finished(folder: Path) -> bool:
@@ -234,8 +256,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def resume_command(config: Any, folder: Path) -> str:
-    """The command that goes on with the run of `config` in `folder`."""
-    flags = [f"--workdir={folder}", "--resume"]
+    """The command that goes on with the run of `config` in `folder`, or replaces it."""
+    again = "--resume" if hasattr(config, "resume") else "--overwrite"
+    flags = [f"--workdir={folder}", again]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in ("workdir", "overwrite", "resume") and value != field.default:

@@ -122,15 +122,11 @@ def run(config: Config, name: str, options: Mapping[str, Any]) -> Path:
     if finished:
         return folder
     begun = time.perf_counter()
-    try:
+    with _runs.announced(config, folder):
         with _Interruption() as interruption:
             rows = _Loop(config, setup, folder).run(interruption)
-    except KeyboardInterrupt:
         if is_primary():
-            print(f"interrupted; go on with: {_runs.resume_command(config, folder)}")
-        raise
-    if is_primary():
-        _finish(config, setup, folder, rows, time.perf_counter() - begun)
+            _finish(config, setup, folder, rows, time.perf_counter() - begun)
     return folder
 
 
@@ -645,7 +641,6 @@ def _finish(config: Config, setup: Setup, folder: Path, rows, seconds: float) ->
     print(
         f"zero training error from epoch {zero}" if zero else "training error is not zero"
     )
-    print(folder)
 
 
 def _table(of_train, of_test, zero: int | None) -> list[dict[str, Any]]:

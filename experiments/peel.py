@@ -50,6 +50,7 @@ def run(config: Config) -> Path:
     Raises:
       ValueError: a setting is out of range, or a folder cannot be used.
       OSError: the training set cannot be read.
+      RuntimeError: the flow failed.
     """
     _check(config)
     source = (Path(config.run), config.data_dir, config.index)
@@ -57,18 +58,22 @@ def run(config: Config) -> Path:
     folder, finished = _runs.open_config(config, NAME, OUTPUTS)
     if finished:
         return folder
-    trained = _training.load_trained(*source)
+    with _runs.announced(config, folder):
+        _follow(config, _training.load_trained(*source), folder)
+    return folder
+
+
+def _follow(config: Config, trained: _training.Trained, folder: Path) -> None:
+    """Describe the network's point and the end of the flow from there.
+
+    Raises:
+      RuntimeError: the flow failed.
+    """
     network = _peel(trained, config.per_class)
     start = ncjax.balance_norms(network) if config.balance else network
     log_times = _legs.log_times(config.log_t_max, config.num_times)
     starts = jax.tree.map(lambda leaf: leaf[None], start)
-    try:
-        columns, steps, ends = _legs.solve(
-            starts, log_times, _legs.measure_collapse, folder
-        )
-    except KeyboardInterrupt:
-        print(f"interrupted; go on with: {_runs.resume_command(config, folder)}")
-        raise
+    columns, steps, ends = _legs.solve(starts, log_times, _legs.measure_collapse, folder)
     if steps[-1, 0, 2] != SUCCESS:
         raise RuntimeError(
             f"the flow failed in leg {len(steps)} of {_legs.LEGS}, with result code "
@@ -78,11 +83,9 @@ def run(config: Config) -> Path:
     points = {"network": network, "balanced": start, f"at_log_t_{log_times[-1]:g}": end}
     if not config.balance:
         del points["balanced"]
-    described = {
-        title: describe(point) for title, point in tqdm(points.items(), desc="describe")
-    }
+    with tqdm(points.items(), desc="describe") as progress:
+        described = {title: describe(point) for title, point in progress}
     _write(folder, trained, log_times, columns, described)
-    return folder
 
 
 def _check(config: Config) -> None:
@@ -162,7 +165,7 @@ def _write(folder: Path, trained, log_times, columns, points) -> None:
     summary = {"network": trained.title, "points": points} | _runs.provenance("flax")
     _runs.write_json(folder / _runs.SUMMARY, summary)
     _runs.drop_checkpoint(folder)
-    print(f"{trained.title}\n\n{(folder / 'peel.md').read_text()}\n{folder}")
+    print(f"{trained.title}\n\n{(folder / 'peel.md').read_text()}")
 
 
 if __name__ == "__main__":

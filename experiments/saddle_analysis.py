@@ -61,23 +61,28 @@ def run(config: Config) -> Path:
     """
     _check(config)
     folder, _ = _runs.open_config(config, NAME, OUTPUTS)
-    family = [
-        family_row(block, config.scale)
-        for block in tqdm(_saddles.family(config.max_classes), desc="block family")
-    ]
+    with _runs.announced(config, folder):
+        _analyse(config, folder)
+    return folder
+
+
+def _analyse(config: Config, folder: Path) -> None:
+    """Compute, write and print everything."""
+    with tqdm(_saddles.family(config.max_classes), desc="block family") as blocks:
+        family = [family_row(block, config.scale) for block in blocks]
     _runs.write_table(folder / "family", family)
     directions = _directions(config)
     _runs.write_csv(folder / "directions.csv", STOPS, directions)
-    escapes = [_escape(block, config) for block in tqdm(ESCAPES, desc="escape")]
+    with tqdm(ESCAPES, desc="escape") as blocks:
+        escapes = [_escape(block, config) for block in blocks]
     _runs.write_table(folder / "escape", [row for row, _ in escapes])
-    descents = [_descent(block) for block in tqdm(ESCAPES, desc="descent")]
+    with tqdm(ESCAPES, desc="descent") as blocks:
+        descents = [_descent(block) for block in blocks]
     _write_descent(folder / "descent.csv", descents)
     plotting.save_figure(_figure(directions, escapes, descents), folder, "saddles")
     summary = _summarise(family, directions, [row for row, _ in escapes], descents)
     _runs.write_json(folder / _runs.SUMMARY, summary | _runs.provenance())
     print(_report(summary))
-    print(folder)
-    return folder
 
 
 def _check(config: Config) -> None:

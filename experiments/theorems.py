@@ -65,9 +65,21 @@ def run(config: Config) -> Path:
     if config.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {config.seeds}")
     folder, _ = _runs.open_config(config, NAME, (f"{NAME}.csv", f"{NAME}.md"))
+    with _runs.announced(config, folder):
+        _check_all(config, folder)
+    return folder
+
+
+def _check_all(config: Config, folder: Path) -> None:
+    """Check the statements, write the tables, print.
+
+    Raises:
+      RuntimeError: a statement failed.
+    """
     begun = time.perf_counter()
     flow = _flows(config)
-    found = [check(flow) for check in tqdm(CHECKS, desc="theorems")]
+    with tqdm(CHECKS, desc="theorems") as checks:
+        found = [check(flow) for check in checks]
     rows = [entry._asdict() for entry in found]
     _runs.write_table(folder / NAME, rows)
     seconds = round(time.perf_counter() - begun, 1)
@@ -75,10 +87,9 @@ def run(config: Config) -> Path:
     _runs.write_json(folder / _runs.SUMMARY, summary)
     print("\n".join(_line(entry) for entry in found))
     failed = [entry.statement for entry in found if not entry.passed]
-    print(f"{len(found) - len(failed)} of {len(found)} hold, {seconds} s\n{folder}")
+    print(f"{len(found) - len(failed)} of {len(found)} hold, {seconds} s")
     if failed:
         raise RuntimeError(f"{len(failed)} statements failed: {'; '.join(failed)}")
-    return folder
 
 
 def _line(entry: Statement) -> str:

@@ -76,20 +76,16 @@ def run(config: Config) -> Path:
         return folder
     log_times = _legs.log_times(config.log_t_max, config.num_times)
     begun = time.perf_counter()
-    try:
+    with _runs.announced(config, folder):
         columns, steps, _ = _legs.solve(
             starts, log_times, _legs.measure_collapse, folder, config.solver
         )
-    except KeyboardInterrupt:
-        print(f"interrupted; go on with: {_runs.resume_command(config, folder)}")
-        raise
-    stats = _solver_stats(config, steps)
-    stats["seconds"] = round(time.perf_counter() - begun, 2)
-    columns["margin_deficit"] = 1 - columns["margin_ratio"]
-    summary = _summarise(config, log_times, columns, stats)
-    _write(folder, log_times, columns, summary)
-    print(_table(config, summary))
-    print(folder)
+        stats = _solver_stats(config, steps)
+        stats["seconds"] = round(time.perf_counter() - begun, 2)
+        columns["margin_deficit"] = 1 - columns["margin_ratio"]
+        summary = _summarise(config, log_times, columns, stats)
+        _write(folder, log_times, columns, summary)
+        print(_table(config, summary))
     return folder
 
 

@@ -179,7 +179,7 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(
     if epoch < 6:
         with pytest.raises(KeyboardInterrupt):
             interrupted(small(folder), epoch)
-        assert "interrupted; go on with: python -m" in capsys.readouterr().out
+        assert "interrupted; go on with: python -m" in capsys.readouterr().err
     else:
         interrupted(small(folder), epoch)
     assert signal.getsignal(signal.SIGINT) is handler
