@@ -57,12 +57,16 @@ class Config:
     Example: python -m benchmarks.run --only=training_step,metrics
     """
 
-    only: str = _cli.flag(",".join(SECTIONS), "sections, with commas between")
-    repeats: int = _cli.flag(5, "timed calls of each program")
-    torch_threads: int = _cli.flag(0, "threads of PyTorch; 0 for its own choice")
-    cpu_devices: int = _cli.flag(1, "JAX devices that a CPU is split into")
+    only: str = _cli.flag(
+        ",".join(SECTIONS), "sections timed, with commas between", _cli.TIME
+    )
+    repeats: int = _cli.flag(5, "timed calls of each program; medians are told", _cli.TIME)
+    torch_threads: int = _cli.flag(
+        0, "threads of PyTorch; 0 for its own choice", _cli.MACHINE
+    )
+    cpu_devices: int = _cli.flag(1, "JAX devices that a CPU is split into", _cli.MACHINE)
     out: str = _cli.flag(
-        "benchmarks/results.json", "where the numbers go; tables beside it"
+        "benchmarks/results.json", "JSON file of the numbers; tables beside it", _cli.OUTPUT
     )
 
 

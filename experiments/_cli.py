@@ -6,75 +6,145 @@ The only place that sets `jax.config`.
 import dataclasses
 import inspect
 import os
+import shlex
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import flags, logging
 
+# Groups of flags.
+MODEL, DATA, SEEDS, TIME = "Model", "Data", "Seeds", "Time and accuracy"
+TRAINING, FOLDER, OUTPUT, MACHINE = "Training", "Run folder", "Output", "Machine"
+# In the order of the help.
+GROUPS = (MODEL, DATA, SEEDS, TIME, TRAINING, FOLDER, OUTPUT, MACHINE)
+_TRACEBACK = "after an error or an interruption, print the traceback to stderr"
+_NOTES = """\
+Shown are the defaults. [no]: --flag is on, --noflag is off.
+The path of what was written is the last line of stdout.
+Exit codes: 0 done, 1 failed, 2 bad use, 130 interrupted."""
+_LEFT = 26  # columns of the flag and its default
+_INTERRUPTED, _NO_READER = 130, 141  # as a shell says of what SIGINT, SIGPIPE ended
+_LONGEST = 300  # characters of a message that is not this project's
 _DEFINE: dict[Any, Callable[..., Any]] = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
     bool: flags.DEFINE_boolean,
 }
+_KINDS = {int: "an integer", float: "a number", bool: "true or false"}
 
 
-def flag(default: Any, text: str) -> Any:
-    """A dataclass field that is a flag: its default and its line of help."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def flag(default: Any, text: str, group: str) -> Any:
+    """A dataclass field that is a flag: default, line of help with its unit, group."""
+    return dataclasses.field(default=default, metadata={"help": text, "group": group})
 
 
 def parse(config_class: type, argv: Sequence[str]):
     """The config that `argv` (program name first) asks for.
 
-    Flags live in a `FlagValues` of their own, so that experiments with flags of the same
-    name can be imported together.
-
     Raises:
-      absl.flags.Error: an unknown flag or a value of the wrong type.
-      ValueError: an argument that is no flag.
+      absl.flags.Error: an unknown flag.
+      ValueError: a value of the wrong type, or an argument that is no flag.
+    """
+    return _config(config_class, _flags(config_class), argv)
+
+
+def _flags(config_class: type) -> flags.FlagValues:
+    """Flags of an experiment, and --traceback.
+
+    They live in a `FlagValues` of their own, so that experiments with flags of the same
+    name can be imported together.
     """
     values = flags.FlagValues()
-    fields = dataclasses.fields(config_class)
-    for field in fields:
+    flags.DEFINE_boolean("traceback", False, _TRACEBACK, flag_values=values)
+    for field in dataclasses.fields(config_class):
         _DEFINE[field.type](
             field.name, field.default, field.metadata["help"], flag_values=values
         )
-    rest = values(list(argv))[1:]
+    return values
+
+
+def _config(config_class: type, values: flags.FlagValues, argv: Sequence[str]):
+    kinds = {field.name: field.type for field in dataclasses.fields(config_class)}
+    try:
+        rest = values(list(argv))[1:]
+    except flags.IllegalFlagValueError as error:
+        raise _wrong_type(error, kinds) from None
     if rest:
         raise ValueError(f"expected flags such as --seed=1, got {' '.join(rest)!r}")
-    return config_class(**{field.name: values[field.name].value for field in fields})
+    return config_class(**{name: values[name].value for name in kinds})
+
+
+def _wrong_type(error: flags.Error, kinds: Mapping[str, Any]) -> ValueError:
+    """What to say instead of absl's "flag --NAME=VALUE: REASON"."""
+    text = str(error).removeprefix("flag --").removesuffix(f": {error.__context__}")
+    name, _, given = text.partition("=")
+    return ValueError(f"--{name} must be {_KINDS[kinds.get(name, bool)]}, got {given!r}")
 
 
 def usage(config_class: type, name: str) -> str:
-    """Help text: what it does, an example, each flag with its default."""
-    summary = inspect.getdoc(config_class) or ""
-    lines = [summary, "", f"Usage: python -m {name} [--flag=value ...]", ""]
-    for field in dataclasses.fields(config_class):
-        default = field.default if field.default != "" else '""'
-        left = f"  --{field.name}={default}".replace("=False", "")
-        lines.append(f"{left:<26} {field.metadata['help']}")
-    return "\n".join(lines)
+    """Help text: what it does, an example, each flag with its default, by group."""
+    summary, _, example = (inspect.getdoc(config_class) or "").partition("\n\n")
+    lines = [summary, "", f"Usage:   python -m {name} [--flag=value ...]", example]
+    fields = dataclasses.fields(config_class)
+    for group in GROUPS:
+        of_group = [field for field in fields if field.metadata["group"] == group]
+        if of_group:
+            lines += ["", group]
+        for field in of_group:
+            lines += _flag_lines(field.name, field.default, field.metadata["help"])
+    lines += ["", "Any experiment", *_line("--help", "show this and do nothing else")]
+    return "\n".join([*lines, *_line("--traceback", _TRACEBACK), "", _NOTES])
+
+
+def _flag_lines(name: str, default: Any, text: str) -> list[str]:
+    if isinstance(default, bool):
+        return _line(f"--[no]{name}", f"{text}; {'on' if default else 'off'} by default")
+    shown = f"{default:g}" if isinstance(default, float) else shlex.quote(str(default))
+    return _line(f"--{name}={shown}", text)
+
+
+def _line(left: str, text: str) -> list[str]:
+    """One line of help; two where the left part leaves no room."""
+    if len(left) < _LEFT:
+        return [f"  {left:<{_LEFT}}{text}"]
+    return [f"  {left}", f"  {'':<{_LEFT}}{text}"]
 
 
 def main(config_class: type, run: Callable[[Any], Any], name: str) -> None:
-    """Parse `sys.argv`, run, and exit: 0 done, 1 failed, 2 bad use, 130 interrupted."""
-    sys.exit(_main(config_class, run, name, sys.argv))
+    """Parse `sys.argv`, run, and exit: 0 done, 1 failed, 2 bad use, 130 interrupted.
+
+    141 where nobody reads stdout any more, as in `| head`: without a word, as others do.
+    """
+    code = 0
+    try:
+        code = _main(config_class, run, name, sys.argv)
+        print(end="", flush=True)
+    except OSError as error:
+        # Or Python would try once more at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lost = isinstance(error, BrokenPipeError)
+        code = code or (_NO_READER if lost else _fail(error))
+    if code and not jax.distributed.is_initialized():
+        os._exit(code)  # XLA may be at work still, and an ordinary exit would then crash
+    sys.exit(code)
 
 
 def _main(config_class, run, name, argv) -> int:
-    if any(argument in ("-h", "--help") for argument in argv[1:]):
+    if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
         print(usage(config_class, name))
         return 0
     warnings.showwarning = lambda message, *_args, **_kwargs: print(
         f"warning: {message}", file=sys.stderr
     )
     logging.set_verbosity(logging.ERROR)  # hints of TFDS and Orbax, none to the user
+    values = _flags(config_class)
     try:
-        config = parse(config_class, argv)
+        config = _config(config_class, values, argv)
         set_up_jax(
             getattr(config, "cpu_devices", 0),
             getattr(config, "coordinator", ""),
@@ -82,18 +152,43 @@ def _main(config_class, run, name, argv) -> int:
             getattr(config, "process_id", 0),
         )
         run(config)
-    except (flags.Error, ValueError) as error:
-        return _fail(error, 2)
-    except (OSError, RuntimeError, MemoryError) as error:
-        return _fail(error, 1)
-    except KeyboardInterrupt:
-        return 130
+    except BrokenPipeError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        if values["traceback"].value:
+            traceback.print_exception(error)
+        return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else _fail(error)
     return 0
 
 
-def _fail(error: Exception, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
+def _fail(error: Exception) -> int:
+    """Print an error in one line; its exit code."""
+    message = " ".join(str(error).split())
+    if isinstance(error, flags.UnrecognizedFlagError) and "Did you mean" not in message:
+        message += "; --help lists the flags"
+    by_check = _is_by_check(error)
+    if not (by_check or isinstance(error, flags.Error | OSError)):
+        first = next(iter(str(error).strip().splitlines()), "")[:_LONGEST]
+        kind = type(error).__name__
+        message = f"{kind}: {first}" if first else kind
+        message += " (--traceback shows where)"
+    print(f"error: {message}", file=sys.stderr)
+    bad_use = isinstance(error, flags.Error) or (by_check and isinstance(error, ValueError))
+    return 2 if bad_use else 1
+
+
+def _is_by_check(error: Exception) -> bool:
+    """Whether a check of this project raised `error`: no bug, and no library's error."""
+    ours = ("__main__", "ncjax", "experiments", "benchmarks")
+    kind = type(error)
+    if kind not in (ValueError, RuntimeError) and _package(kind.__module__) not in ours:
+        return False
+    *_, (frame, _line_number) = traceback.walk_tb(error.__traceback__)
+    return _package(frame.f_globals.get("__name__", "")) in ours
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def set_up_jax(
@@ -121,6 +216,8 @@ def set_up_jax(
     if (num_processes > 1) != bool(coordinator):
         raise ValueError("--coordinator=HOST:PORT and --num_processes go together")
     jax.config.update("jax_enable_x64", True)
+    # `_is_by_check` and --traceback want the frames of JAX too.
+    jax.config.update("jax_traceback_filtering", "off")
     jax.config.update("jax_num_cpu_devices", cpu_devices or cores())
     if num_processes > 1:
         jax.distributed.initialize(coordinator, num_processes, process_id)

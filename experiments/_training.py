@@ -53,38 +53,64 @@ _NOT_FALLING = (
 class Config:
     """Flags that all training experiments share."""
 
-    dataset: str = _cli.flag("digits", "digits (needs no network), or a set of TFDS")
-    train_split: str = _cli.flag("train", "such as 'train[:20%]', or 'test' of kmnist")
-    test_split: str = _cli.flag("test", "measured too, never trained on; empty for none")
-    data_dir: str = _cli.flag("", "of TFDS; if empty, TFDS_DATA_DIR or its default")
-    per_class: int = _cli.flag(0, "first n training images of each class; 0 for all")
-    image_size: int = _cli.flag(0, "pad images with zeros to this size, in pixels")
-    augment: bool = _cli.flag(False, "shift and mirror training images")
-    model: str = _cli.flag("mlp", f"one of {', '.join(models.MODELS)}")
-    width: float = _cli.flag(1.0, "multiplies all channels")
-    use_bias: bool = _cli.flag(True, "bias of the classifier")
+    dataset: str = _cli.flag("digits", "digits (no download), or a set of TFDS", _cli.DATA)
+    train_split: str = _cli.flag(
+        "train", "such as 'train[:20%]', as TFDS writes splits", _cli.DATA
+    )
+    test_split: str = _cli.flag(
+        "test", "measured too, never trained on; empty for none", _cli.DATA
+    )
+    data_dir: str = _cli.flag(
+        "", "folder of TFDS; if empty, TFDS_DATA_DIR or its default", _cli.DATA
+    )
+    per_class: int = _cli.flag(
+        0, "first n training images of each class; 0 for all", _cli.DATA
+    )
+    image_size: int = _cli.flag(
+        0, "pixels that images are padded to with zeros; 0 for as they are", _cli.DATA
+    )
+    augment: bool = _cli.flag(False, "shift and mirror training images", _cli.TRAINING)
+    model: str = _cli.flag("mlp", f"one of {', '.join(models.MODELS)}", _cli.MODEL)
+    width: float = _cli.flag(
+        1.0, "factor of the number of channels of every layer", _cli.MODEL
+    )
+    use_bias: bool = _cli.flag(True, "a bias in the classifier", _cli.MODEL)
     compute_dtype: str = _cli.flag(
-        "auto", "float32, bfloat16, or auto: bfloat16 on accelerators"
+        "auto", "float32, bfloat16, or auto: bfloat16 on accelerators", _cli.TIME
     )
-    epochs: int = _cli.flag(100, "passes over the training set")
-    batch_size: int = _cli.flag(128, "images in a step, over all devices")
-    learning_rate: float = _cli.flag(0.05, "of stochastic gradient descent")
-    momentum: float = _cli.flag(0.9, "of stochastic gradient descent")
-    weight_decay: float = _cli.flag(0.0, "on all parameters")
+    epochs: int = _cli.flag(100, "passes over the training set", _cli.TRAINING)
+    batch_size: int = _cli.flag(128, "images in a step, over all devices", _cli.TRAINING)
+    learning_rate: float = _cli.flag(
+        0.05, "step size of stochastic gradient descent", _cli.TRAINING
+    )
+    momentum: float = _cli.flag(
+        0.9, "share of the last step that the next one keeps", _cli.TRAINING
+    )
+    weight_decay: float = _cli.flag(0.0, "L2 penalty on all parameters", _cli.TRAINING)
     schedule: str = _cli.flag(
-        "constant", "or step: learning rate / 10 after 1/3 and 2/3 of the epochs"
+        "constant",
+        "constant, or step: learning rate / 10 after 1/3 and 2/3 of the epochs",
+        _cli.TRAINING,
     )
-    seed: int = _cli.flag(0, "of the initial weights and of the order of the images")
-    seeds: int = _cli.flag(1, "networks trained side by side, from one seed")
-    measurements: int = _cli.flag(30, "epochs measured at most, even in log log epoch")
-    checkpoint_every: int = _cli.flag(10, "epochs between checkpoints, at most")
-    workdir: str = _cli.flag("", "run folder; if empty, a new one under runs/")
-    overwrite: bool = _cli.flag(False, "replace the run that workdir holds")
-    resume: bool = _cli.flag(False, "go on with the run that workdir holds")
-    cpu_devices: int = _cli.flag(1, "JAX devices that a CPU is split into; 1 is fastest")
-    coordinator: str = _cli.flag("", "host:port of process 0, if there are several")
-    num_processes: int = _cli.flag(1, "processes that train together")
-    process_id: int = _cli.flag(0, "of this process, from 0")
+    seed: int = _cli.flag(0, "seed of initial weights and order of images", _cli.SEEDS)
+    seeds: int = _cli.flag(1, "networks trained side by side, from one seed", _cli.SEEDS)
+    measurements: int = _cli.flag(
+        30, "epochs measured at most, evenly in log log epoch", _cli.TIME
+    )
+    checkpoint_every: int = _cli.flag(
+        10, "epochs between checkpoints, at most", _cli.FOLDER
+    )
+    workdir: str = _cli.flag("", "run folder; if empty, a new one under runs/", _cli.FOLDER)
+    overwrite: bool = _cli.flag(False, "replace the run that workdir holds", _cli.FOLDER)
+    resume: bool = _cli.flag(False, "go on with the run that workdir holds", _cli.FOLDER)
+    cpu_devices: int = _cli.flag(
+        1, "JAX devices that a CPU is split into; 1 is fastest", _cli.MACHINE
+    )
+    coordinator: str = _cli.flag(
+        "", "host:port of process 0, if there are several", _cli.MACHINE
+    )
+    num_processes: int = _cli.flag(1, "processes that train together", _cli.MACHINE)
+    process_id: int = _cli.flag(0, "number of this process, from 0", _cli.MACHINE)
 
 
 class Setup(NamedTuple):

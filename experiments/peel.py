@@ -27,17 +27,33 @@ class Config:
     Example: python -m experiments.peel --run=runs/train_resnet/20261124-120000
     """
 
-    run: str = _cli.flag("", "folder of a training run, with its checkpoints")
-    index: int = _cli.flag(0, "which network, of a run of several seeds")
-    per_class: int = _cli.flag(20, "n, first training images of each class; 0 for all")
-    balance: bool = _cli.flag(True, "start from W and H of equal norms, no logit changed")
-    log_t_max: float = _cli.flag(1000.0, "log of the time that the flow goes on for")
-    num_times: int = _cli.flag(100, f"times measured, up to a multiple of {_legs.LEGS}")
-    data_dir: str = _cli.flag("", "of TFDS; if empty, TFDS_DATA_DIR or its default")
-    cpu_devices: int = _cli.flag(1, "JAX devices that a CPU is split into; 1 is fastest")
-    workdir: str = _cli.flag("", f"run folder; if empty, a new one under runs/{NAME}")
-    overwrite: bool = _cli.flag(False, "replace the run that workdir holds")
-    resume: bool = _cli.flag(False, "go on with the run that workdir holds")
+    run: str = _cli.flag(
+        "", "run folder of a network, with its checkpoints; needed", _cli.DATA
+    )
+    index: int = _cli.flag(0, "number of the network, of a run of several seeds", _cli.DATA)
+    per_class: int = _cli.flag(
+        20, "n, first training images of each class; 0 for all", _cli.DATA
+    )
+    balance: bool = _cli.flag(
+        True, "start from W and H of equal norms, no logit changed", _cli.MODEL
+    )
+    log_t_max: float = _cli.flag(
+        1000.0, "time of the flow from there, as natural log of physical time t", _cli.TIME
+    )
+    num_times: int = _cli.flag(
+        100, f"times measured, rounded up to a multiple of {_legs.LEGS}", _cli.TIME
+    )
+    data_dir: str = _cli.flag(
+        "", "folder of TFDS; if empty, TFDS_DATA_DIR or its default", _cli.DATA
+    )
+    cpu_devices: int = _cli.flag(
+        1, "JAX devices that a CPU is split into; 1 is fastest", _cli.MACHINE
+    )
+    workdir: str = _cli.flag(
+        "", f"run folder; if empty, a new one under runs/{NAME}", _cli.FOLDER
+    )
+    overwrite: bool = _cli.flag(False, "replace the run that workdir holds", _cli.FOLDER)
+    resume: bool = _cli.flag(False, "go on with the run that workdir holds", _cli.FOLDER)
 
 
 def run(config: Config) -> Path:

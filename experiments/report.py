@@ -18,10 +18,14 @@ class Config:
     Example: python -m experiments.report --runs=results --output=report.html
     """
 
-    runs: str = _cli.flag("runs", "run folders or folders of them, separated by commas")
-    output: str = _cli.flag("report.html", "the page to write, one file")
-    title: str = _cli.flag("Neural collapse: report of runs", "heading of the page")
-    overwrite: bool = _cli.flag(False, "replace the file that output names")
+    runs: str = _cli.flag(
+        "runs", "run folders or folders of them, with commas between", _cli.DATA
+    )
+    output: str = _cli.flag("report.html", "the page, one HTML file", _cli.OUTPUT)
+    title: str = _cli.flag(
+        "Neural collapse: report of runs", "heading of the page", _cli.OUTPUT
+    )
+    overwrite: bool = _cli.flag(False, "replace the file that output names", _cli.OUTPUT)
 
 
 def run(config: Config) -> Path:

@@ -39,15 +39,23 @@ class Config:
     Example: python -m experiments.saddle_analysis --max_classes=12
     """
 
-    max_classes: int = _cli.flag(12, "largest K of the block family")
-    scale: float = _cli.flag(30.0, "norm factor c of the saddles, Z = c (W, H)")
-    seeds: int = _cli.flag(16, "flows from random starts, stopped along the way")
-    seed: int = _cli.flag(0, "seed of all random starts")
-    num_classes: int = _cli.flag(4, "K of the random starts")
-    per_class: int = _cli.flag(2, "n of the random starts")
-    dim: int = _cli.flag(6, "d of the random starts")
-    workdir: str = _cli.flag("", f"run folder; if empty, a new one under runs/{NAME}")
-    overwrite: bool = _cli.flag(False, "replace the run that workdir holds")
+    max_classes: int = _cli.flag(12, "largest K of the block family", _cli.MODEL)
+    scale: float = _cli.flag(
+        30.0, "c, factor of the norm of the saddles, Z = c (W, H)", _cli.MODEL
+    )
+    seeds: int = _cli.flag(
+        16, "flows from random starts, stopped along the way", _cli.SEEDS
+    )
+    seed: int = _cli.flag(0, "seed of all random starts", _cli.SEEDS)
+    num_classes: int = _cli.flag(4, "K, number of classes of the random starts", _cli.MODEL)
+    per_class: int = _cli.flag(
+        2, "n, samples of each class of the random starts", _cli.MODEL
+    )
+    dim: int = _cli.flag(6, "d, feature dimension of the random starts", _cli.MODEL)
+    workdir: str = _cli.flag(
+        "", f"run folder; if empty, a new one under runs/{NAME}", _cli.FOLDER
+    )
+    overwrite: bool = _cli.flag(False, "replace the run that workdir holds", _cli.FOLDER)
 
 
 def run(config: Config) -> Path:

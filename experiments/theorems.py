@@ -36,10 +36,12 @@ class Config:
     Example: python -m experiments.theorems
     """
 
-    seeds: int = _cli.flag(8, "random starts of the flow")
-    seed: int = _cli.flag(0, "seed of everything random")
-    workdir: str = _cli.flag("", f"run folder; if empty, a new one under runs/{NAME}")
-    overwrite: bool = _cli.flag(False, "replace the run that workdir holds")
+    seeds: int = _cli.flag(8, "random starts of the flow", _cli.SEEDS)
+    seed: int = _cli.flag(0, "seed of everything random", _cli.SEEDS)
+    workdir: str = _cli.flag(
+        "", f"run folder; if empty, a new one under runs/{NAME}", _cli.FOLDER
+    )
+    overwrite: bool = _cli.flag(False, "replace the run that workdir holds", _cli.FOLDER)
 
 
 class Statement(NamedTuple):

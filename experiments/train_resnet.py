@@ -15,8 +15,10 @@ class Config(_training.Config):
     Example: python -m experiments.train_resnet --dataset=cifar10
     """
 
-    model: str = _cli.flag("resnet18", "resnet18, resnet34 or resnet50")
-    stem: str = _cli.flag("cifar", "cifar (3x3) or imagenet (7x7, then a maximum)")
+    model: str = _cli.flag("resnet18", "resnet18, resnet34 or resnet50", _cli.MODEL)
+    stem: str = _cli.flag(
+        "cifar", "cifar (3x3) or imagenet (7x7, then a maximum)", _cli.MODEL
+    )
 
 
 def run(config: Config) -> Path:

@@ -16,11 +16,15 @@ class Config(_training.Config):
     Example: python -m experiments.train_vgg --dataset=kmnist
     """
 
-    model: str = _cli.flag("vgg13", "vgg11, vgg13, vgg16 or vgg19")
+    model: str = _cli.flag("vgg13", "vgg11, vgg13, vgg16 or vgg19", _cli.MODEL)
     image_size: int = _cli.flag(
-        models.VGG_LEAST_SIZE, "pad images with zeros to this size; 0 for as they are"
+        models.VGG_LEAST_SIZE,
+        "pixels that images are padded to with zeros; 0 for as they are",
+        _cli.DATA,
     )
-    head: str = _cli.flag("linear", "linear, or mlp: two layers of 4096 units before")
+    head: str = _cli.flag(
+        "linear", "linear, or mlp: two layers of 4096 units before", _cli.MODEL
+    )
 
 
 def run(config: Config) -> Path:

@@ -42,21 +42,31 @@ class Config:
     Example: python -m experiments.ulpm_flow --seeds=32 --log_t_max=1000
     """
 
-    seeds: int = _cli.flag(32, "number of starts, solved side by side")
-    seed: int = _cli.flag(0, "seed that all starts are drawn from")
-    num_classes: int = _cli.flag(10, "K, number of classes")
-    per_class: int = _cli.flag(5, "n, samples of each class")
-    dim: int = _cli.flag(20, "d, feature dimension")
-    init_scale: float = _cli.flag(0.1, "standard deviation of the entries at t = 0")
-    log_t_max: float = _cli.flag(1000.0, "natural logarithm of the last time")
-    num_times: int = _cli.flag(200, f"times measured, up to a multiple of {_legs.LEGS}")
-    dtype: str = _cli.flag("float64", "float64 or float32")
-    solver: str = _cli.flag(
-        "auto", "explicit, stabilised (log t from 2e3), implicit (from 5e4), or auto"
+    seeds: int = _cli.flag(32, "number of starts, solved side by side", _cli.SEEDS)
+    seed: int = _cli.flag(0, "seed that all starts are drawn from", _cli.SEEDS)
+    num_classes: int = _cli.flag(10, "K, number of classes", _cli.MODEL)
+    per_class: int = _cli.flag(5, "n, samples of each class", _cli.MODEL)
+    dim: int = _cli.flag(20, "d, feature dimension", _cli.MODEL)
+    init_scale: float = _cli.flag(
+        0.1, "standard deviation of the entries of W and H at t = 0", _cli.MODEL
     )
-    workdir: str = _cli.flag("", f"run folder; if empty, a new one under runs/{NAME}")
-    overwrite: bool = _cli.flag(False, "replace the run that workdir holds")
-    resume: bool = _cli.flag(False, "go on with the run that workdir holds")
+    log_t_max: float = _cli.flag(
+        1000.0, "last time, as natural log of physical time t", _cli.TIME
+    )
+    num_times: int = _cli.flag(
+        200, f"times measured, rounded up to a multiple of {_legs.LEGS}", _cli.TIME
+    )
+    dtype: str = _cli.flag("float64", "float64 or float32", _cli.TIME)
+    solver: str = _cli.flag(
+        "auto",
+        "explicit, implicit (for log t of 1e5 and beyond), or auto: the faster",
+        _cli.TIME,
+    )
+    workdir: str = _cli.flag(
+        "", f"run folder; if empty, a new one under runs/{NAME}", _cli.FOLDER
+    )
+    overwrite: bool = _cli.flag(False, "replace the run that workdir holds", _cli.FOLDER)
+    resume: bool = _cli.flag(False, "go on with the run that workdir holds", _cli.FOLDER)
 
 
 def run(config: Config) -> Path:

@@ -1,8 +1,6 @@
 import csv
 import dataclasses
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -10,7 +8,6 @@ import pytest
 
 import ncjax
 from experiments import (
-    _cli,
     _fits,
     _legs,
     _runs,
@@ -241,52 +238,6 @@ def test_what_failing_seeds_reached_is_kept(tmp_path, monkeypatch):
 def test_all_seeds_failing_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="all 2 seeds failed at once"):
         ulpm_flow.run(small(tmp_path / "run", init_scale=1e200))
-
-
-def command(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.ulpm_flow", *flags],
-        capture_output=True,
-        text=True,
-    )
-
-
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("--sedes=3", "Unknown command line flag 'sedes'. Did you mean: seeds ?"),
-        ("--seeds=many", "flag --seeds=many: invalid literal"),
-        ("seeds", "expected flags such as --seed=1, got 'seeds'"),
-        ("--dim=0", "--dim must be at least 1, got 0"),
-    ],
-)
-def test_bad_use_is_one_line_and_exit_code_2(flag, message):
-    done = command(flag)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert message in done.stderr
-
-
-def test_help_shows_every_flag_with_its_default():
-    done = command("--help")
-    assert done.returncode == 0
-    for field in dataclasses.fields(ulpm_flow.Config):
-        assert f"--{field.name}" in done.stdout
-    assert "--seeds=32" in done.stdout
-
-
-def test_the_command_runs_and_ends_with_its_folder(tmp_path):
-    flags = ("--seeds=3", "--num_classes=3", "--dim=2", "--log_t_max=5", "--num_times=20")
-    done = command(*flags, f"--workdir={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(tmp_path / "run")
-
-
-def test_flags_are_parsed_by_type():
-    config = _cli.parse(
-        ulpm_flow.Config, ["", "--seeds=3", "--init_scale=1", "--overwrite"]
-    )
-    assert (config.seeds, config.init_scale, config.overwrite) == (3, 1.0, True)
 
 
 def test_exponents_of_exact_power_laws():

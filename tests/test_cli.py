@@ -1,0 +1,329 @@
+"""The command line: help by groups, errors in one line, exit codes, the folder last."""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl import logging
+
+from benchmarks import run as benchmarks_run
+from experiments import (
+    _cli,
+    _legs,
+    _runs,
+    _training,
+    peel,
+    report,
+    saddle_analysis,
+    theorems,
+    train_resnet,
+    train_small,
+    train_vgg,
+    ulpm_flow,
+)
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = {
+    f"experiments.{module.NAME}": module
+    for module in (
+        *(ulpm_flow, saddle_analysis, theorems, peel, report),
+        *(train_resnet, train_vgg, train_small),
+    )
+} | {"benchmarks.run": benchmarks_run}
+# Their defaults leave no room beside them.
+TWO_LINES = {"title", "only", "out"}
+
+
+@pytest.fixture
+def cli(monkeypatch):
+    """The command of an experiment in this process, whose JAX is set up: its exit code."""
+    monkeypatch.setattr(_cli, "set_up_jax", lambda *_: None)
+    monkeypatch.setattr(logging, "set_verbosity", lambda _: None)
+
+    def call(*flags, run=ulpm_flow.run, config=ulpm_flow.Config):
+        return _cli._main(config, run, "experiments.some", ["some", *flags])
+
+    return call
+
+
+def only_line(text):
+    assert text.count("\n") == 1, text
+    return text.removesuffix("\n")
+
+
+def pages():
+    return [
+        pytest.param(module.Config, _cli.usage(module.Config, name), id=name)
+        for name, module in COMMANDS.items()
+    ]
+
+
+def shown_flags(page):
+    """What the help shows to the left: --name=default or --[no]name."""
+    return re.findall(r"^  (--(?:'[^']*'|\S)+)", page, re.MULTILINE)
+
+
+def test_every_experiment_is_tested_here():
+    files = {p.stem for p in (ROOT / "experiments").glob("[!_]*.py")}
+    assert {name.removeprefix("experiments.") for name in COMMANDS} >= files
+
+
+@pytest.mark.parametrize(("config", "page"), pages())
+def test_every_flag_stands_in_its_group_with_its_help(config, page):
+    parts = dict(part.split("\n", 1) for part in page.split("\n\n") if "\n" in part)
+    groups = [line for line in page.splitlines() if line in _cli.GROUPS]
+    assert groups == [group for group in _cli.GROUPS if group in groups]
+    for field in dataclasses.fields(config):
+        text, group = field.metadata["help"], field.metadata["group"]
+        assert len(text) > 5
+        left = re.escape("[no]" if isinstance(field.default, bool) else "")
+        gap = r"\n +" if field.name in TWO_LINES else r" +"
+        line = rf"^  --{left}{field.name}(=.*)?{gap}{re.escape(text)}"
+        assert re.search(line, parts[group], re.MULTILINE), line
+
+
+@pytest.mark.parametrize(("config", "page"), pages())
+def test_the_help_fits_in_100_columns_and_says_the_manners(config, page):
+    assert max(map(len, page.splitlines())) <= 100
+    for words in (
+        "--traceback",
+        "Exit codes: 0 done, 1 failed, 2 bad use, 130",
+        "--noflag",
+    ):
+        assert words in page
+
+
+@pytest.mark.parametrize(("config", "page"), pages())
+def test_the_defaults_shown_are_the_defaults(config, page):
+    shown = [flag for flag in shown_flags(page) if "=" in flag]
+    assert shown
+    assert _cli.parse(config, ["", *shlex.split(" ".join(shown))]) == config()
+
+
+@pytest.mark.parametrize(("config", "page"), pages())
+def test_the_example_parses(config, page):
+    (example,) = re.findall(r"^Example: python -m (\S+)(.*)$", page, re.MULTILINE)
+    assert COMMANDS[example[0]].Config is config
+    _cli.parse(config, ["", *shlex.split(example[1])])
+
+
+def test_flags_are_parsed_by_type():
+    flags = ["", "--seeds=3", "--init_scale=1", "--overwrite"]
+    config = _cli.parse(ulpm_flow.Config, flags)
+    assert (config.seeds, config.init_scale, config.overwrite) == (3, 1.0, True)
+    assert not _cli.parse(ulpm_flow.Config, [*flags, "--nooverwrite"]).overwrite
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--sedes=3", "Unknown command line flag 'sedes'. Did you mean: seeds ?"),
+        ("--tracback", "Unknown command line flag 'tracback'. Did you mean: traceback ?"),
+        ("--quux", "Unknown command line flag 'quux'; --help lists the flags"),
+        ("--seeds=many", "--seeds must be an integer, got 'many'"),
+        ("--log_t_max=1:2", "--log_t_max must be a number, got '1:2'"),
+        ("--overwrite=perhaps", "--overwrite must be true or false, got 'perhaps'"),
+        ("--traceback=2", "--traceback must be true or false, got '2'"),
+        ("--flagfile=/dev/null/x", "Unable to open flagfile"),
+        ("seeds", "expected flags such as --seed=1, got 'seeds'"),
+        ("--dim=0", "--dim must be at least 1, got 0"),
+        ("--workdir=/dev/null/x", "cannot write to workdir '/dev/null/x'"),
+        ("--resume", "--resume needs --workdir"),
+    ],
+)
+def test_bad_use_is_one_line_and_exit_code_2(cli, capsys, flag, message):
+    assert cli(flag) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert only_line(err).startswith("error: ")
+    assert message in err
+    assert "(--traceback shows where)" not in err
+
+
+def raising(error):
+    def run(_config):
+        raise error
+
+    return run
+
+
+def out_of_memory(_config):
+    jnp.zeros((10**7, 10**7)).block_until_ready()
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (raising(KeyError("mean")), "KeyError: 'mean'"),
+        (raising(AssertionError()), "AssertionError"),
+        (raising(MemoryError("Unable to\nallocate")), "MemoryError: Unable to"),
+        (raising(NotImplementedError("one\ntwo")), "NotImplementedError: one"),
+        (lambda _: json.loads("{"), "JSONDecodeError: Expecting property name"),
+        (lambda _: jnp.zeros(2).reshape(3), "TypeError: cannot reshape array"),
+        (out_of_memory, "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory"),
+        (raising(ValueError("of a library")), "ValueError: of a library"),
+    ],
+)
+def test_what_no_check_foresaw_is_one_line_with_its_type(cli, capsys, run, message):
+    assert cli(run=run) == 1
+    line = only_line(capsys.readouterr().err)
+    assert line.startswith(f"error: {message}")
+    assert line.endswith(" (--traceback shows where)")
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (raising(OSError(28, "No space left on device", "x.csv")), "[Errno 28] No space"),
+        (lambda config: _failed(config), "all 32 seeds failed at once"),
+    ],
+)
+def test_a_failure_that_a_check_tells_is_one_line_without_a_type(cli, capsys, run, message):
+    assert cli(run=run) == 1
+    line = only_line(capsys.readouterr().err)
+    assert line.startswith(f"error: {message}")
+    assert "--traceback" not in line
+
+
+def _failed(config):
+    ulpm_flow._solver_stats(config, jnp.ones((1, config.seeds, 3)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "run", "code"),
+    [
+        (("--dim=0",), ulpm_flow.run, 2),
+        (("--sedes=3",), ulpm_flow.run, 2),
+        ((), raising(KeyError("mean")), 1),
+    ],
+)
+def test_the_traceback_comes_when_asked_for_and_changes_nothing(
+    cli, capsys, flags, run, code
+):
+    assert cli(*flags, run=run) == code
+    line = only_line(capsys.readouterr().err)
+    assert cli(*flags, "--traceback", run=run) == code
+    trace, _, last = capsys.readouterr().err.removesuffix("\n").rpartition("\n")
+    assert last == line
+    assert trace.startswith("Traceback (most recent call last):")
+    config = _cli.parse(ulpm_flow.Config, ["", "--traceback"])
+    assert config == ulpm_flow.Config()
+
+
+STOPPED = {
+    ulpm_flow: (_legs, "solve"),
+    saddle_analysis: (saddle_analysis, "family_row"),
+    theorems: (theorems, "_flows"),
+    peel: (_training, "load_trained"),
+    train_small: (_training._Loop, "run"),
+}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), KeyError("a bug")], ids=type)
+@pytest.mark.parametrize("module", STOPPED, ids=lambda module: module.NAME)
+def test_a_run_that_is_stopped_ends_with_its_folder(
+    cli, capsys, monkeypatch, tmp_path, module, error
+):
+    def stop(*_args, **_settings):
+        raise error
+
+    monkeypatch.setattr(*STOPPED[module], stop)
+    monkeypatch.setattr(_training, "stored_run", lambda *_: None)
+    folder = tmp_path / "my run"
+    flags = (f"--workdir={folder}", *(["--run=somewhere"] if module is peel else []))
+    code = cli(*flags, run=module.run, config=module.Config)
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == str(folder)
+    if not isinstance(error, KeyboardInterrupt):
+        assert code == 1
+        return
+    assert code == 130
+    then, command = err.splitlines()[-1].split(" with: ")
+    assert then in ("interrupted; go on", "interrupted; start again")
+    again = [flag for flag in shlex.split(command) if flag.startswith("--")]
+    config = _cli.parse(module.Config, ["", *again])
+    assert config.workdir == str(folder)
+    assert getattr(config, "resume", config.overwrite)
+
+
+def test_of_several_processes_the_first_alone_speaks(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        _runs.announced(train_small.Config(), tmp_path),
+    ):
+        raise KeyboardInterrupt
+    assert capsys.readouterr() == ("", "")
+
+
+def command(*flags, module="report", **streams):
+    arguments = [sys.executable, "-m", f"experiments.{module}", *flags]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+    return subprocess.run(arguments, text=True, **streams)
+
+
+def test_the_command_runs_and_ends_with_its_folder(cli, capsys, tmp_path):
+    folder = tmp_path / "run"
+    flags = ("--seeds=3", "--num_classes=3", "--dim=2", "--log_t_max=5", "--num_times=20")
+    flags += (f"--workdir={folder}", "--traceback")
+    done = command(*flags, module="ulpm_flow")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(folder)
+    assert "flow: 100%" in done.stderr
+    settings = json.loads((folder / "config.json").read_text())["config"]
+    assert settings == _runs.settings(_cli.parse(ulpm_flow.Config, ["", *flags]))
+    assert "traceback" not in settings
+    assert cli(*flags, "--resume") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(folder)
+
+
+ENDLESS = """
+import jax, numpy as np
+from experiments import _cli, train_small
+
+def run(config):
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("a",))
+    split = jax.sharding.PartitionSpec("a")
+    step = lambda x: jax.lax.while_loop(lambda y: (y >= 0).all(), lambda y: x @ y, x)
+    shard = jax.shard_map(step, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+    jax.jit(shard)(np.zeros((2, 300, 300)))
+    print("at work", flush=True)
+    raise KeyboardInterrupt
+
+_cli.main(train_small.Config, run, "endless")
+"""
+
+
+def test_an_interruption_does_not_wait_for_what_is_computed():
+    """An ordinary exit does, for ever here, or crashes."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENDLESS, "--cpu_devices=2"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "at work\n", "")
+
+
+def test_a_pipe_without_a_reader_ends_it_quietly():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = command("--help", stdout=writing)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_without_room_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = command("--help", stdout=full)
+    assert done.returncode == 1
+    assert only_line(done.stderr) == "error: [Errno 28] No space left on device"
