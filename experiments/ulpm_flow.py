@@ -59,7 +59,7 @@ class Config:
     dtype: str = _cli.flag("float64", "float64 or float32", _cli.TIME)
     solver: str = _cli.flag(
         "auto",
-        "explicit, implicit (for log t of 1e5 and beyond), or auto: the faster",
+        "explicit, stabilised (log t from 2e3), implicit (from 5e4), or auto",
         _cli.TIME,
     )
     workdir: str = _cli.flag(
