@@ -56,7 +56,6 @@ _TWO_ERRORS = {"pcoeff": 0.3, "icoeff": 0.4}
 
 # The implicit solver takes two steps over this length of x up to each time asked for.
 _SETTLING = 0.03
-_SETTLING_FROM = 1.0  # in x; before, nothing is held fast
 # log t from which the norm can be read off the time to the digits that the flow has.
 _EQUILIBRIUM_FROM = 1e6
 
@@ -101,8 +100,9 @@ def gradient_flow(
     knows margins to about rtol times $\log t$. The linearly implicit one takes about 300
     steps to $\log t = 10^4$ and 50 more to $10^6$, each at the cost of solving a system of
     K d unknowns. It steps twice over the last 0.03 of x before a time that is
-    asked for, which lets every margin settle to the digits that float64 has for it, and
-    puts the two invariants of the flow (see `invariant_drift`) right there.
+    asked for, where the state is slow enough for them: that lets every margin settle to
+    the digits that float64 has for it. It puts the two invariants of the flow (see
+    `invariant_drift`) right there.
 
     Works under `jax.jit` and under `jax.vmap` over `params`; a start that fails (see
     `result`) leaves the others as they are. Reverse-mode differentiable.
@@ -225,10 +225,10 @@ def _integrate(params, log_times, start, rtol, atol, solver, record, max_steps, 
     stand_in = x_start + jnp.arange(log_times.size, dtype=dtype)
     x_save = jnp.where(sound, clock(log_times), stand_in)
     x_last = x_save[-1]
-    x_seen = x_save
+    subs = [diffrax.SubSaveAt(ts=x_save, fn=save), diffrax.SubSaveAt(t1=True)]
+    x_before = jnp.maximum(x_save - _SETTLING, x_start)
     if implicit:
-        x_seen = jnp.where(x_save > _SETTLING_FROM, x_save - _SETTLING, x_save)
-        x_seen = jnp.maximum(x_seen, x_start)
+        subs.append(diffrax.SubSaveAt(ts=x_before, fn=lambda _x, scaled, _args: scaled))
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
         solver,
@@ -236,9 +236,7 @@ def _integrate(params, log_times, start, rtol, atol, solver, record, max_steps, 
         t1=x_last,
         dt0=_first_step(implicit, x_start, x_last),
         y0=unscaled(-x_start, params),
-        saveat=diffrax.SaveAt(
-            subs=[diffrax.SubSaveAt(ts=x_seen, fn=save), diffrax.SubSaveAt(t1=True)]
-        ),
+        saveat=diffrax.SaveAt(subs=subs),
         stepsize_controller=diffrax.PIDController(
             rtol=rtol,
             atol=atol,
@@ -256,9 +254,9 @@ def _integrate(params, log_times, start, rtol, atol, solver, record, max_steps, 
     observed, drift = solution.ys[0]
     final = unscaled(x_last, jax.tree.map(lambda leaf: leaf[-1], solution.ys[1]))
     if implicit:
+        settle = partial(_settle, rtol=rtol, atol=atol, start=params)
         states = jax.lax.map(
-            lambda seen: _settle(seen[0], seen[1], seen[2], params),
-            (x_seen, x_save, observed),
+            lambda saved: settle(*saved), (x_before, solution.ys[2], x_save, observed)
         )
         observed = jax.lax.map(observe, states)
         final = jax.tree.map(lambda leaf: leaf[-1], states)
@@ -289,18 +287,26 @@ def _first_step(implicit: bool, x_start: Array, x_last: Array) -> Array:
     return jnp.where(step > 0, step, explicit)
 
 
-def _settle(x: Array, x_save: Array, scaled: Params, start: Params) -> Params:
-    """State `Z` at `x_save` from `Y` interpolated a little before it.
+def _settle(x_before, before, x, interpolated, *, rtol, atol, start: Params) -> Params:
+    """State `Z` at `x` from `Y` interpolated there and a little before.
 
     What the loss holds fast is off by an error of the long step that was interpolated,
-    which grows with log t in a margin. Two short steps damp it out.
+    which grows with log t in a margin. Two short steps damp it out. Where the state
+    itself moves too fast for them the solver has made its own steps short.
     """
-    scaled = _on_loss(x, scaled)
-    middle = (x + x_save) / 2
+    scaled, worst = _on_loss(x_before, before), jnp.zeros((), x.dtype)
+    middle = (x_before + x) / 2
     term = diffrax.ODETerm(field)
-    for low, high in ((x, middle), (middle, x_save)):
-        scaled, *_ = LINEARLY_IMPLICIT.step(term, low, high, scaled, None, None, False)
-    return restore_invariants(unscaled(x_save, scaled), start)
+    for low, high in ((x_before, middle), (middle, x)):
+        scaled, error, *_ = LINEARLY_IMPLICIT.step(
+            term, low, high, scaled, None, None, False
+        )
+        error = jax.tree.map(lambda e, y: e / (atol + rtol * jnp.abs(y)), error, scaled)
+        worst = jnp.maximum(worst, _finite_or_infinite_norm(error))
+    scaled = jax.tree.map(
+        lambda settled, plain: jnp.where(worst <= 1, settled, plain), scaled, interpolated
+    )
+    return restore_invariants(unscaled(x, scaled), start)
 
 
 def _on_loss(x: Array, scaled: Params) -> Params:

@@ -477,3 +477,22 @@ def test_auto_goes_by_time_size_precision_and_tolerance():
 def test_an_unknown_solver_is_refused():
     with pytest.raises(ValueError, match=r"solver must be one of auto, .*got 'euler'"):
         ncjax.gradient_flow(sine_params(), [1.0], solver="euler")
+
+
+def test_implicit_follows_what_moves_fast_between_and_at_any_times():
+    # Far from the loss of its time the state moves within 1e-3 of x; then two times that
+    # lie 0.02 apart about x = 1.
+    start = random_params(7, 3, 2, 4, 4.0)
+    leg = [2.0, 2.001, 2.07, 7.0]
+    implicit, explicit = (
+        ncjax.gradient_flow(start, leg, start_log_time=2.0, solver=s, rtol=1e-10)
+        for s in ("implicit", "explicit")
+    )
+    np.testing.assert_allclose(implicit.params.H, explicit.params.H, rtol=1e-6, atol=1e-7)
+    escape = jax.tree.map(lambda leaf: 1e-3 * leaf, start)
+    times = [1.50, 1.53, 3.0, 3.5]
+    implicit, explicit = (
+        ncjax.gradient_flow(escape, times, solver=s, rtol=1e-10)
+        for s in ("implicit", "explicit")
+    )
+    np.testing.assert_allclose(implicit.params.H, explicit.params.H, rtol=1e-6, atol=1e-7)
