@@ -147,8 +147,8 @@ def gradient_flow(
     if dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"params must be float32 or float64, got {dtype}")
     log_times = _check_log_times(log_times, start_log_time, dtype)
-    tolerance = 1e-8 if dtype == jnp.float64 else 1e-6
-    rtol = tolerance if rtol is None else rtol
+    if rtol is None:
+        rtol = 1e-8 if dtype == jnp.float64 else 1e-6
     check_positive("rtol", rtol)
     if atol is not None:
         check_positive("atol", atol)
@@ -158,7 +158,7 @@ def gradient_flow(
         log_times,
         jnp.asarray(start_log_time, dtype),
         rtol,
-        tolerance * _small_size(params) if atol is None else atol,
+        rtol * _small_size(params) if atol is None else atol,
         _resolve(solver, params, log_times, rtol),
         record,
         max_steps,

@@ -496,3 +496,12 @@ def test_implicit_follows_what_moves_fast_between_and_at_any_times():
         for s in ("implicit", "explicit")
     )
     np.testing.assert_allclose(implicit.params.H, explicit.params.H, rtol=1e-6, atol=1e-7)
+
+
+def test_the_absolute_tolerance_follows_the_relative_one():
+    def steps(**tolerances):
+        flow = ncjax.gradient_flow(sine_params(), [1.0, 10.0], **tolerances)
+        return int(flow.num_steps)
+
+    size = float(ncjax.squared_norm(sine_params()) / 96) ** 0.5
+    assert steps(rtol=1e-5) == steps(rtol=1e-5, atol=1e-5 * size)
