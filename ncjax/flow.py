@@ -372,7 +372,8 @@ def _check_log_times(log_times, start_log_time: float, dtype) -> Array:
             raise ValueError(f"log_times must be numbers below infinity, got {values}")
         if not np.all(values[1:] > values[:-1]):
             raise ValueError(f"log_times must strictly increase (in {dtype}), got {values}")
-        if not values[0] >= start_log_time:
+        known = not isinstance(start_log_time, jax.core.Tracer)
+        if known and not values[0] >= start_log_time:
             raise ValueError(
                 f"log_times must not lie before start_log_time = {start_log_time}, "
                 f"got {values[0]}"

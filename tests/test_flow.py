@@ -505,3 +505,11 @@ def test_the_absolute_tolerance_follows_the_relative_one():
 
     size = float(ncjax.squared_norm(sine_params()) / 96) ** 0.5
     assert steps(rtol=1e-5) == steps(rtol=1e-5, atol=1e-5 * size)
+
+
+def test_a_start_that_is_traced_is_not_asked_for_its_value():
+    flow = jax.jit(
+        lambda start: ncjax.gradient_flow(sine_params(), [1.0, 10.0], start_log_time=start)
+    )
+    assert int(flow(0.0).result) == SUCCESS
+    assert int(flow(2.0).result) == BAD_TIMES
