@@ -45,12 +45,18 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Arra
       reverse derivative, which can be differentiated again either way, and no forward one.
 
     Raises:
-      ValueError: shapes do not fit, or the padded image is smaller than the kernel.
+      ValueError: shapes or dtypes do not fit, or the padded image is smaller than the
+        kernel.
     """
     if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != kernel.shape[2]:
         raise ValueError(
             f"expected x (B, height, width, C) and kernel (h, w, C, O), got {x.shape} and "
             f"{kernel.shape}"
+        )
+    if x.dtype != kernel.dtype or not math.prod(kernel.shape[:2]):
+        raise ValueError(
+            "expected x and a kernel of one dtype with h and w at least 1, got "
+            f"{x.dtype} and {kernel.dtype} {kernel.shape}"
         )
     _output_size(x.shape[1:3], kernel.shape[:2], stride, padding)
     formula = _formula(x.shape, kernel.shape, stride, padding, x.dtype)
@@ -60,7 +66,7 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Arra
 def _formula(x_shape, kernel_shape, stride: int, padding: int, dtype):
     """The fastest formula, measured on CPU at batches of 128 within a loop."""
     window, channels = kernel_shape[:2], min(kernel_shape[2:])
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or 0 in (*x_shape, *kernel_shape):
         return convolve_lax
     if window == (1, 1):
         return convolve_pointwise if padding == 0 else convolve_lax
@@ -254,9 +260,10 @@ def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:
       gradient of equal maxima is shared on CPU and goes to the first elsewhere.
 
     Raises:
-      ValueError: x has another rank, the padded image is smaller than the window, or the
-        padding is more than half of it.
+      ValueError: x has another rank, a size is out of range, the padded image is smaller
+        than the window, or the padding is more than half of it.
     """
+    check_integer("size", size, least=1)
     if x.ndim != 4 or padding > size // 2:
         raise ValueError(
             "expected x (B, height, width, C) and padding of at most half the window, got "

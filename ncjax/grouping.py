@@ -31,7 +31,7 @@ def sum_groups(fn: Callable[..., Array], each: int, *arrays: Array) -> Array:
 def _grouped(each: int, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
     """Arrays (B, ...) as (groups, B', ...), B' at most `each`, filled up with zeros."""
     count = len(arrays[0])
-    groups = math.ceil(count / max(1, each))
+    groups = max(1, math.ceil(count / max(1, each)))
     size = math.ceil(count / groups)
     missing = groups * size - count
     return tuple(

@@ -9,6 +9,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 settings.register_profile("ncjax", deadline=None, derandomize=True, max_examples=25)
+# By hand: pytest --hypothesis-profile campaign, other examples every time.
+settings.register_profile("campaign", deadline=None, max_examples=500, print_blob=True)
 settings.load_profile("ncjax")
 
 

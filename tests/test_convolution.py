@@ -20,6 +20,7 @@ from ncjax.convolution import (
     convolve_winograd,
     max_pool,
 )
+from ncjax.grouping import map_groups, sum_groups
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "full_precision")
 
@@ -162,19 +163,22 @@ def test_formulas_match_loops_and_gradients_match_lax(layer):
 @st.composite
 def layers(draw):
     """Shapes of any map at least as large as its kernel once padded."""
-    size = draw(st.sampled_from([1, 3, 7]))
+    window = draw(st.sampled_from([(1, 1), (3, 3), (7, 7), (5, 2)]))
     padding = draw(st.integers(0, 3))
-    least = max(1, size - 2 * padding)
-    height, width = (draw(st.integers(least, least + 4)) for _ in range(2))
+    least = [max(1, size - 2 * padding) for size in window]
+    height, width = (draw(st.integers(size, size + 4)) for size in least)
     batch, inputs, outputs = (draw(st.integers(1, most)) for most in (3, 6, 4))
     stride = draw(st.integers(1, 2))
-    return (batch, height, width, inputs), (size, size, inputs, outputs), stride, padding
+    return (batch, height, width, inputs), (*window, inputs, outputs), stride, padding
 
 
 @given(layers(), st.integers(0, 2**31))
-@settings(max_examples=10)
+@settings(max_examples=settings.default.max_examples * 2 // 5)
 def test_formulas_match_loops_for_any_shape(layer, seed):
-    assert_convolutions_equal(*layer, seed=seed)
+    _, kernel_shape, stride, padding = layer
+    fits = (*kernel_shape[:2], stride, padding) == (3, 3, 1, 1)
+    more = {"winograd": convolve_winograd} if fits else {}
+    assert_convolutions_equal(*layer, seed=seed, **more)
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
@@ -417,3 +421,36 @@ def test_gradients_of_equal_maxima_add_up(platform):
     share = 4.0 if platform == "cpu" else 0.0
     expected = [[8.0 - share, 0.0, 0.0], [0.0, share, 0.0]]
     np.testing.assert_array_equal(gradient[0, :, :, 0], expected)
+
+
+@given(st.integers(0, 6), st.integers(0, 7), st.integers(0, 2**31))
+def test_a_few_at_a_time_is_all_at_once(count, each, seed):
+    x, y = np.random.default_rng(seed).normal(size=(2, count, 3))
+    np.testing.assert_array_equal(map_groups(lambda x: 2 * x, each, x), 2 * x)
+    total = sum_groups(lambda x, y: jnp.matmul(x.T, y), each, x, y)
+    np.testing.assert_allclose(total, x.T @ y, atol=1e-14)
+
+
+@pytest.mark.parametrize("empty", ["images", "channels"])
+@pytest.mark.parametrize("name", ["3x3 of 2x2", "strided", "1x1", "3x3"])
+def test_no_images_give_no_images_and_no_gradient(name, empty):
+    (batch, *size, channels), kernel_shape, stride, padding, _ = LAYERS[name]
+    x = jnp.zeros((0, *size, channels) if empty == "images" else (batch, *size, 0))
+    kernel = jnp.ones((*kernel_shape[:2], x.shape[3], kernel_shape[3]))
+    value, pull = jax.vjp(partial(convolve, stride=stride, padding=padding), x, kernel)
+    np.testing.assert_array_equal(value, 0)
+    assert value.shape[0] == x.shape[0]
+    by_x, by_kernel = pull(value)
+    assert by_x.shape == x.shape
+    np.testing.assert_array_equal(by_kernel, 0 * kernel)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 2), (3, 3, 3, 2)])
+def test_two_dtypes_and_empty_kernels_are_refused(shape):
+    x = jnp.zeros((1, 4, 4, 3))
+    with pytest.raises(ValueError, match=r"of one dtype .* got float64 and float32"):
+        convolve(x, jnp.zeros(shape, jnp.float32))
+    with pytest.raises(ValueError, match=r"h and w at least 1, got float64 and float64"):
+        convolve(x, jnp.zeros((0, *shape[1:])))
+    with pytest.raises(ValueError, match="size must be an integer of at least 1, got 0"):
+        max_pool(x, 0, 1)
