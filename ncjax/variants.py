@@ -98,9 +98,10 @@ def variability_collapse_index(
 def nuclear_over_frobenius(features: Array, labels: Array, num_classes: int) -> Array:
     r"""$|H_k|_* / |H_k|_F$ (K,) of the features $H_k$ (n_k, d) of each class, not centred.
 
-    1 if the features of a class are parallel. Its mean over classes is the nuclear norm
-    metric of Zhou et al. (2022), the mean of its square the numerical rank of the guided
-    codebase. `labels` must be concrete: they fix the shapes of the K decompositions.
+    1 if the features of a class are parallel, NaN if they are all zero. Its mean over
+    classes is the nuclear norm metric of Zhou et al. (2022), the mean of its square the
+    numerical rank of the guided codebase. `labels` must be concrete: they fix the shapes
+    of the K decompositions.
     """
     features, labels = _samples(features, labels, num_classes)
     targets = np.asarray(labels)
@@ -166,10 +167,19 @@ def one_vs_rest_distances(W: Array) -> np.ndarray:
 
     Source: Jiang et al. (2024), "Generalized neural collapse for a large number of
     classes", GNC2; they report the smallest. Lawson, Hanson (1974), chapter 23.
+
+    Raises:
+      ValueError: W is not (K, d) with K at least 2, or a row is zero or not finite.
     """
     from scipy.optimize import nnls  # type: ignore[import-untyped]  # half a second
 
     unit = np.asarray(W, np.float64)
+    if unit.ndim != 2 or len(unit) < 2:
+        raise ValueError(f"expected W (K, d) with K at least 2, got {unit.shape}")
+    bad = np.flatnonzero(~np.isfinite(unit).all(axis=1) | ~unit.any(axis=1))
+    if bad.size:
+        raise ValueError(f"rows of W must be finite and not zero, got {unit[bad[0]]}")
+    unit = unit / np.abs(unit).max(axis=1, keepdims=True)
     unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
     # Rows in a basis of their span: d may be larger than K.
     rows = np.linalg.qr(unit.T)[1].T

@@ -415,3 +415,17 @@ def test_unknown_names_are_refused():
         variants.uniformity_kernel(jnp.eye(3), "cosine")
     with pytest.raises(ValueError, match="expected features"):
         variants.nearest_centre_accuracy(data.features[0], data.labels, 5)
+
+
+@pytest.mark.parametrize(
+    ("W", "message"),
+    [
+        (np.ones((1, 3)), r"expected W \(K, d\) with K at least 2, got \(1, 3\)"),
+        (np.ones(3), r"expected W \(K, d\) with K at least 2, got \(3,\)"),
+        (np.eye(3) * [1, 1, 0], "rows of W must be finite and not zero"),
+        (np.full((2, 2), np.nan), "rows of W must be finite and not zero"),
+    ],
+)
+def test_rows_without_a_direction_are_refused(W, message):
+    with pytest.raises(ValueError, match=message):
+        variants.one_vs_rest_distances(W)
