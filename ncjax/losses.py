@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from ncjax.types import Array, Params, check_params
 
 # Below this the next term of log log1p(e^a) = a - e^a/2 + ... is under one rounding
-# of `a` in float32 and float64 alike, and e^a is far from underflow in both.
-_SMALL = -30.0
+# of `a` in float32 and float64 alike, and e^a is far from underflow in both. In float16
+# it would underflow, and one rounding of `a` is larger.
+_SMALL, _SMALL_FLOAT16 = -30.0, -8.0
 
 
 def cross_entropy(params: Params) -> Array:
@@ -49,7 +50,8 @@ def log_cross_entropy(params: Params) -> Array:
     $$\log \mathcal L = \operatorname{logsumexp}_{k,i} \log\log(1 + e^{a_{ki}}).$$
 
     Nothing underflows: a loss of `exp(-1e6)` gives -1e6, with gradient $\nabla
-    \mathcal L / \mathcal L$ correct to rounding, in float32 as in float64.
+    \mathcal L / \mathcal L$ correct to rounding, in float32 as in float64. NaN only where
+    a logit itself is beyond the largest number of the dtype.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
@@ -74,7 +76,7 @@ def log_cross_entropy(params: Params) -> Array:
 @jax.custom_jvp
 def log_softplus(a: Array) -> Array:
     r"""$\log\log(1 + e^a)$, elementwise, without underflow: `a` for very negative `a`."""
-    small = a < _SMALL
+    small = a < (_SMALL_FLOAT16 if a.dtype == jnp.float16 else _SMALL)
     safe = jnp.where(small, 0.0, a)
     return jnp.where(small, a - jnp.exp(a) / 2, jnp.log(jax.nn.softplus(safe)))
 
@@ -167,6 +169,7 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
     >>> bool(abs(far[0] / jnp.exp(-40.0) - 1) < 1e-5)
     True
     """
+    labels = labels.astype(jnp.int32)  # in a narrow type the class numbers would wrap
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    others = labels[:, None] != jnp.arange(logits.shape[1], dtype=labels.dtype)[None]
+    others = labels[:, None] != jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
     return jax.nn.softplus(jax.nn.logsumexp(logits - own, axis=1, where=others))

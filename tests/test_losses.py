@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ncjax
-from ncjax.losses import log_softplus
+from ncjax.losses import log_softplus, softmax_cross_entropy
 
 
 def random_params(seed, num_classes, per_class, dim, scale, dtype=np.float64):
@@ -147,3 +147,31 @@ def test_vmap_agrees_with_a_loop():
 def test_shapes_that_do_not_fit_are_named(fn):
     with pytest.raises(ValueError, match=r"expected W \(K, d\) and H \(K, n, d\)"):
         fn(ncjax.Params(jnp.ones((3, 4)), jnp.ones((3, 4))))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_log_softplus_over_the_whole_line_in_half_precision(dtype):
+    a = jnp.concatenate([-jnp.geomspace(2e4, 1e-3, 400), jnp.linspace(0, 80, 50)])
+    a = a.astype(dtype)
+    value, slope = jax.vmap(jax.value_and_grad(log_softplus))(a)
+    truth, truth_slope = oracles.log_softplus(np.asarray(a, float))
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(value, float), truth, rtol=2 * eps, atol=4 * eps)
+    np.testing.assert_allclose(np.asarray(slope, float), truth_slope, rtol=40 * eps)
+
+
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([2, 5, 300]),
+    st.sampled_from(["uint8", "int8", "int64"]),
+)
+def test_loss_of_logits_agrees_with_loops(seed, num_classes, integer):
+    rng = np.random.default_rng(seed)
+    logits = 5 * rng.normal(size=(7, num_classes))
+    labels = rng.integers(0, min(num_classes, 120), 7).astype(integer)
+    got = softmax_cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
+    expected = [
+        np.log1p(sum(np.exp(z - row[y]) for j, z in enumerate(row) if j != y))
+        for row, y in zip(logits, labels, strict=True)
+    ]
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
