@@ -52,9 +52,9 @@ def init_params(
         collapse can therefore not be reached.
     """
     check_sizes(num_classes=num_classes, per_class=per_class, dim=dim)
-    if not (math.isfinite(scale) and scale >= 0):
-        raise ValueError(f"scale must be finite and not negative, got {scale}")
     dtype = float_dtype(dtype)
+    if not 0 <= scale <= float(jnp.finfo(dtype).max):
+        raise ValueError(f"scale must be finite and not negative in {dtype}, got {scale}")
     if dim < num_classes - 1:
         warnings.warn(
             f"dim={dim} is below num_classes - 1 = {num_classes - 1}: no simplex ETF "

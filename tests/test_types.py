@@ -95,3 +95,9 @@ def test_infinite_params_are_counted():
     params = ncjax.Params(jnp.ones((3, 4)), jnp.ones((3, 2, 4)).at[0, 0, :2].set(jnp.nan))
     with pytest.raises(ValueError, match="H must be finite, got 2 of 24 entries"):
         check_params(params, finite=True)
+
+
+def test_a_scale_beyond_the_dtype_is_refused(key):
+    for dtype, scale in ((jnp.float16, 1e5), (jnp.float32, 1e39), (jnp.float64, np.inf)):
+        with pytest.raises(ValueError, match="scale must be finite and not negative in"):
+            ncjax.init_params(key, 3, 2, 4, scale=scale, dtype=dtype)
