@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.magnitude import power_of_two
+
 Array = jax.Array
 
 # Ritz pairs are locked once their estimated residual is this share of the tolerance, so
@@ -249,7 +251,7 @@ def _extend(matvec, krylov: _Krylov, kept: Array, *, threshold: float) -> _Krylo
 
 def _ritz(projected: Array, order: np.ndarray) -> tuple[Array, Array]:
     """Ritz values (m,) and their coefficients in the basis (m, m), columns, in `order`."""
-    unit = _power_of_two(projected)
+    unit = power_of_two(projected)
     theta, rotation = jnp.linalg.eigh(projected / unit)
     return theta[order] * unit, rotation[:, order]
 
@@ -308,11 +310,5 @@ def _random_orthogonal(key: Array, basis: Array) -> Array:
 
 def _norm(vector: Array) -> Array:
     """Euclidean norm without overflow or underflow."""
-    unit = _power_of_two(vector)
+    unit = power_of_two(vector)
     return unit * jnp.linalg.norm(vector / unit)
-
-
-def _power_of_two(vector: Array) -> Array:
-    """Power of two next to the largest entry in size, a half for the zero vector."""
-    _, exponent = jnp.frexp(jnp.max(jnp.abs(vector)))
-    return jnp.ldexp(jnp.ones((), vector.dtype), exponent - 1)
