@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.magnitude import at_unit_scale
 from ncjax.types import Array, Params, check_integer, check_params, check_sizes, float_dtype
 
 
@@ -45,9 +46,11 @@ def simplex_etf(num_classes: int, dim: int, key: Array | None = None, dtype=None
         )
     dtype = float_dtype(dtype)
     if key is not None:
-        frame = jax.random.orthogonal(key, dim, dtype=dtype, m=num_classes - 1)
-        rows = jnp.asarray(helmert(num_classes).T, dtype)
-        unit = jnp.matmul(rows, frame.T, precision="highest")
+        # No orthogonal matrix is drawn in half precision.
+        wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+        frame = jax.random.orthogonal(key, dim, dtype=wide, m=num_classes - 1)
+        rows = jnp.asarray(helmert(num_classes).T, wide)
+        unit = jnp.matmul(rows, frame.T, precision="highest").astype(dtype)
     elif dim >= num_classes:
         centring = np.eye(num_classes) - 1 / num_classes
         unit = jnp.asarray(np.pad(centring, ((0, 0), (0, dim - num_classes))), dtype)
@@ -118,7 +121,8 @@ def margin_ratio(params: Params) -> Array:
 
     Source: Ji et al. (ICLR 2022), Theorem 3.1.
     """
-    num_classes, per_class, _ = check_params(params).H.shape
+    params = at_unit_scale(check_params(params))
+    num_classes, per_class, _ = params.H.shape
     bound = squared_norm(params) / (2 * (num_classes - 1) * math.sqrt(per_class))
     return jnp.min(margins(params)) / bound
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from ncjax.geometry import balance, squared_norm
-from ncjax.types import Array, Params
+from ncjax.magnitude import power_of_two
+from ncjax.types import Array, Params, check_params
 
 # Directions of a share below this are as good as empty.
 _FLOOR = 1e-7
@@ -31,15 +32,39 @@ def invariant_drift(params: Params, start: Params) -> InvariantDrift:
       start: earlier state `Z_0` of the same shapes.
 
     Returns:
-      `InvariantDrift` of scalars, in units of `|Z|²` and `|Z|`.
+      `InvariantDrift` of scalars, in units of `|Z|²` and `|Z|`; 0 where nothing has moved,
+      at the origin too.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
     """
+    params, start = _check_alike(params, start)
+    scale = power_of_two(params)
+    params, start = jax.tree.map(lambda leaf: leaf / scale, (params, start))
     size = squared_norm(params)
     moved = balance(params) - balance(start)
     sums = jnp.sum(params.W, axis=0) - jnp.sum(start.W, axis=0)
     return InvariantDrift(
-        balance=jnp.linalg.norm(moved) / size,
-        classifier_sum=jnp.linalg.norm(sums) / jnp.sqrt(size),
+        balance=_relative(moved, size), classifier_sum=_relative(sums, jnp.sqrt(size))
     )
+
+
+def _relative(moved: Array, size: Array) -> Array:
+    """`|moved| / size`, 0 with slope 0 where nothing has moved."""
+    still = ~jnp.any(moved != 0)
+    length = jnp.linalg.norm(jnp.where(still, 1, moved))
+    return jnp.where(still, 0, length / jnp.where(still, 1, size))
+
+
+def _check_alike(params: Params, start: Params) -> tuple[Params, Params]:
+    """Both as JAX arrays, once of the same shapes and dtype."""
+    params, start = check_params(params), check_params(start)
+    if params.H.shape != start.H.shape or params.H.dtype != start.H.dtype:
+        raise ValueError(
+            f"expected a start like params, with H {params.H.dtype} {params.H.shape}, got "
+            f"{start.H.dtype} {start.H.shape}"
+        )
+    return params, start
 
 
 def restore_invariants(params: Params, start: Params) -> Params:
@@ -56,7 +81,11 @@ def restore_invariants(params: Params, start: Params) -> Params:
 
     Returns:
       `Params`.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
     """
+    params, start = _check_alike(params, start)
     mean = jnp.mean(start.W, axis=0, keepdims=True)
     target = balance(Params(start.W - mean, start.H))
     W, H = params.W - jnp.mean(params.W, axis=0, keepdims=True), params.H

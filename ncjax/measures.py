@@ -2,7 +2,7 @@
 
 Each is the plain definition, for any rows: class means, centred class means, a classifier
 or a centred one. `ncjax.metrics` applies them; the variants that other codebases publish
-are one argument or one more function away.
+are one argument or one more function away. Quotients hold at any scale of the rows.
 """
 
 import math
@@ -10,6 +10,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.magnitude import at_unit_scale
 from ncjax.types import Array
 
 
@@ -20,6 +21,7 @@ def centre_rows(rows: Array) -> Array:
 
 def unit_rows(rows: Array) -> Array:
     r"""$v_k / |v_k|$ of `rows` (K, d)."""
+    rows = at_unit_scale(rows, axis=1)
     return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
 
@@ -33,7 +35,7 @@ def norm_variation(rows: Array, ddof: int = 1) -> Array:
     Returns:
       Scalar, 0 for equal norms.
     """
-    norms = jnp.linalg.norm(rows, axis=1)
+    norms = jnp.linalg.norm(at_unit_scale(rows), axis=1)
     return jnp.std(norms, ddof=ddof) / jnp.mean(norms)
 
 
@@ -67,7 +69,8 @@ def product_etf_error(rows: Array, others: Array) -> Array:
     Source: Zhu et al. (2021), NC3, for `rows` V (K, d) and `others` C (K, d).
     """
     size = rows.shape[0]
-    product = jnp.matmul(rows, others.T, precision="highest")
+    rows, others = at_unit_scale(rows), at_unit_scale(others)
+    product = at_unit_scale(jnp.matmul(rows, others.T, precision="highest"))
     etf = (jnp.eye(size, dtype=rows.dtype) - 1 / size) / math.sqrt(size - 1)
     return jnp.linalg.norm(product / jnp.linalg.norm(product) - etf)
 
@@ -77,6 +80,7 @@ def self_duality(rows: Array, others: Array, squared: bool = False) -> Array:
 
     Papyan, Han, Donoho (2020) plot the square: `squared=True`.
     """
+    rows, others = at_unit_scale(rows), at_unit_scale(others)
     difference = rows / jnp.linalg.norm(rows) - others / jnp.linalg.norm(others)
     distance_squared = jnp.sum(difference**2)
     return distance_squared if squared else jnp.sqrt(distance_squared)

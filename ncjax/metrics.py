@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax import measures, statistics
+from ncjax.magnitude import at_unit_scale, power_of_two
 from ncjax.statistics import ClassStatistics, Comparison
 from ncjax.types import (
     Array,
@@ -54,7 +55,8 @@ def collapse_metrics(params: Params) -> CollapseMetrics:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
-      `CollapseMetrics` of scalars. NaN where a metric is not defined (equal class means).
+      `CollapseMetrics` of scalars, float32 for half precision. NaN where a metric is not
+      defined (equal class means, W = 0).
 
     Raises:
       ValueError: shapes or dtypes do not fit.
@@ -66,12 +68,15 @@ def collapse_metrics(params: Params) -> CollapseMetrics:
     >>> bool(ncjax.collapse_metrics(collapsed).self_duality < 1e-6)
     True
     """
-    return _metrics_of_params(check_params(params))
+    W, H = check_params(params)
+    dtype = statistics.computing_dtype(W.dtype)
+    return _metrics_of_params(Params(W.astype(dtype), H.astype(dtype)))
 
 
 @jax.jit
 def _metrics_of_params(params: Params) -> CollapseMetrics:
-    W, H = params
+    # No metric sees the scale; squares of it may overflow.
+    W, H = (at_unit_scale(leaf) for leaf in params)
     num_classes, per_class, dim = H.shape
     anchor = H[:, 0]
     offset = jnp.mean(H - anchor[:, None], axis=1)
@@ -117,7 +122,8 @@ def collapse_metrics_from_features(
       chunk_size: samples in a chunk, at most N; chosen for a few MB if None.
 
     Returns:
-      `CollapseMetrics` of scalars.
+      `CollapseMetrics` of scalars. NaN where a metric is not defined (equal class means,
+      W = 0).
 
     Raises:
       ValueError: shapes or dtypes do not fit, or (outside jit) labels lie out of range, a
@@ -146,6 +152,9 @@ def collapse_metrics_from_features(
 def _metrics_in_chunks(features, labels, W, b, chunk_size):
     samples, dim = features.shape
     num_classes, dtype = W.shape[0], W.dtype
+    # No metric sees the scale of features and b, or of W and b; squares may overflow.
+    scale = power_of_two(features).astype(dtype)
+    W, b = at_unit_scale((W, None if b is None else b / scale))
 
     def fold(take, state):
         def body(state, chunk):
@@ -156,7 +165,7 @@ def _metrics_in_chunks(features, labels, W, b, chunk_size):
                 jax.lax.dynamic_slice_in_dim(array, start, chunk_size)
                 for array in (features, labels)
             )
-            return take(state, rows, targets, mask), None
+            return take(state, rows.astype(dtype) / scale, targets, mask), None
 
         return jax.lax.scan(body, state, jnp.arange(-(-samples // chunk_size)))[0]
 
@@ -257,10 +266,9 @@ def check_features(features, labels, W, b=None, num_classes=None):
     b = None if b is None else jnp.asarray(b)
     if b is not None and b.shape != W.shape[:1]:
         raise ValueError(f"expected b ({W.shape[0]},), got {b.shape}")
-    for name, array in (("W", W), *(() if b is None else (("b", b),))):
-        _check_floating(name, array)
     dtype = statistics.computing_dtype(features.dtype)
-    return features, labels, W.astype(dtype), None if b is None else b.astype(dtype)
+    W = _floating("W", W, dtype)
+    return features, labels, W, None if b is None else _floating("b", b, dtype)
 
 
 def check_samples(features, labels, num_classes: int) -> tuple[Array, Array]:
@@ -278,16 +286,23 @@ def check_samples(features, labels, num_classes: int) -> tuple[Array, Array]:
             f"{labels.shape}"
         )
     check_sizes(num_classes=num_classes, dim=features.shape[1])
-    _check_floating("features", features)
+    features = _floating("features", features, features.dtype)
     _check_labels(labels, num_classes)
+    if features.shape[0] < num_classes:  # under jit labels cannot tell
+        raise ValueError(
+            f"expected a sample of each of {num_classes} classes, got features "
+            f"{features.shape}"
+        )
     return features, labels.astype(jnp.int32)
 
 
-def _check_floating(name: str, array: Array) -> None:
-    """Raise ValueError unless `array` is floating and, where it is known, finite."""
+def _floating(name: str, array: Array, dtype) -> Array:
+    """`array` in `dtype`, once floating and, where it is known, finite there."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating, got {array.dtype}")
+    array = array.astype(dtype)
     check_finite(name, array)
+    return array
 
 
 def _check_labels(labels: Array, num_classes: int) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ncjax.geometry import block_saddle, margins, squared_norm
 from ncjax.losses import log_cross_entropy
+from ncjax.magnitude import at_unit_scale
 from ncjax.types import Array, Params, check_params, check_sizes
 
 # Values of `Certificate.verdict`, and what they say.
@@ -169,7 +170,8 @@ def certificate(
     the verdict does not.
 
     Returns:
-      `Certificate`. `VERDICTS[int(verdict)]` is the verdict in words. The direction is NaN
+      `Certificate`, float32 for half precision. `VERDICTS[int(verdict)]` is the verdict in
+      words. The direction is NaN
       where the rows of W and H span the whole space, so that no a is left.
 
     Raises:
@@ -185,8 +187,10 @@ def certificate(
     """
     if tol is not None and not tol >= 0:
         raise ValueError(f"tol must not be negative, got {tol}")
-    found = kkt(params, multipliers=multipliers)
     params = check_params(params)
+    if jnp.finfo(params.W.dtype).bits < 32:  # no decomposition there
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    found = kkt(params, multipliers=multipliers)
     num_classes, per_class, _ = params.H.shape
     optimum = (num_classes - 1) * per_class**0.5
     dual = _dual_matrix(found.multipliers)
@@ -229,7 +233,8 @@ def kkt_angle(params: Params) -> Array:
 
     Source: Ji et al. (ICLR 2022), Theorem 3.2: along the flow beta tends to 1.
     """
-    gradient = jax.grad(log_cross_entropy)(params)
+    gradient = at_unit_scale(jax.grad(log_cross_entropy)(params))
+    params = at_unit_scale(params)
     radial = _inner(gradient, params) / squared_norm(params)
     tangent = jax.tree.map(lambda g, z: g - radial * z, gradient, params)
     return jnp.sqrt(squared_norm(tangent) / squared_norm(gradient))

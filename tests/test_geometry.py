@@ -11,19 +11,6 @@ import ncjax
 from ncjax.geometry import helmert
 
 
-@pytest.mark.parametrize("num_classes", [2, 3, 7])
-@pytest.mark.parametrize("extra", [-1, 0, 4])
-@pytest.mark.parametrize("oriented", [False, True])
-def test_simplex_etf_has_the_gram_matrix_of_its_definition(
-    key, num_classes, extra, oriented
-):
-    etf = ncjax.simplex_etf(num_classes, num_classes + extra, key if oriented else None)
-    ones = np.ones((num_classes, num_classes))
-    gram = num_classes / (num_classes - 1) * (np.eye(num_classes) - ones / num_classes)
-    np.testing.assert_allclose(etf @ etf.T, gram, atol=1e-14)
-    np.testing.assert_allclose(etf.sum(axis=0), 0, atol=1e-14)
-
-
 def test_simplex_etf_orientations_differ_and_follow_the_key(key):
     one, two = ncjax.simplex_etf(3, 5, key), ncjax.simplex_etf(3, 5, jax.random.key(1))
     assert not np.allclose(one, two)
