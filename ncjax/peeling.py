@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.losses import log_softplus
+from ncjax.magnitude import at_unit_scale, power_of_two
 from ncjax.metrics import check_features
 from ncjax.types import Array, Params, check_integer, check_params
 
@@ -55,6 +56,7 @@ def last_layer(features, labels, W, b=None) -> LastLayer:
 
     Returns:
       `LastLayer` of scalars, in the dtype of the features, float32 for half precision.
+      NaN where a ratio or an angle is not defined (W = 0, or all features).
 
     Raises:
       ValueError: as in `ncjax.collapse_metrics_from_features`.
@@ -134,10 +136,14 @@ def balance_norms(params: Params) -> Params:
       params: `W` (K, d) and `H` (K, n, d), neither zero.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
+      ValueError: shapes or dtypes do not fit, or (outside jit) W or H is zero.
     """
     W, H = check_params(params)
-    scale = jnp.sqrt(jnp.linalg.norm(H) / jnp.linalg.norm(W))
+    norms = [power_of_two(leaf) * jnp.linalg.norm(at_unit_scale(leaf)) for leaf in (W, H)]
+    for name, norm in zip("WH", norms, strict=True):
+        if not isinstance(norm, jax.core.Tracer) and norm == 0:
+            raise ValueError(f"expected W and H that are not zero, got {name} = 0")
+    scale = jnp.sqrt(norms[1] / norms[0])
     return Params(W=scale * W, H=H / scale)
 
 

@@ -7,6 +7,7 @@ import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_losses import random_params, sizes
 
 import ncjax
 
@@ -40,7 +41,7 @@ def test_it_keeps_its_digits_where_the_loss_underflows(key):
 
 
 @given(
-    counts=st.lists(st.integers(1, 4), min_size=2, max_size=4),
+    counts=st.sampled_from([[1, 1], [4, 1, 2], [2, 3, 1, 4]]),
     with_bias=st.booleans(),
     seed=st.integers(0, 2**31),
 )
@@ -171,3 +172,35 @@ def test_balancing_changes_no_logit_and_is_what_the_balanced_numbers_speak_of(ke
     assert raw.balanced_kkt_angle == pytest.approx(float(even.kkt_angle), rel=1e-10)
     assert even.balanced_kkt_angle == pytest.approx(float(even.kkt_angle), rel=1e-10)
     assert raw.balanced_kkt_angle < raw.kkt_angle
+
+
+@given(st.integers(0, 2**31), sizes, st.booleans())
+def test_peeling_a_model_gives_it_back(seed, shape, with_bias):
+    num_classes, per_class, dim = shape
+    params, rng = random_params(seed, *shape, 1.0), np.random.default_rng(seed)
+    b = rng.normal(size=num_classes) if with_bias else None
+    order = rng.permutation(num_classes * per_class)
+    # Of each class in its order.
+    labels = np.repeat(np.arange(num_classes), per_class)[order]
+    features = np.zeros((labels.size, dim))
+    for k in range(num_classes):
+        features[labels == k] = params.H[k]
+    peeled = ncjax.peel(features, labels, params.W, b)
+    np.testing.assert_array_equal(peeled.H[..., :dim], params.H)
+    np.testing.assert_array_equal(peeled.W[:, :dim], params.W)
+    if with_bias:
+        np.testing.assert_array_equal(peeled.W[:, dim], b)
+
+
+@given(st.integers(0, 2**31), sizes, st.integers(-300, 300), st.integers(-300, 300))
+def test_balanced_norms_are_equal_and_keep_the_margins(seed, shape, p, q):
+    params = random_params(seed, *shape, 1.0)
+    even = ncjax.balance_norms(ncjax.Params(2.0**p * params.W, 2.0**q * params.H))
+    norms = [np.linalg.norm(leaf) for leaf in even]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-12)
+    margins = 2.0 ** (p + q) * ncjax.margins(params)
+    np.testing.assert_allclose(
+        ncjax.margins(even), margins, rtol=1e-9, atol=1e-12 * 2.0 ** (p + q)
+    )
+    with pytest.raises(ValueError, match="expected W and H that are not zero, got W = 0"):
+        ncjax.balance_norms(params._replace(W=0 * params.W))
