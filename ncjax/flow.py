@@ -14,6 +14,7 @@ from ncjax.clock import LINEARLY_IMPLICIT, clock, field, unscaled
 from ncjax.geometry import squared_norm
 from ncjax.invariants import InvariantDrift, invariant_drift, restore_invariants
 from ncjax.losses import cross_entropy, log_cross_entropy
+from ncjax.magnitude import at_unit_scale, power_of_two
 from ncjax.stabilised import Stabilised4
 from ncjax.types import (
     Array,
@@ -152,13 +153,15 @@ def gradient_flow(
     check_positive("rtol", rtol)
     if atol is not None:
         check_positive("atol", atol)
+    relative = jnp.asarray(rtol, dtype)
+    absolute = _absolute_tolerance(params, relative) if atol is None else atol
     check_integer("max_steps", max_steps, least=1)
     return _integrate(
         params,
         log_times,
         jnp.asarray(start_log_time, dtype),
-        rtol,
-        rtol * _small_size(params) if atol is None else atol,
+        relative,
+        jnp.asarray(absolute, dtype),
         _resolve(solver, params, log_times, rtol),
         record,
         max_steps,
@@ -328,8 +331,9 @@ def _on_loss(x: Array, scaled: Params) -> Params:
 
 def _finite_or_infinite_norm(error) -> Array:
     """Root mean square, with NaN as infinity: a trial step that overflows is rejected."""
-    norm = jnp.sqrt(squared_norm(error) / sum(leaf.size for leaf in error))
-    return jnp.where(jnp.isnan(norm), jnp.inf, norm)
+    mean = squared_norm(error) / sum(leaf.size for leaf in error)
+    norm = jnp.where(mean > 0, jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
+    return jnp.where(jnp.isnan(mean), jnp.inf, norm)
 
 
 def _nan_unless(reached: Array, leaf: Array, like) -> Array:
@@ -343,11 +347,12 @@ def _is_inexact(leaf) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def _small_size(params: Params) -> Array:
-    """Root mean square of the entries where below 1, else 1."""
-    count = sum(leaf.size for leaf in params)
-    least = float(jnp.finfo(params.W.dtype).tiny) ** 0.5
-    return jnp.clip(jnp.sqrt(squared_norm(params) / count), least, 1)
+def _absolute_tolerance(params: Params, rtol) -> Array:
+    """`rtol` times the root mean square of the entries where that is below 1."""
+    params = jax.lax.stop_gradient(params)
+    mean = squared_norm(at_unit_scale(params)) / sum(leaf.size for leaf in params)
+    size = power_of_two(params) * jnp.sqrt(mean)
+    return jnp.maximum(rtol * jnp.minimum(size, 1), float(jnp.finfo(size.dtype).tiny))
 
 
 def _result_code(result: diffrax.RESULTS) -> Array:
