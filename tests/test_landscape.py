@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from jax.flatten_util import ravel_pytree
 from scipy.sparse.linalg import LinearOperator, eigsh
 
@@ -250,10 +250,33 @@ def test_sphere_matches_its_definition(first):
     np.testing.assert_allclose(product, riemannian @ vector, atol=1e-11)
 
 
+@given(st.integers(0, 2**31), st.integers(-100, 100))
+def test_products_and_densities_of_quadratics(seed, exponent):
+    """Linear and exact; a Gauss rule of a measure on the spectrum."""
+    rng = np.random.default_rng(seed)
+    spectrum = rng.normal(size=9) * 10.0**exponent
+    matrices = symmetric(spectrum, seed)
+    x, v, w = (jnp.asarray(z) for z in rng.normal(size=(3, 9)))
+    norm = np.abs(spectrum).max()
+    product = partial(ncjax.hvp, quadratic, x, batches=matrices)
+    expected = matrices[0] @ (v + 2 * w)
+    np.testing.assert_allclose(product(v + 2 * w), expected, rtol=0, atol=1e-13 * norm)
+    density = ncjax.spectral_density(
+        quadratic, x, batches=matrices, num_probes=2, num_steps=5, key=jax.random.key(seed)
+    )
+    nodes, weights = np.asarray(density.nodes), np.asarray(density.weights)
+    assert (weights >= 0).all()
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-12)
+    assert nodes.min() >= spectrum.min() - 1e-12 * norm
+    assert nodes.max() <= spectrum.max() + 1e-12 * norm
+    grid = np.asarray(density.grid)
+    mass = np.sum(density.density) * (grid[1] - grid[0])
+    assert float(mass) == pytest.approx(1, rel=1e-3)
+
+
 # Multiplicity, clusters, breakdown.
 
 
-@settings(max_examples=20)
 @given(
     copies=st.lists(st.integers(1, 7), min_size=1, max_size=8),
     gaps=st.lists(st.floats(1e-4, 1.0), min_size=8, max_size=8),
