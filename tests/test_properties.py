@@ -113,7 +113,9 @@ def test_float32_is_near_float64(seed, shape, scale):
     rounding = 20 * eps * (1 + largest[0] * largest[1])
     assert_close(got["log_cross_entropy"], exact["log_cross_entropy"], eps, rounding)
     if rounding < 0.1:
-        assert_close(got["cross_entropy"], exact["cross_entropy"], 2 * rounding)
+        # Past margins of 87 the loss is below the least normal number, taken for 0.
+        tiny = float(np.finfo(np.float32).tiny)
+        assert_close(got["cross_entropy"], exact["cross_entropy"], 2 * rounding, tiny)
     assert_close(ncjax.margins(single), ncjax.margins(double), eps, rounding)
     assert_close(got["squared_norm"], exact["squared_norm"], 20 * eps)
     assert_close(got["margin_ratio"], exact["margin_ratio"], 20 * eps, 100 * eps)
