@@ -149,7 +149,7 @@ def test_the_step_limit_is_told_and_what_was_reached_is_kept():
     assert np.isnan(flow.log_loss[1])
 
 
-@pytest.mark.parametrize("scale", [1e-10, 1e-300])
+@pytest.mark.parametrize("scale", [1e-10, 1e-280])
 def test_a_small_start_is_followed_from_its_own_scale_on(scale):
     start = jax.tree.map(lambda leaf: scale * leaf, random_params(0, 4, 3, 6, 1.0))
     log_times = [0.0, 1.0, 2.0, 3.0, 5.0, 10.0]
