@@ -64,7 +64,9 @@ class Config:
     torch_threads: int = _cli.flag(
         0, "threads of PyTorch; 0 for its own choice", _cli.MACHINE
     )
-    cpu_devices: int = _cli.flag(1, "JAX devices that a CPU is split into", _cli.MACHINE)
+    cpu_devices: int = _cli.flag(
+        0, "JAX devices to split the CPU into; 0: one a core", _cli.MACHINE
+    )
     out: str = _cli.flag(
         "benchmarks/results.json", "JSON file of the numbers; tables beside it", _cli.OUTPUT
     )

@@ -82,11 +82,11 @@ def draw(problem: Problem, count: int) -> tuple[np.ndarray, np.ndarray]:
     return images, rng.integers(0, NUM_CLASSES, count).astype(np.int32)
 
 
-def set_up(problem: Problem, images, labels):
-    """Model, optimiser, mesh, data on the device and first state."""
+def set_up(problem: Problem, images, labels, devices=1):
+    """Model, optimiser, mesh of so many devices, data there and first state."""
     model = models.build(problem.name, NUM_CLASSES, **problem.options)
     optimiser = train.sgd(LEARNING_RATE)
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), (train.AXIS,))
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:devices]), (train.AXIS,))
     channels = problem.image_shape[-1]
     mean, deviation = (np.full(channels, x, np.float32) for x in (MEAN, DEVIATION))
     dataset = data.Dataset(images, labels, NUM_CLASSES)
@@ -99,8 +99,9 @@ def set_up(problem: Problem, images, labels):
 
 
 def ncjax_program(problem: Problem, images, labels, batch: int) -> Program:
-    """`train.make_epoch`, as the experiments call it."""
-    model, optimiser, mesh, dataset, state = set_up(problem, images, labels)
+    """`train.make_epoch` over all devices, as the experiments call it."""
+    count = jax.device_count()
+    model, optimiser, mesh, dataset, state = set_up(problem, images, labels, count)
     epoch = jax.jit(
         train.make_epoch(model, optimiser, batch_size=batch, mesh=mesh), donate_argnums=0
     )

@@ -197,8 +197,9 @@ def _resolve(solver, params: Params, log_times: Array, rtol) -> diffrax.Abstract
     if solver == "auto":
         known = not isinstance(log_times, jax.core.Tracer)
         last = float(log_times[-1]) if known else 0.0
+        tolerance = 0.0 if isinstance(rtol, jax.core.Tracer) else float(rtol)
         num_classes, dim = params.W.shape
-        solver = choose_solver(num_classes, dim, last, params.W.dtype, rtol)
+        solver = choose_solver(num_classes, dim, last, params.W.dtype, tolerance)
     return _SOLVERS[solver]
 
 
