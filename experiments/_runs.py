@@ -4,6 +4,8 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import errno
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -21,6 +23,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import _lock
+
 CONFIG = "config.json"
 CHECKPOINT = "checkpoint.npz"
 _SETTINGS = "settings"
@@ -32,6 +36,9 @@ _HANDLING = (
 SUMMARY = "summary.json"  # written last: a folder that holds it holds a finished run
 _EXPERIMENT = "experiment"  # in config.json: its name
 _EARLIER = "earlier"  # in config.json: what it said before a setting was changed
+_DIGEST = "sha256"  # in config.json and summary.json: of all that stands beside it
+_PART = ".part"  # ends the names of files that are being written
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # Settings that a resumed run may change, each with a check of the folder that raises
 # ValueError where it may not.
@@ -50,57 +57,105 @@ def settings(config: Any) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in _HANDLING}
 
 
+@contextlib.contextmanager
 def open_config(
     config: Any, name: str, outputs: Sequence[str], changes: Changes | None = None
-) -> tuple[Path, bool]:
-    """`open_run` for the config of the experiment `name`.
+) -> Iterator[tuple[Path, bool]]:
+    """The folder of a run of the experiment `name`, for as long as this context lasts.
 
-    Returns:
-      The folder, and whether the run in it has come to its end, which is told.
+    No other run can open it meanwhile. Yields the folder, and whether the run in it has
+    come to its end, which is told. Where the run is interrupted or a file fails, what to
+    do is told.
+
+    Raises:
+      ValueError: the folder cannot be written, is in use, holds a run and neither
+        --overwrite nor --resume is given, or is to be resumed and holds none or another.
+      OSError: from within, with the command to give once the cause is gone.
     """
-    folder = open_run(
-        workdir(config, name),
-        settings(config),
-        outputs,
-        name=name,
-        overwrite=config.overwrite,
-        resume=getattr(config, "resume", False),
-        changes=changes,
-    )
-    finished = is_finished(folder)
-    if finished:
-        print(f"nothing to resume, the run is finished\n{folder}")
-    return folder, finished
+    resume = getattr(config, "resume", False)
+    if config.overwrite and resume:
+        raise ValueError("--overwrite and --resume exclude each other: give one of them")
+    folder = _make(workdir(config, name), resume)
+    with _lock.held(folder):
+        open_run(
+            folder,
+            settings(config),
+            outputs,
+            name=name,
+            overwrite=config.overwrite,
+            resume=resume,
+            changes=changes,
+        )
+        finished = is_finished(folder)
+        with _told(config, folder):
+            if finished:
+                print("nothing to resume, the run is finished")
+            yield folder, finished
 
 
 @contextlib.contextmanager
-def announced(config: Any, folder: Path) -> Iterator[None]:
-    """A run in `folder`: however it ends, stdout ends with the folder.
+def _told(config: Any, folder: Path) -> Iterator[None]:
+    """However the run ends, stdout ends with its folder.
 
-    An interruption is told on stderr, with the command to give next. Of several processes
-    the first alone speaks.
+    To an interruption, on stderr, and to an error of the disk the next command is added.
+    Of several processes the first alone speaks.
     """
+    then = "go on" if hasattr(config, "resume") else "start again"
+    command = resume_command(config, folder)
     speaks = jax.process_index() == 0
     try:
         yield
     except KeyboardInterrupt:
         if speaks:
-            then = "go on" if hasattr(config, "resume") else "start again"
-            command = resume_command(config, folder)
             print(f"interrupted; {then} with: {command}", file=sys.stderr)
         raise
+    except OSError as error:
+        raise OSError(f"{error}; then {then} with: {command}") from error
     finally:
         if speaks:
             print(folder)
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run of this folder has come to its end."""
-    return (folder / SUMMARY).exists()
+    """Whether the run of this folder has come to its end.
+
+    Raises:
+      ValueError: its sign of that is damaged.
+    """
+    path = folder / SUMMARY
+    if not path.exists():
+        return False
+    try:
+        read_json(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{error}: remove it and give --resume to have it written again"
+        ) from None
+    return True
+
+
+def _make(workdir: str, resume: bool) -> Path:
+    """The folder asked for, made if it is not to be resumed from.
+
+    Raises:
+      ValueError: it cannot be written, or is to be resumed from and holds no run.
+    """
+    if resume and not workdir:
+        raise ValueError("--resume needs --workdir, the folder of the run to go on with")
+    folder = Path(workdir)
+    try:
+        if resume and not (folder / CONFIG).exists():
+            raise ValueError(f"workdir {workdir!r} holds no run to resume")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to workdir {workdir!r}: {error.strerror}") from None
+    return folder
 
 
 def open_run(
-    workdir: str,
+    folder: Path,
     config: Mapping[str, Any],
     outputs: Sequence[str],
     *,
@@ -108,11 +163,11 @@ def open_run(
     overwrite: bool,
     resume: bool,
     changes: Changes | None = None,
-) -> Path:
-    """Make or reopen a run folder and write its `config.json`.
+) -> None:
+    """Begin a run in a folder and write its `config.json`, or go on with the one in it.
 
     Args:
-      workdir: the folder, made if it does not exist.
+      folder: which no other run uses.
       config: what determines the results; a resumed run must have the same, but for
         `changes`.
       outputs: names of the files that the run will write.
@@ -122,34 +177,30 @@ def open_run(
       changes: settings that may be other than before; `config.json` then says both.
 
     Raises:
-      ValueError: the folder cannot be written, holds a run and neither flag is given, or
-        is to be resumed and holds none or another one.
+      ValueError: the folder holds a run and neither flag is given, or is to be resumed and
+        holds another or a damaged one.
     """
-    if resume and not workdir:
-        raise ValueError("--resume needs --workdir, the folder of the run to go on with")
-    folder = Path(workdir)
-    if overwrite and resume:
-        raise ValueError("--overwrite and --resume exclude each other: give one of them")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write to workdir {workdir!r}: {error.strerror}") from None
     names = (CONFIG, SUMMARY, CHECKPOINT, *outputs)
     held = [name for name in names if (folder / name).exists()]
     if resume:
         _reopen(folder, config, changes or {})
     elif held and not overwrite:
         raise ValueError(
-            f"workdir {workdir!r} holds a run already ({', '.join(held)}): give "
+            f"workdir {str(folder)!r} holds a run already ({', '.join(held)}): give "
             "--overwrite to replace it, --resume to go on with it, or another --workdir"
         )
     else:
         _clear(folder, held)
         named = {_EXPERIMENT: name} if name else {}
-        write_json(folder / CONFIG, named | {"config": dict(config)} | provenance())
-    return folder
+        _seal(folder / CONFIG, named | {"config": dict(config)} | provenance())
+    _sweep(folder, names)
+
+
+def _sweep(folder: Path, names: Sequence[str]) -> None:
+    """Remove what runs killed in the middle of a write have left behind."""
+    for name in names:
+        for path in folder.glob(f".{name}.*{_PART}"):
+            path.unlink()
 
 
 def _clear(folder: Path, held: Sequence[str]) -> None:
@@ -183,10 +234,8 @@ def _reopen(folder: Path, config: Mapping[str, Any], changes: Changes) -> None:
     One atomic write makes the change: before it the run is the old one, after it the new.
 
     Raises:
-      ValueError: the folder holds none.
+      ValueError: the folder holds none, a damaged one or another.
     """
-    if not (folder / CONFIG).exists():
-        raise ValueError(f"workdir {str(folder)!r} holds no run to resume")
     stored = stored_config(folder)
     other = {k for k in {*stored, *config} if stored.get(k) != config.get(k)}
     if refused := sorted(other - {*changes}):
@@ -203,24 +252,24 @@ def _reopen(folder: Path, config: Mapping[str, Any], changes: Changes) -> None:
 
 def _change(folder: Path, config: Mapping[str, Any], old: Mapping[str, Any]) -> None:
     """Put new settings into config.json; what it and summary.json said is kept there."""
-    said = _read_json(folder / CONFIG)
+    said = read_json(folder / CONFIG)
     earlier = said.pop(_EARLIER, [])
     named = {k: said.pop(k) for k in (_EXPERIMENT,) if k in said}
     entry: dict[str, Any] = {"changed": old} | {k: said[k] for k in said if k != "config"}
     if (folder / SUMMARY).exists():
-        entry[SUMMARY] = _read_json(folder / SUMMARY)
+        entry[SUMMARY] = read_json(folder / SUMMARY)
     new = {"config": dict(config)} | provenance() | {_EARLIER: [*earlier, entry]}
-    write_json(folder / CONFIG, named | new)
+    _seal(folder / CONFIG, named | new)
     told = ", ".join(f"--{name}={config.get(name)} instead of {old[name]}" for name in old)
     print(f"the run in {folder} goes on with {told}")
 
 
 def _drop_earlier_summary(folder: Path) -> None:
     """Remove a summary that config.json keeps: it is not of the run as it is now."""
-    earlier = _read_json(folder / CONFIG).get(_EARLIER)
+    earlier = read_json(folder / CONFIG).get(_EARLIER)
     if not earlier or not (folder / SUMMARY).exists():
         return
-    if _read_json(folder / SUMMARY) == earlier[-1].get(SUMMARY):
+    if read_json(folder / SUMMARY) == earlier[-1].get(SUMMARY):
         (folder / SUMMARY).unlink()
 
 
@@ -230,35 +279,47 @@ def stored_config(folder: Path) -> dict[str, Any]:
     Raises:
       ValueError: there is none, or it is damaged.
     """
+    path = folder / CONFIG
     try:
-        stored = _read_json(folder / CONFIG).get("config")
-    except OSError:
+        stored = read_json(path).get("config")
+    except FileNotFoundError:
         raise ValueError(f"{str(folder)!r} holds no run: no {CONFIG}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
     if not isinstance(stored, dict):
-        raise ValueError(f"{folder / CONFIG} is damaged")
+        raise ValueError(f"{path} is damaged")
     return stored
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file.
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, less its digest.
 
     Raises:
-      ValueError: it holds none.
-      OSError: there is no file.
+      ValueError: it holds none, or not the one that was written.
+      OSError: there is no such file.
     """
     try:
         content = json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged")
+    # Files of earlier versions have no digest.
+    if _DIGEST in content and content.pop(_DIGEST) != _digest(content):
+        raise ValueError(
+            f"{path} is damaged: its {_DIGEST} does not fit (if you edited it, remove that)"
+        )
     return content
 
 
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def resume_command(config: Any, folder: Path) -> str:
-    """The command that goes on with the run of `config` in `folder`, or replaces it."""
-    again = "--resume" if hasattr(config, "resume") else "--overwrite"
-    flags = [f"--workdir={folder}", again]
+    """The command that goes on with the run of `config` in `folder`, or begins it anew."""
+    how = "--resume" if hasattr(config, "resume") else "--overwrite"
+    flags = [f"--workdir={folder}", how]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in ("workdir", "overwrite", "resume") and value != field.default:
@@ -292,26 +353,57 @@ def _version(package: str) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a kill at any moment leaves the old one or the new one."""
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        temporary = Path(file.name)
-        try:
+    """Write a file so that a kill at any moment leaves the old one or the new one.
+
+    Raises:
+      OSError: it cannot be written; the old one stays.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=_PART, delete=False
+        ) as file:
+            temporary = Path(file.name)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        except BaseException:
-            temporary.unlink()
-            raise
-    temporary.chmod(0o644)
-    temporary.replace(path)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException as error:
+        if temporary:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise write_error(path, error) from error
+        raise
+
+
+def write_error(path: Path, error: OSError) -> OSError:
+    """What to raise where a file could not be written: which one, why, what to do."""
+    cure = "; free some space" if error.errno in _FULL else ""
+    return OSError(f"cannot write {path}: {error.strerror or error}{cure}")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as indented JSON, numbers that are not finite as null."""
     text = json.dumps(_finite(content), indent=1, allow_nan=False)
     write_atomically(path, (text + "\n").encode())
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write summary.json, as the sign of the end."""
+    _seal(folder / SUMMARY, summary)
+
+
+def _seal(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as JSON with its digest, for `read_json`."""
+    stored = json.loads(json.dumps(_finite(content), allow_nan=False))
+    write_json(path, stored | {_DIGEST: _digest(stored)})
+
+
+def write_files(stem: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files that are called `stem` but for their suffix, as of `plotting.render`."""
+    for suffix, content in contents.items():
+        write_atomically(stem.with_suffix(suffix), content)
 
 
 def _finite(content: Any) -> Any:
@@ -337,20 +429,24 @@ def write_csv(path: Path, log_times: np.ndarray, columns: Mapping[str, np.ndarra
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as CSV, floats to nine digits."""
+    write_atomically(path, csv_of(rows))
+
+
+def csv_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows as the content of a CSV file."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
-    write_atomically(path, text.getvalue().encode())
+    return text.getvalue().encode()
 
 
 def write_table(stem: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as `stem`.csv and, for reading, as the Markdown table `stem`.md."""
-    write_rows(stem.with_suffix(".csv"), rows)
     lines = [[name.replace("_", " ") for name in rows[0]], ["---"] * len(rows[0])]
     lines += [[_cell(value) for value in row.values()] for row in rows]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    write_atomically(stem.with_suffix(".md"), text.encode())
+    write_files(stem, {".csv": csv_of(rows), ".md": text.encode()})
 
 
 def _cell(value: Any) -> str:

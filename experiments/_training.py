@@ -8,6 +8,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import hashlib
 import math
 import os
 import signal
@@ -21,17 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 import ncjax
 from experiments import _cli, _runs
+from experiments._events import Events
 from ncjax import checkpoint, data, models, plotting, train
 from ncjax.peeling import LastLayer
 
 METRICS_FILE = "metrics.csv"
 CHECKPOINTS = "checkpoints"
 _TENSORBOARD = "tensorboard"
+_MEASURED = "last measured epoch"  # in the notes of a checkpoint
 OUTPUTS = (
     *(METRICS_FILE, CHECKPOINTS, _TENSORBOARD, "collapse.csv", "collapse.md"),
     *("collapse.png", "collapse.pdf", "training.png", "training.pdf"),
@@ -138,17 +140,17 @@ def run(config: Config, name: str, options: Mapping[str, Any]) -> Path:
     Raises:
       ValueError: a setting is out of range, the data do not fit or the folder cannot be
         used; before anything is compiled.
-      OSError: the data cannot be read.
+      OSError: the data cannot be read, or a file not be written.
       RuntimeError: training diverged.
     """
     check(config)
     config = _resolved(config)
     setup = set_up(config, options)
-    folder, finished = _open(config, name)
-    if finished:
-        return folder
-    begun = time.perf_counter()
-    with _runs.announced(config, folder):
+    with contextlib.ExitStack() as stack:
+        folder, finished = _open(config, name, stack)
+        if finished:
+            return folder
+        begun = time.perf_counter()
         with _Interruption() as interruption:
             rows = _Loop(config, setup, folder).run(interruption)
         if is_primary():
@@ -256,18 +258,23 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def _open(config: Config, name: str) -> tuple[Path, bool]:
-    """The run folder, opened by the first process, and whether the run in it is finished.
+def _open(config: Config, name: str, stack: contextlib.ExitStack) -> tuple[Path, bool]:
+    """The run folder, and whether the run in it is finished.
+
+    The first process opens it, and keeps it until `stack` is closed.
 
     Raises:
       ValueError: in all processes, it cannot be used.
+      OSError: in the first process, a file cannot be written.
     """
-    folder, finished, error = Path(config.workdir), False, None
+    folder, finished = Path(config.workdir), False
+    error: ValueError | OSError | None = None
     changes = {"epochs": functools.partial(_check_epochs, config)}
     if is_primary():
         try:
-            folder, finished = _runs.open_config(config, name, OUTPUTS, changes)
-        except ValueError as refused:
+            opened = _runs.open_config(config, name, OUTPUTS, changes)
+            folder, finished = stack.enter_context(opened)
+        except (ValueError, OSError) as refused:
             error = refused
     if any_process(error is not None):
         raise error or ValueError("process 0 could not open the run folder")
@@ -361,7 +368,7 @@ def load_trained(folder: Path, data_dir: str = "", seed: int = 0) -> Trained:
         epoch = checkpoints.newest()
         if epoch is None:
             raise ValueError(f"{str(folder)!r} holds no checkpoint")
-        state = checkpoints.restore(loop.start())
+        state, _ = checkpoints.restore(loop.start())
     features = train.extract_features(loop.forward, state, loop.sets["train"])
     params = jax.tree.map(train.first_device, state.params)
     if config.seeds > 1:
@@ -426,6 +433,7 @@ class _Loop:
         self._compile()
         self.rows: list[dict[str, Any]] = []
         self.drawn = -math.inf
+        self.measured_since = False  # the newest checkpoint was saved
 
     def _compile(self) -> None:
         """Jitted functions of one network, or of all seeds at once."""
@@ -474,7 +482,7 @@ class _Loop:
             events = self._events(stack, done)
             bar = stack.enter_context(self._bar(done))
             to_measure = set(measured_epochs(config.epochs, config.measurements))
-            if done in to_measure and self.rows[-1]["epoch"] < done:
+            if self.measured_since or (done in to_measure and self._last() < done):
                 self._measure(state, done, events)  # not of the epochs asked for before
             for epoch in range(done + 1, config.epochs + 1):
                 state, log = self.epoch(state, self.sets["train"], self._keys_of(epoch))
@@ -489,30 +497,40 @@ class _Loop:
                     self._measure(state, epoch, events)
                 stop = any_process(interruption.wished) and epoch < config.epochs
                 if stop or epoch in to_measure or epoch % config.checkpoint_every == 0:
-                    checkpoints.save(epoch, state)
+                    checkpoints.save(epoch, state, self._notes())
                 if stop:
                     raise KeyboardInterrupt
         return self.rows
 
     def restore(self, checkpoints) -> tuple[train.TrainState, int]:
-        """The state to go on from, and the epochs behind it."""
+        """The state to go on from, and the epochs behind it.
+
+        Raises:
+          ValueError: the checkpoint is damaged, or metrics.csv is.
+        """
         state = self.start()
         done = checkpoints.newest() if self.config.resume else None
         if done is None:
             return state, 0
-        self.rows = read_rows(self.folder, up_to=done)
-        if not self.rows:
+        state, notes = checkpoints.restore(state)
+        rows = read_rows(self.folder, up_to=done)
+        sealed = int(notes.get(_MEASURED, done))
+        self.rows = [row for row in rows if row["epoch"] <= sealed]
+        if not self.rows or notes.get(METRICS_FILE, _digest(self.rows)) != _digest(
+            self.rows
+        ):
             raise ValueError(
                 f"{self.folder / METRICS_FILE} is missing or damaged: give --overwrite to "
                 "start afresh"
             )
-        return checkpoints.restore(state), done
+        self.measured_since = len(rows) > len(self.rows)
+        return state, done
 
-    def _events(self, stack: contextlib.ExitStack, done: int) -> SummaryWriter | None:
+    def _events(self, stack: contextlib.ExitStack, done: int) -> Events | None:
         """TensorBoard's writer, in the first process."""
         if not is_primary():
             return None
-        events = SummaryWriter(str(self.folder / _TENSORBOARD), purge_step=done + 1)
+        events = Events(self.folder / _TENSORBOARD, purge_epoch=done + 1)
         stack.callback(events.close)
         return events
 
@@ -525,6 +543,14 @@ class _Loop:
             unit="epoch",
             disable=not is_primary(),
         )
+
+    def _last(self) -> int:
+        """The last epoch measured."""
+        return self.rows[-1]["epoch"]
+
+    def _notes(self) -> dict[str, str]:
+        """What a checkpoint says of metrics.csv, which is read again with it."""
+        return {METRICS_FILE: _digest(self.rows), _MEASURED: str(self._last())}
 
     def _check_finite(self, log: train.EpochLog, epoch: int) -> None:
         if not np.isfinite(log.loss).any():
@@ -586,28 +612,37 @@ def _on_host(tree):
     return jax.tree.map(lambda leaf: np.asarray(train.first_device(leaf)), tree)
 
 
-def _write_events(events, epoch: int, values: Mapping[str, Any]) -> None:
+def _write_events(events: Events | None, epoch: int, values: Mapping[str, Any]) -> None:
     """Values to TensorBoard, means over seeds."""
-    if events is None:
-        return
-    for name, value in values.items():
-        events.add_scalar(name, float(np.mean(value)), epoch)
-    events.flush()
+    if events:
+        events.add(epoch, {name: float(np.mean(value)) for name, value in values.items()})
 
 
 def read_rows(folder: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
-    """Rows of metrics.csv, of the epochs up to one."""
+    """Rows of metrics.csv, of the epochs up to one; none if there is no such file.
+
+    Raises:
+      ValueError: it is damaged.
+    """
     path = folder / METRICS_FILE
     if not path.exists():
         return []
-    with path.open() as file:
-        rows = [_typed(row) for row in csv.DictReader(file)]
-    return [row for row in rows if row["epoch"] <= up_to]
+    try:
+        with path.open(newline="") as file:
+            rows = [_typed(row) for row in csv.DictReader(file, strict=True)]
+        return [row for row in rows if row["epoch"] <= up_to]
+    except (ValueError, LookupError, TypeError, csv.Error, OSError):
+        raise ValueError(f"{path} is damaged") from None
 
 
 def _typed(row: Mapping[str, str]) -> dict[str, Any]:
     kinds = {"epoch": int, "seed": int, "split": str}
     return {name: kinds.get(name, float)(value) for name, value in row.items()}
+
+
+def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 of metrics.csv with these rows."""
+    return hashlib.sha256(_runs.csv_of(rows)).hexdigest()
 
 
 def columns(rows: Sequence[Mapping[str, Any]], split: str) -> dict[str, np.ndarray]:
@@ -640,10 +675,10 @@ def draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     figure = plotting.figure_over_log_log_epochs(
         epochs, plotting.collapse_panels(of_train), until=zero
     )
-    plotting.save_figure(figure, folder, "collapse")
+    _runs.write_files(folder / "collapse", plotting.render(figure))
     panels = plotting.training_panels(of_train, of_test)
     figure = plotting.figure_over_log_log_epochs(epochs, panels, until=zero)
-    plotting.save_figure(figure, folder, "training")
+    _runs.write_files(folder / "training", plotting.render(figure))
 
 
 def _finish(config: Config, setup: Setup, folder: Path, rows, seconds: float) -> None:
@@ -662,7 +697,7 @@ def _finish(config: Config, setup: Setup, folder: Path, rows, seconds: float) ->
         "seconds_of_this_process": round(seconds, 1),
         "metrics": {row["metric"]: row for row in table},
     }
-    _runs.write_json(folder / _runs.SUMMARY, summary | _runs.provenance(*_PACKAGES))
+    _runs.write_summary(folder, summary | _runs.provenance(*_PACKAGES))
     print((folder / "collapse.md").read_text())
     print(
         f"zero training error from epoch {zero}" if zero else "training error is not zero"

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -133,7 +132,7 @@ def kind_of(folder: Path) -> str:
       ValueError: it holds no run, or one of an unknown kind.
     """
     _runs.stored_config(folder)
-    stored = json.loads((folder / _runs.CONFIG).read_text())
+    stored = _runs.read_json(folder / _runs.CONFIG)
     command = stored.get("command", "")
     words = command.split() if isinstance(command, str) else []
     modules = [word for word in words if word.startswith("experiments.")]
@@ -150,7 +149,7 @@ def kind_of(folder: Path) -> str:
 def view(folder: Path) -> Section:
     """The section of one run folder of a known kind."""
     kind = kind_of(folder)
-    stored = json.loads((folder / _runs.CONFIG).read_text())
+    stored = _runs.read_json(folder / _runs.CONFIG)
     notes: list[str] = []
     summary, state, verdict, tables = _read_summary(folder, kind, notes)
     figures = [
@@ -177,11 +176,11 @@ def view(folder: Path) -> Section:
 
 def _read_summary(folder: Path, kind: str, notes: list[str]):
     """Summary, state, verdict and tables of a run; a note of what is amiss."""
-    if not _runs.is_finished(folder):
+    if not (folder / _runs.SUMMARY).exists():
         notes.append(f"There is no {_runs.SUMMARY}: the run has not come to its end.")
         return {}, OPEN, "unfinished", []
     try:
-        summary = json.loads((folder / _runs.SUMMARY).read_text())
+        summary = _runs.read_json(folder / _runs.SUMMARY)
         state, verdict, tables = KINDS[kind].show(summary)
     except (*_DAMAGED, OSError):
         notes.append(f"{_runs.SUMMARY} is damaged, or not of a run of {kind}.")

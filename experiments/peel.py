@@ -65,26 +65,19 @@ def run(config: Config) -> Path:
 
     Raises:
       ValueError: a setting is out of range, or a folder cannot be used.
-      OSError: the training set cannot be read.
-      RuntimeError: the flow failed.
+      OSError: the training set cannot be read, or a file not be written.
     """
     _check(config)
     source = (Path(config.run), config.data_dir, config.index)
     _training.stored_run(*source)
-    folder, finished = _runs.open_config(config, NAME, OUTPUTS)
-    if finished:
-        return folder
-    with _runs.announced(config, folder):
-        _follow(config, _training.load_trained(*source), folder)
+    with _runs.open_config(config, NAME, OUTPUTS) as (folder, finished):
+        if not finished:
+            _run(config, _training.load_trained(*source), folder)
     return folder
 
 
-def _follow(config: Config, trained: _training.Trained, folder: Path) -> None:
-    """Describe the network's point and the end of the flow from there.
-
-    Raises:
-      RuntimeError: the flow failed.
-    """
+def _run(config: Config, trained: _training.Trained, folder: Path) -> None:
+    """What is left of the run in its folder."""
     network = _peel(trained, config.per_class)
     start = ncjax.balance_norms(network) if config.balance else network
     log_times = _legs.log_times(config.log_t_max, config.num_times)
@@ -177,9 +170,9 @@ def _write(folder: Path, trained, log_times, columns, points) -> None:
     _runs.write_table(folder / "peel", rows)
     _runs.write_csv(folder / "metrics.csv", log_times, columns)
     figure = plotting.figure_over_log_log_t(log_times, plotting.collapse_panels(columns))
-    plotting.save_figure(figure, folder, "flow")
+    _runs.write_files(folder / "flow", plotting.render(figure))
     summary = {"network": trained.title, "points": points} | _runs.provenance("flax")
-    _runs.write_json(folder / _runs.SUMMARY, summary)
+    _runs.write_summary(folder, summary)
     _runs.drop_checkpoint(folder)
     print(f"{trained.title}\n\n{(folder / 'peel.md').read_text()}")
 

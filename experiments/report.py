@@ -36,17 +36,15 @@ def run(config: Config) -> Path:
 
     Raises:
       ValueError: a folder is or holds no run, a run is of an unknown kind, or the output
-        is there already or cannot be written.
+        is there already.
+      OSError: the output cannot be written.
     """
     output = Path(config.output)
     _check_output(output, config.overwrite)
     runs, left_out = find_runs(config.runs)
     page = render(config, [_views.view(folder) for folder in runs], left_out)
-    try:
-        _runs.write_atomically(output, page.encode())
-    except OSError as error:
-        raise ValueError(f"cannot write --output={output}: {error.strerror}") from None
-    unsound = [str(f) for f in runs if not _runs.is_finished(f)]
+    _runs.write_atomically(output, page.encode())
+    unsound = [str(f) for f in runs if not (f / _runs.SUMMARY).exists()]
     print(f"{len(runs)} runs, {output.stat().st_size / 1e6:.1f} MB")
     if unsound:
         print(f"unfinished: {', '.join(unsound)}")

@@ -66,16 +66,16 @@ def run(config: Config) -> Path:
 
     Raises:
       ValueError: a setting is out of range or the folder cannot be used.
+      OSError: a file cannot be written.
     """
     _check(config)
-    folder, _ = _runs.open_config(config, NAME, OUTPUTS)
-    with _runs.announced(config, folder):
-        _analyse(config, folder)
+    with _runs.open_config(config, NAME, OUTPUTS) as (folder, _):
+        _run(config, folder)
     return folder
 
 
-def _analyse(config: Config, folder: Path) -> None:
-    """Compute, write and print everything."""
+def _run(config: Config, folder: Path) -> None:
+    """The run in its folder."""
     with tqdm(_saddles.family(config.max_classes), desc="block family") as blocks:
         family = [family_row(block, config.scale) for block in blocks]
     _runs.write_table(folder / "family", family)
@@ -87,9 +87,10 @@ def _analyse(config: Config, folder: Path) -> None:
     with tqdm(ESCAPES, desc="descent") as blocks:
         descents = [_descent(block) for block in blocks]
     _write_descent(folder / "descent.csv", descents)
-    plotting.save_figure(_figure(directions, escapes, descents), folder, "saddles")
+    figure = _figure(directions, escapes, descents)
+    _runs.write_files(folder / "saddles", plotting.render(figure))
     summary = _summarise(family, directions, [row for row, _ in escapes], descents)
-    _runs.write_json(folder / _runs.SUMMARY, summary | _runs.provenance())
+    _runs.write_summary(folder, summary | _runs.provenance())
     print(_report(summary))
 
 

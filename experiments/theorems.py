@@ -62,22 +62,19 @@ def run(config: Config) -> Path:
 
     Raises:
       ValueError: a setting is out of range or the folder cannot be used.
+      OSError: a file cannot be written.
       RuntimeError: a statement failed.
     """
     if config.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {config.seeds}")
-    folder, _ = _runs.open_config(config, NAME, (f"{NAME}.csv", f"{NAME}.md"))
-    with _runs.announced(config, folder):
-        _check_all(config, folder)
+    outputs = (f"{NAME}.csv", f"{NAME}.md")
+    with _runs.open_config(config, NAME, outputs) as (folder, _):
+        _run(config, folder)
     return folder
 
 
-def _check_all(config: Config, folder: Path) -> None:
-    """Check the statements, write the tables, print.
-
-    Raises:
-      RuntimeError: a statement failed.
-    """
+def _run(config: Config, folder: Path) -> None:
+    """The run in its folder."""
     begun = time.perf_counter()
     flow = _flows(config)
     with tqdm(CHECKS, desc="theorems") as checks:
@@ -86,7 +83,7 @@ def _check_all(config: Config, folder: Path) -> None:
     _runs.write_table(folder / NAME, rows)
     seconds = round(time.perf_counter() - begun, 1)
     summary = {"seconds": seconds, "statements": rows} | _runs.provenance()
-    _runs.write_json(folder / _runs.SUMMARY, summary)
+    _runs.write_summary(folder, summary)
     print("\n".join(_line(entry) for entry in found))
     failed = [entry.statement for entry in found if not entry.passed]
     print(f"{len(found) - len(failed)} of {len(found)} hold, {seconds} s")

@@ -77,26 +77,30 @@ def run(config: Config) -> Path:
 
     Raises:
       ValueError: a setting is out of range or the folder cannot be used.
+      OSError: a file cannot be written.
       RuntimeError: every seed failed.
     """
     _check(config)
     starts = _starts(config)
-    folder, finished = _runs.open_config(config, NAME, OUTPUTS)
-    if finished:
-        return folder
+    with _runs.open_config(config, NAME, OUTPUTS) as (folder, finished):
+        if not finished:
+            _run(config, starts, folder)
+    return folder
+
+
+def _run(config: Config, starts: ncjax.Params, folder: Path) -> None:
+    """What is left of the run in its folder."""
     log_times = _legs.log_times(config.log_t_max, config.num_times)
     begun = time.perf_counter()
-    with _runs.announced(config, folder):
-        columns, steps, _ = _legs.solve(
-            starts, log_times, _legs.measure_collapse, folder, config.solver
-        )
-        stats = _solver_stats(config, steps)
-        stats["seconds"] = round(time.perf_counter() - begun, 2)
-        columns["margin_deficit"] = 1 - columns["margin_ratio"]
-        summary = _summarise(config, log_times, columns, stats)
-        _write(folder, log_times, columns, summary)
-        print(_table(config, summary))
-    return folder
+    columns, steps, _ = _legs.solve(
+        starts, log_times, _legs.measure_collapse, folder, config.solver
+    )
+    stats = _solver_stats(config, steps)
+    stats["seconds"] = round(time.perf_counter() - begun, 2)
+    columns["margin_deficit"] = 1 - columns["margin_ratio"]
+    summary = _summarise(config, log_times, columns, stats)
+    _write(folder, log_times, columns, summary)
+    print(_table(config, summary))
 
 
 def _check(config: Config) -> None:
@@ -184,8 +188,8 @@ def _write(folder: Path, log_times, columns: Mapping[str, np.ndarray], summary) 
         reach=DESCENT_REACH,
         reach_label="shaded: reached by a million steps of gradient descent of size 0.1",
     )
-    plotting.save_figure(figure, folder, "figure2")
-    _runs.write_json(folder / _runs.SUMMARY, summary)
+    _runs.write_files(folder / "figure2", plotting.render(figure))
+    _runs.write_summary(folder, summary)
     _runs.drop_checkpoint(folder)
 
 

@@ -1,10 +1,15 @@
 """Checkpoints of a training run, by Orbax: the newest whole one survives any kill."""
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+
+_DIGEST = "sha256"
 
 
 def newest_epoch(folder: Path) -> int | None:
@@ -19,8 +24,9 @@ class Checkpoints:
     """The checkpoints in a folder, the newest two, by epoch.
 
     A checkpoint is written beside the old ones and renamed when it is whole, so that what
-    is killed half-way leaves the one before. With several processes each must call every
-    method, on a folder that they share.
+    is killed half-way leaves the one before. It holds the SHA-256 of its arrays, which
+    Orbax itself would read without notice if a byte of their files has changed. With
+    several processes each must call every method, on a folder that they share.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
@@ -29,6 +35,9 @@ class Checkpoints:
         Args:
           folder: made if it does not exist.
           read_only: touch nothing, for a folder that another program may be writing to.
+
+        Raises:
+          ValueError: it cannot be read.
         """
         self._folder = folder
         options = ocp.CheckpointManagerOptions(
@@ -37,19 +46,39 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        try:
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        except Exception as error:
+            raise ValueError(f"cannot read {folder}: {_reason(error)}") from error
 
     def newest(self) -> int | None:
         """The epoch of the newest checkpoint, None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, epoch: int, state: Any) -> None:
-        """Write `state`, a pytree of arrays, as the newest checkpoint."""
-        self._manager.save(epoch, args=ocp.args.StandardSave(state))
-        self._manager.wait_until_finished()
+    def save(self, epoch: int, state: Any, notes: Mapping[str, str] | None = None) -> None:
+        """Write `state`, a pytree of arrays, as the newest checkpoint.
 
-    def restore(self, like: Any) -> Any:
-        """The newest checkpoint.
+        Args:
+          epoch: above that of the newest.
+          state: arrays that each process has whole.
+          notes: to be restored with it.
+
+        Raises:
+          OSError: it cannot be written; the one before stays.
+        """
+        metadata = {_DIGEST: _digest(state), "notes": dict(notes or {})}
+        try:
+            self._manager.save(
+                epoch, args=ocp.args.StandardSave(state), custom_metadata=metadata
+            )
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise OSError(
+                f"cannot write {self._folder / str(epoch)}: {_reason(error)}"
+            ) from error
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, str]]:
+        """The newest checkpoint, and the notes with it.
 
         Args:
           like: a pytree of arrays with the shapes, dtypes and shardings of the result.
@@ -60,14 +89,36 @@ class Checkpoints:
         epoch = self.newest()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
-            return self._manager.restore(epoch, args=ocp.args.StandardRestore(abstract))
+            state = self._manager.restore(epoch, args=ocp.args.StandardRestore(abstract))
+            # Checkpoints of earlier versions have none.
+            metadata = self._manager.metadata(epoch).custom_metadata or {}
+            if metadata.get(_DIGEST, "") not in ("", _digest(state)):
+                raise ValueError("its arrays are not those that were saved")
+            return state, dict(metadata.get("notes", {}))
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
                 f"cannot restore {self._folder / str(epoch)}, remove it to go on from the "
-                f"one before: {reason}"
-            ) from None
+                f"one before: {_reason(error)}"
+            ) from error
 
     def close(self) -> None:
         """Finish what is being written."""
         self._manager.close()
+
+
+def _digest(state: Any) -> str:
+    """SHA-256 of the names, dtypes, shapes and bytes of all arrays."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        array = np.asarray(
+            leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf
+        )
+        name = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,7 @@
 """Figures of the paper, over the iterated logarithm of time."""
 
+import io
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -346,10 +346,16 @@ def saddle_figure(
     return figure
 
 
-def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write `name.png` and `name.pdf` into `folder`, the PDF undated."""
-    paths = [folder / f"{name}.png", folder / f"{name}.pdf"]
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(paths[0], dpi=200, bbox_inches="tight")
-        figure.savefig(paths[1], bbox_inches="tight", metadata={"CreationDate": None})
-    return paths
+def render(figure: Figure) -> dict[str, bytes]:
+    """The figure as files, by suffix: `.png` and `.pdf`, the PDF undated."""
+    options: dict[str, dict[str, Any]] = {
+        ".png": {"dpi": 200},
+        ".pdf": {"metadata": {"CreationDate": None}},
+    }
+    files = {}
+    for suffix, chosen in options.items():
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(_STYLE):
+            figure.savefig(buffer, format=suffix[1:], bbox_inches="tight", **chosen)
+        files[suffix] = buffer.getvalue()
+    return files

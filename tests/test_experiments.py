@@ -125,11 +125,11 @@ def test_resume_wants_a_run(tmp_path):
 def test_damaged_files_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is damaged"):
-        _runs.open_run(str(tmp_path), {}, (), overwrite=False, resume=True)
+        _runs.open_run(tmp_path, {}, (), overwrite=False, resume=True)
     for settings in ("null", "[1]"):
         (tmp_path / "config.json").write_text(f'{{"config": {settings}}}')
         with pytest.raises(ValueError, match=r"config.json is damaged"):
-            _runs.open_run(str(tmp_path), {}, (), overwrite=False, resume=True)
+            _runs.open_run(tmp_path, {}, (), overwrite=False, resume=True)
     (tmp_path / _runs.CHECKPOINT).write_bytes(b"PK not a zip")
     with pytest.raises(ValueError, match=r"checkpoint.npz is damaged"):
         _runs.load_checkpoint(tmp_path)
@@ -188,9 +188,7 @@ def test_a_folder_with_a_file_of_that_name_is_refused(tmp_path):
 def test_overwriting_leaves_nothing_of_the_old_run(tmp_path):
     (tmp_path / "metrics.csv").write_text("old")
     (tmp_path / "notes.txt").write_text("mine")
-    _runs.open_run(
-        str(tmp_path), {"seeds": 1}, ulpm_flow.OUTPUTS, overwrite=True, resume=False
-    )
+    _runs.open_run(tmp_path, {"seeds": 1}, ulpm_flow.OUTPUTS, overwrite=True, resume=False)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "notes.txt"}
 
 
