@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 import ncjax
-from experiments import _runs
+from experiments import _memory, _runs
 from ncjax.flow import SUCCESS, choose_solver
 
 LEGS = 20
@@ -40,6 +40,17 @@ def log_times(log_t_max: float, num_times: int) -> np.ndarray:
     times = u + np.log(-np.expm1(-u))
     times[-1] = log_t_max
     return times
+
+
+def check_memory(
+    seeds: int, num_classes: int, per_class: int, dim: int, num_times: int
+) -> None:
+    """Raise ValueError if the states of a leg alone are more than the memory holds."""
+    samples = num_classes * per_class
+    numbers = (samples + num_classes) * dim + samples * num_classes
+    times = 1 + num_times / LEGS
+    flags = "--seeds, --num_classes, --per_class, --dim or --num_times"
+    _memory.check(4.0 * seeds * times * numbers, flags)
 
 
 def solve(
@@ -109,7 +120,7 @@ def _padded(columns: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
 
 def step_limit(log_t_max: float) -> int:
     """Ten times the steps that an explicit solver takes: beyond, a seed has failed."""
-    return 1000 + math.ceil(4 * log_t_max)
+    return 1000 + math.ceil(min(4 * log_t_max, 2e9))
 
 
 def _compile(starts: ncjax.Params, measure: Measure, solver: str, max_steps: int):

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import ncjax
-from experiments import _cli, _runs
+from experiments import _cli, _memory, _runs
 from experiments._events import Events
 from ncjax import checkpoint, data, models, plotting, train
 from ncjax.peeling import LastLayer
@@ -160,9 +160,10 @@ def run(config: Config, name: str, options: Mapping[str, Any]) -> Path:
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
-        ("epochs", "batch_size", "seeds", "measurements", "checkpoint_every"),
+        ("batch_size", "seeds", "measurements", "checkpoint_every"),
         (lambda value: value >= 1, "be at least 1"),
     ),
+    "epochs": (lambda value: 1 <= value < 2**31, "be at least 1, and below 2**31"),
     **dict.fromkeys(
         ("per_class", "image_size"), (lambda value: value >= 0, "not be negative")
     ),
@@ -192,6 +193,8 @@ def check(config: Config) -> None:
         )
     if config.num_processes > 1 and not config.workdir:
         raise ValueError("several processes need one --workdir, on a disk that they share")
+    rows = config.seeds * min(config.epochs, config.measurements)
+    _memory.check(8.0 * rows * len(LastLayer._fields), "--measurements or --seeds")
 
 
 def _resolved(config: Config) -> Config:
@@ -234,8 +237,19 @@ def set_up(config: Config, options: Mapping[str, Any]) -> Setup:
         dtype=jnp.dtype(_resolved(config).compute_dtype),
         **model_options,
     )
-    models.abstract_variables(model, train_set.images.shape[1:])
+    _check_network(config, model, train_set.images.shape[1:])
     return Setup(model, train_set, test_set, *data.channel_statistics(train_set.images))
+
+
+def _check_network(config: Config, model: Any, image_shape: Sequence[int]) -> None:
+    """Raise ValueError unless the network takes the images and fits into memory."""
+    try:
+        parameters = models.count_parameters(model, image_shape)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{error} (--image_size={config.image_size}, --width={config.width})"
+        ) from error
+    _memory.check(4.0 * parameters * config.seeds, "--width or --seeds")
 
 
 def _load(config: Config, split: str, per_class: int) -> data.Dataset:
@@ -249,6 +263,9 @@ def _load(config: Config, split: str, per_class: int) -> data.Dataset:
             f"{missing}"
         )
     if config.image_size:
+        *_, channels = dataset.images.shape
+        padded = 1.0 * len(dataset.labels) * config.image_size**2 * channels
+        _memory.check(2 * padded, "--image_size")  # here and on the device
         dataset = dataset._replace(images=data.pad_to(dataset.images, config.image_size))
     return dataset
 

@@ -109,6 +109,7 @@ def _check(config: Config) -> None:
         raise ValueError(f"--log_t_max must be above 1 and finite, got {config.log_t_max}")
     if config.num_times < 1:
         raise ValueError(f"--num_times must be at least 1, got {config.num_times}")
+    _legs.check_memory(1, 2, 1, 1, config.num_times)
 
 
 def _peel(trained: _training.Trained, per_class: int) -> ncjax.Params:

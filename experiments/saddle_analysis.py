@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 import ncjax
-from experiments import _cli, _fits, _runs, _saddles
+from experiments import _cli, _fits, _legs, _runs, _saddles
 from ncjax import plotting
 from ncjax.separation import GLOBAL_OPTIMUM, NO_ROOM, STRICT_SADDLE
 
@@ -104,6 +104,10 @@ def _check(config: Config) -> None:
             )
     if not (math.isfinite(config.scale) and config.scale > 0):
         raise ValueError(f"--scale must be positive and finite, got {config.scale}")
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"--seed must lie in [0, 2**63), got {config.seed}")
+    sizes = (config.num_classes, config.per_class, config.dim)
+    _legs.check_memory(config.seeds, *sizes, STOPS.size)
 
 
 def family_row(block: _saddles.Block, scale: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 import ncjax
-from experiments import _cli, _fits, _runs, _saddles
+from experiments import _cli, _fits, _legs, _runs, _saddles
 
 NAME = "theorems"
 OURS = "ncjax"
@@ -67,6 +67,9 @@ def run(config: Config) -> Path:
     """
     if config.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {config.seeds}")
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"--seed must lie in [0, 2**63), got {config.seed}")
+    _legs.check_memory(config.seeds, K, N, D, TIMES.size)
     outputs = (f"{NAME}.csv", f"{NAME}.md")
     with _runs.open_config(config, NAME, outputs) as (folder, _):
         _run(config, folder)

@@ -81,15 +81,15 @@ def run(config: Config) -> Path:
       RuntimeError: every seed failed.
     """
     _check(config)
-    starts = _starts(config)
     with _runs.open_config(config, NAME, OUTPUTS) as (folder, finished):
         if not finished:
-            _run(config, starts, folder)
+            _run(config, folder)
     return folder
 
 
-def _run(config: Config, starts: ncjax.Params, folder: Path) -> None:
+def _run(config: Config, folder: Path) -> None:
     """What is left of the run in its folder."""
+    starts = _starts(config)
     log_times = _legs.log_times(config.log_t_max, config.num_times)
     begun = time.perf_counter()
     columns, steps, _ = _legs.solve(
@@ -122,6 +122,9 @@ def _check(config: Config) -> None:
         raise ValueError(
             f"--solver must be one of {', '.join(SOLVERS)}, got {config.solver!r}"
         )
+    _legs.check_memory(
+        config.seeds, config.num_classes, config.per_class, config.dim, config.num_times
+    )
 
 
 def _starts(config: Config) -> ncjax.Params:

@@ -69,8 +69,7 @@ def state_of(folder):
         return loop.restore(checkpoints)
 
 
-def read_json(path):
-    return json.loads(path.read_text())
+read_json = _runs.read_json
 
 
 def measured(folder):
@@ -282,9 +281,9 @@ def test_a_kill_within_a_save_leaves_the_checkpoint_before(finished, tmp_path, m
     class Killed(BaseException):
         pass
 
-    def die(self, epoch, state):
+    def die(self, epoch, state, notes):
         if epoch < 4:
-            return save(self, epoch, state)
+            return save(self, epoch, state, notes)
         partial = folder / "checkpoints" / f"{epoch}.orbax-checkpoint-tmp"
         partial.mkdir()
         (partial / "half").write_bytes(b"a part")

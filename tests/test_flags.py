@@ -1,0 +1,135 @@
+"""Flags at random: each is accepted, or refused by name before a run folder is made."""
+
+import contextlib
+import dataclasses
+import math
+
+import pytest
+from absl import flags
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from experiments import (
+    _cli,
+    _memory,
+    _runs,
+    peel,
+    report,
+    saddle_analysis,
+    theorems,
+    train_resnet,
+    train_small,
+    train_vgg,
+    ulpm_flow,
+)
+
+EXPERIMENTS = (
+    *(ulpm_flow, saddle_analysis, theorems, peel, report),
+    *(train_small, train_resnet, train_vgg),
+)
+# Of the device and the processes: looked at before the experiment begins.
+OF_THE_MACHINE = ("cpu_devices", "coordinator", "num_processes", "process_id")
+INTEGERS = st.one_of(
+    st.sampled_from([-(2**63), -1, 0, 1, 2, 3, 10**6, 10**9, 2**31, 2**63, 10**30]),
+    st.integers(-5, 100),
+    st.integers(),
+)
+NUMBERS = st.one_of(
+    st.sampled_from([0.0, -0.0, 1e-320, 1e300, 1e9, math.inf, -math.inf, math.nan]),
+    st.floats(),
+)
+WORDS = st.one_of(
+    st.sampled_from(
+        ["", " ", "NaN", "1e9", "-", "--", "/", ".", "~", "train[:]", "x" * 300]
+    ),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+)
+OF_TYPE = {int: INTEGERS, float: NUMBERS, bool: st.booleans(), str: WORDS}
+
+
+class Accepted(BaseException):
+    """A run folder is about to be made."""
+
+
+@contextlib.contextmanager
+def accepted(*_args, **_kwargs):
+    raise Accepted
+    yield
+
+
+@pytest.fixture
+def nothing_done(monkeypatch, tmp_path):
+    """Runs end where their folder would be made; nothing is downloaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr("ncjax.data._has_network", lambda: False)
+    monkeypatch.setattr(_runs, "open_config", accepted)
+    monkeypatch.setattr(_runs, "write_atomically", accepted)
+    monkeypatch.setattr(_memory, "held", lambda: 2**28)  # what the machine has is not asked
+    return tmp_path
+
+
+def arguments(draw, experiment):
+    """A command line, most values of the flag's type, few flags at once."""
+    fields = [
+        field
+        for field in dataclasses.fields(experiment.Config)
+        if field.name not in OF_THE_MACHINE
+    ]
+    chosen = draw(st.lists(st.sampled_from(fields), min_size=1, max_size=3))
+    line = [""]
+    for field in chosen:
+        strategy = OF_TYPE[field.type]
+        if draw(st.integers(0, 9)) == 0:
+            strategy = st.one_of(*OF_TYPE.values())
+        line.append(f"--{field.name}={draw(strategy)}")
+    return line
+
+
+def try_flags(experiment, line):
+    """How it ends: the class of the refusal, or `Accepted`."""
+    names = [field.name for field in dataclasses.fields(experiment.Config)]
+    try:
+        experiment.run(_cli.parse(experiment.Config, line))
+    except Accepted:
+        return "accepted"
+    except (ValueError, OSError, flags.Error) as error:
+        given = [repr(part.partition("=")[2]) for part in line[1:]]
+        told = str(error)
+        assert any(word in told for word in (*names, *given)), (line, told)
+        return "refused"
+    raise AssertionError(f"{line} was neither accepted nor refused")
+
+
+def campaign(experiment, folder, examples):
+    """Try so many command lines; nothing may be left behind by those refused."""
+
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def holds(data):
+        event(try_flags(experiment, arguments(data.draw, experiment)))
+        assert list(folder.iterdir()) == []
+
+    holds()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda module: module.NAME)
+def test_any_flags_are_accepted_or_refused_by_name(nothing_done, experiment):
+    campaign(experiment, nothing_done, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda module: module.NAME)
+def test_a_thousand_times(nothing_done, experiment):
+    campaign(experiment, nothing_done, 1000 if experiment is not train_vgg else 100)
+
+
+def test_more_than_the_memory_holds_is_refused_at_once(nothing_done):
+    with pytest.raises(ValueError, match=r"needs at least .* GB .*: give smaller --seeds"):
+        ulpm_flow.run(ulpm_flow.Config(seeds=10**9))
+    with pytest.raises(ValueError, match="give smaller --image_size"):
+        train_small.run(train_small.Config(image_size=10**6))
+    with pytest.raises(ValueError, match="give smaller --width or --seeds"):
+        train_small.run(train_small.Config(width=1e6))
+    with pytest.raises(ValueError, match="give smaller --measurements or --seeds"):
+        train_small.run(train_small.Config(seeds=10**9))
