@@ -37,8 +37,11 @@ SUMMARY = "summary.json"  # written last: a folder that holds it holds a finishe
 _EXPERIMENT = "experiment"  # in config.json: its name
 _EARLIER = "earlier"  # in config.json: what it said before a setting was changed
 _DIGEST = "sha256"  # in config.json and summary.json: of all that stands beside it
+_FILES = "files"  # in summary.json: the SHA-256 of each output
 _PART = ".part"  # ends the names of files that are being written
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_ANEW = f"remove its {SUMMARY} and give --resume, or --overwrite, to have all written anew"
 
 # Settings that a resumed run may change, each with a check of the folder that raises
 # ValueError where it may not.
@@ -120,18 +123,30 @@ def is_finished(folder: Path) -> bool:
     """Whether the run of this folder has come to its end.
 
     Raises:
-      ValueError: its sign of that is damaged.
+      ValueError: it has, but its summary or another file is damaged.
     """
     path = folder / SUMMARY
     if not path.exists():
         return False
     try:
-        read_json(path)
+        damaged = changed_files(folder, read_json(path))
     except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{error}: remove it and give --resume to have it written again"
-        ) from None
+        raise ValueError(f"{error}: {_ANEW}") from None
+    if damaged:
+        names = ", ".join(str(folder / name) for name in damaged)
+        raise ValueError(f"missing or damaged: {names}; {_ANEW}")
     return True
+
+
+def changed_files(folder: Path, summary: Mapping[str, Any]) -> list[str]:
+    """Outputs that are no longer there or not as the run has written them."""
+    files = summary.get(_FILES, {})  # not in summaries of earlier versions
+    return [name for name, digest in files.items() if _file_digest(folder / name) != digest]
+
+
+def _file_digest(path: Path) -> str | None:
+    """SHA-256 of a file, None without one."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _make(workdir: str, resume: bool) -> Path:
@@ -389,9 +404,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, (text + "\n").encode())
 
 
-def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write summary.json, as the sign of the end."""
-    _seal(folder / SUMMARY, summary)
+def write_summary(folder: Path, summary: Mapping[str, Any], outputs: Sequence[str]) -> None:
+    """Write summary.json, as the sign of the end, with the SHA-256 of each output."""
+    digests = {name: _file_digest(folder / name) for name in outputs}
+    files = {name: digest for name, digest in digests.items() if digest}
+    _seal(folder / SUMMARY, {**summary, _FILES: files})
 
 
 def _seal(path: Path, content: Mapping[str, Any]) -> None:

@@ -714,7 +714,7 @@ def _finish(config: Config, setup: Setup, folder: Path, rows, seconds: float) ->
         "seconds_of_this_process": round(seconds, 1),
         "metrics": {row["metric"]: row for row in table},
     }
-    _runs.write_summary(folder, summary | _runs.provenance(*_PACKAGES))
+    _runs.write_summary(folder, summary | _runs.provenance(*_PACKAGES), OUTPUTS)
     print((folder / "collapse.md").read_text())
     print(
         f"zero training error from epoch {zero}" if zero else "training error is not zero"

@@ -185,6 +185,8 @@ def _read_summary(folder: Path, kind: str, notes: list[str]):
     except (*_DAMAGED, OSError):
         notes.append(f"{_runs.SUMMARY} is damaged, or not of a run of {kind}.")
         return {}, BAD, "cannot be read", []
+    for name in _runs.changed_files(folder, summary):
+        notes.append(f"{name} is missing or damaged: not as the run has written it.")
     return summary, state, verdict, tables
 
 

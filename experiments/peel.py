@@ -173,7 +173,7 @@ def _write(folder: Path, trained, log_times, columns, points) -> None:
     figure = plotting.figure_over_log_log_t(log_times, plotting.collapse_panels(columns))
     _runs.write_files(folder / "flow", plotting.render(figure))
     summary = {"network": trained.title, "points": points} | _runs.provenance("flax")
-    _runs.write_summary(folder, summary)
+    _runs.write_summary(folder, summary, OUTPUTS)
     _runs.drop_checkpoint(folder)
     print(f"{trained.title}\n\n{(folder / 'peel.md').read_text()}")
 

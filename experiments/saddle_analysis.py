@@ -90,7 +90,7 @@ def _run(config: Config, folder: Path) -> None:
     figure = _figure(directions, escapes, descents)
     _runs.write_files(folder / "saddles", plotting.render(figure))
     summary = _summarise(family, directions, [row for row, _ in escapes], descents)
-    _runs.write_summary(folder, summary | _runs.provenance())
+    _runs.write_summary(folder, summary | _runs.provenance(), OUTPUTS)
     print(_report(summary))
 
 

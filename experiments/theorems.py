@@ -15,6 +15,7 @@ import ncjax
 from experiments import _cli, _fits, _legs, _runs, _saddles
 
 NAME = "theorems"
+OUTPUTS = (f"{NAME}.csv", f"{NAME}.md")
 OURS = "ncjax"
 K, N, D = 4, 3, 6
 OPTIMUM = (K - 1) * N**0.5
@@ -70,8 +71,7 @@ def run(config: Config) -> Path:
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"--seed must lie in [0, 2**63), got {config.seed}")
     _legs.check_memory(config.seeds, K, N, D, TIMES.size)
-    outputs = (f"{NAME}.csv", f"{NAME}.md")
-    with _runs.open_config(config, NAME, outputs) as (folder, _):
+    with _runs.open_config(config, NAME, OUTPUTS) as (folder, _):
         _run(config, folder)
     return folder
 
@@ -86,7 +86,7 @@ def _run(config: Config, folder: Path) -> None:
     _runs.write_table(folder / NAME, rows)
     seconds = round(time.perf_counter() - begun, 1)
     summary = {"seconds": seconds, "statements": rows} | _runs.provenance()
-    _runs.write_summary(folder, summary)
+    _runs.write_summary(folder, summary, OUTPUTS)
     print("\n".join(_line(entry) for entry in found))
     failed = [entry.statement for entry in found if not entry.passed]
     print(f"{len(found) - len(failed)} of {len(found)} hold, {seconds} s")

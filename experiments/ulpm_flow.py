@@ -192,7 +192,7 @@ def _write(folder: Path, log_times, columns: Mapping[str, np.ndarray], summary) 
         reach_label="shaded: reached by a million steps of gradient descent of size 0.1",
     )
     _runs.write_files(folder / "figure2", plotting.render(figure))
-    _runs.write_summary(folder, summary)
+    _runs.write_summary(folder, summary, OUTPUTS)
     _runs.drop_checkpoint(folder)
 
 

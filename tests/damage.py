@@ -1,0 +1,217 @@
+"""Small runs with stand-ins for the numerics, and what can happen to their files.
+
+A stand-in is a sum: quick, the same every time, and another one if a number read from a
+file is. What is written, read, checked and told is the experiments' own.
+"""
+
+import functools
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+import ncjax
+from experiments import (
+    _legs,
+    _runs,
+    _training,
+    peel,
+    saddle_analysis,
+    theorems,
+    train_small,
+    ulpm_flow,
+)
+from ncjax import data, models, plotting, train
+from ncjax.flow import SUCCESS
+from ncjax.peeling import LastLayer
+
+RESULTS = Path(__file__).parents[1] / "results"
+MODULES = {
+    module.NAME: module
+    for module in (ulpm_flow, saddle_analysis, theorems, train_small, peel)
+}
+CONFIGS = {
+    "ulpm_flow": ulpm_flow.Config(
+        seeds=2, num_classes=2, per_class=1, dim=2, log_t_max=20.0, num_times=20
+    ),
+    "saddle_analysis": saddle_analysis.Config(),
+    "theorems": theorems.Config(),
+    "train_small": train_small.Config(
+        train_split="train[:200]",
+        test_split="",
+        epochs=4,
+        batch_size=100,
+        measurements=3,
+        checkpoint_every=2,
+    ),
+    "peel": peel.Config(num_times=20),
+}
+
+
+def stand_in(patch):
+    """Put the stand-ins in the place of what takes long."""
+    _for_flows(patch)
+    _for_training(patch)
+    for name in ("saddle_analysis", "theorems"):
+        patch.setattr(MODULES[name], "_run", functools.partial(_committed, name))
+    patch.setattr(peel, "_peel", _peeled)
+    patch.setattr(peel, "describe", _described)
+    files = plotting.render(Figure(figsize=(1, 1)))
+    patch.setattr(plotting, "render", lambda figure: files)
+    for name in ("figure_over_log_log_t", "figure_over_log_log_epochs"):
+        patch.setattr(plotting, name, lambda *_args, **_kwargs: None)
+
+
+def _committed(name, config, folder):
+    """The run of `results/`, written again."""
+    summary = _runs.read_json(RESULTS / name / "summary.json")
+    for path in (RESULTS / name).iterdir():
+        if path.suffix in (".csv", ".md", ".png", ".pdf"):
+            content = path.read_bytes() if path.suffix in (".csv", ".md") else b""
+            _runs.write_atomically(folder / path.name, content)
+    _runs.write_summary(folder, summary, MODULES[name].OUTPUTS)
+
+
+def _for_flows(patch):
+    names = (*ncjax.CollapseMetrics._fields, "log_loss", "squared_norm", "margin_ratio")
+    names += ("kkt_angle", "balance_drift", "classifier_sum_drift")
+
+    def compile_legs(starts, measure, solver, max_steps):
+        def flow(states, leg, before):
+            end = ncjax.Params(*(np.asarray(leaf) * 1.01 + leg[-1] for leaf in states))
+            counts = dict.fromkeys(("num_steps", "num_rejected"), np.ones(len(end.W)))
+            result = np.full(len(end.W), SUCCESS)
+            return SimpleNamespace(params=end, final=end, result=result, **counts)
+
+        def columns(states, starts):
+            sums = np.asarray(states.W).sum((1, 2)) + np.asarray(states.H).sum((1, 2, 3))
+            return {
+                name: (np.abs(sums) * (i + 1) % 1.0)[:, None]
+                for i, name in enumerate(names)
+            }
+
+        return flow, columns
+
+    patch.setattr(_legs, "_compile", compile_legs)
+    patch.setattr(_legs, "choose_solver", lambda *_: "explicit")
+
+
+def _for_training(patch):
+    kernel = np.linspace(0.1, 0.9, 70, dtype=np.float32).reshape(7, 10)
+    params = {"classifier": {"kernel": kernel, "bias": kernel[0]}}
+    start = train.TrainState(params, {}, {"momentum": kernel})
+    start = jax.tree.map(jnp.asarray, start)
+
+    def compile_loop(self):
+        self.forward = None
+
+        def epoch(state, dataset, key):
+            log = train.EpochLog(jnp.float32(1), jnp.float32(1))
+            return jax.tree.map(lambda leaf: leaf * np.float32(1.01), state), log
+
+        self.epoch = epoch
+
+    def measure_one(self, features, dataset, params, seed):
+        total = float(np.asarray(features)[0, 0])
+        names = (*ncjax.CollapseMetrics._fields, *LastLayer._fields)
+        values = {name: total * (i + 1) % 1.0 for i, name in enumerate(names)}
+        return {name: float(f"{value:.9g}") for name, value in values.items()}
+
+    def extract_features(forward, state, dataset):
+        sums = [np.asarray(leaf, np.float64).sum() for leaf in jax.tree.leaves(state)]
+        return jnp.full((len(dataset.labels), 7), sum(sums))
+
+    patch.setattr(_training._Loop, "_compile", compile_loop)
+    patch.setattr(_training._Loop, "start", lambda self: start)
+    patch.setattr(_training._Loop, "_measure_one", measure_one)
+    patch.setattr(train, "extract_features", extract_features)
+    patch.setattr(data, "load", functools.cache(data.load))
+    patch.setattr(models, "count_parameters", lambda *_: 80)
+
+
+def _peeled(trained, per_class):
+    """A point that depends on the checkpoint and on the labels."""
+    shift = float(trained.features[0, 0]) + float(trained.labels.sum())
+    return ncjax.Params(
+        np.asarray(trained.weight, np.float64)[:2, :2] + shift, np.ones((2, 1, 2))
+    )
+
+
+def _described(point):
+    names = ("squared_norm", "margin_ratio", "kkt_angle", "sigma_max", "self_duality")
+    return {name: float(np.sum(point.W)) for name in names} | {"verdict": "unknown"}
+
+
+def run(name, folder, **changes):
+    """Run an experiment in a folder; `peel` of the training run beside it."""
+    values = {"workdir": str(folder)} | changes
+    if name == "peel":
+        values.setdefault("run", str(folder.parent / "source"))
+    config = MODULES[name].Config(**vars(CONFIGS[name]) | values)
+    return MODULES[name].run(config)
+
+
+def interrupted(patch, name, folder):
+    """Leave a run of an experiment in a folder that is half done."""
+    with patch.context() as once:
+        if name == "train_small":
+            save = _training.checkpoint.Checkpoints.save
+
+            def stop(self, epoch, *state):
+                save(self, epoch, *state)
+                if epoch == 2:
+                    raise KeyboardInterrupt
+
+            once.setattr(_training.checkpoint.Checkpoints, "save", stop)
+        else:
+            save_leg = _legs._save
+
+            def stop(folder, progress):
+                save_leg(folder, progress)
+                if progress.legs_done == 7:
+                    raise KeyboardInterrupt
+
+            once.setattr(_legs, "_save", stop)
+        try:
+            run(name, folder)
+        except KeyboardInterrupt:
+            return folder
+    raise AssertionError("it was not interrupted")
+
+
+def _flipped(path, where):
+    content = bytearray(path.read_bytes())
+    if content:
+        content[int(where * len(content))] ^= 1 << int(where * 8e6) % 8
+    path.write_bytes(content)
+
+
+def _to_folder(path, where):
+    path.unlink()
+    path.mkdir()
+
+
+# What happens to a file, at a place in it from 0 to below 1.
+DAMAGES = {
+    "cut": lambda path, where: path.write_bytes(
+        path.read_bytes()[: int(where * path.stat().st_size)]
+    ),
+    "a bit flipped": _flipped,
+    "emptied": lambda path, where: path.write_bytes(b""),
+    "deleted": lambda path, where: path.unlink(),
+    "a folder instead": _to_folder,
+    "noise": lambda path, where: path.write_bytes(
+        np.random.default_rng(int(where * 1e9)).bytes(path.stat().st_size)
+    ),
+    "something appended": lambda path, where: path.write_bytes(path.read_bytes() + b"\n0"),
+}
+
+
+def fresh(template, folder):
+    """A copy of a template at a place that is always the same."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(template, folder)

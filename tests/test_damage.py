@@ -1,0 +1,151 @@
+"""Damaged files: the right numbers, or one line that names what is wrong; never else."""
+
+import collections
+
+import damage
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from experiments import report
+
+STATES = [(name, "finished") for name in damage.MODULES] + [
+    (name, "interrupted") for name in ("ulpm_flow", "train_small", "peel")
+]
+ACTIONS = ("resume", "overwrite", "report", "peel")
+RESUMABLE = ("ulpm_flow", "train_small", "peel")
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory):
+    """A folder of each state, the stand-ins in place while it is used."""
+    root = tmp_path_factory.mktemp("damage")
+    with pytest.MonkeyPatch.context() as patch:
+        damage.stand_in(patch)
+        damage.run("train_small", root / "source")
+        for name, state in STATES:
+            folder = root / f"{name}_{state}"
+            if state == "finished":
+                damage.run(name, folder)
+            else:
+                damage.interrupted(patch, name, folder)
+        yield root
+
+
+def content(folder):
+    """What a run has found: its tables and its summary, without dates."""
+    found = {
+        path.name: path.read_bytes() for path in folder.glob("*") if path.suffix == ".csv"
+    }
+    summary = damage._runs.read_json(folder / "summary.json")
+    keys = ("final", "metrics", "points", "statements", "family", "network", "directions")
+    return found | {key: summary.get(key) for key in keys}
+
+
+def act(root, name, action):
+    """Do it to the folder `case`, and return what came of it, to be compared."""
+    case = root / "case"
+    if action == "report":
+        page = root / "page.html"
+        report.run(report.Config(runs=str(case), output=str(page), overwrite=True))
+        return page.read_text()
+    if action == "peel":
+        damage.run("peel", root / "peeled", run=str(case), overwrite=True)
+        return content(root / "peeled")
+    damage.run(name, case, **{action: True})
+    return content(case)
+
+
+def bystanders(case):
+    """What is no part of the run and must be left alone."""
+    for path in (case / "notes.txt", case / "other" / "summary.json"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"precious {path.name}")
+    return [case / "notes.txt", case / "other" / "summary.json"]
+
+
+def trial(root, state, action, choice, kind, where):
+    """Damage a file of a run, act, and say how it ended; then overwrite the run."""
+    name = state[0]
+    case, template = root / "case", root / "_".join(state)
+    damage.fresh(template, case)
+    expected = act(root, name, action)
+    damage.fresh(template, case)
+    files = sorted(path for path in case.rglob("*") if path.is_file())
+    path = files[int(choice * len(files))]
+    before = path.read_bytes()
+    damage.DAMAGES[kind](path, where)
+    what = f"{action} of {'_'.join(state)} with {path.relative_to(case)}: {kind}, {where}"
+    kept = bystanders(case)
+    outcome = judge(root, name, action, path, expected, what)
+    damaged = not path.is_file() or path.read_bytes() != before
+    if action != "overwrite" and damaged:
+        judge(root, name, "overwrite", path, None, f"after that, overwrite: {what}")
+    assert [p.read_text() for p in kept] == [f"precious {p.name}" for p in kept], what
+    assert not list(case.rglob("*.part")), what
+    return outcome
+
+
+def judge(root, name, action, path, expected, what):
+    """How an action ends on a damaged folder: the right numbers, or an error that helps."""
+    case = root / "case"
+    try:
+        found = act(root, name, action)
+    except (ValueError, OSError) as error:
+        return refusal(error, case, path, what)
+    except Exception as error:
+        raise AssertionError(what) from error
+    if expected is None or found == expected:
+        return "right"
+    assert action == "report", what
+    assert any(word in found for word in ("damaged", "There is no", "cannot be read")), what
+    return "told on the page"
+
+
+def refusal(error, case, path, what):
+    """An error that names the folder, and the file or that there is no run."""
+    told = str(error)
+    assert str(case) in told, (what, told)
+    assert path.relative_to(case).parts[0] in told or "no run" in told, (what, told)
+    return "refused by name"
+
+
+def actions(name):
+    """What can be done with a folder of this experiment."""
+    chosen = ["overwrite", "report"]
+    chosen += ["resume"] if name in RESUMABLE else []
+    return chosen + (["peel"] if name == "train_small" else [])
+
+
+@pytest.fixture
+def campaign(templates):
+    """Runs so many trials and counts their outcomes."""
+
+    def run(examples):
+        counts = collections.Counter()
+
+        @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
+        @given(st.data())
+        def holds(data):
+            state = data.draw(st.sampled_from(STATES))
+            action = data.draw(st.sampled_from(actions(state[0])))
+            kind = data.draw(st.sampled_from(sorted(damage.DAMAGES)))
+            choice, where = (data.draw(st.floats(0, 1, exclude_max=True)) for _ in "ab")
+            outcome = trial(templates, state, action, choice, kind, where)
+            counts[f"{'_'.join(state)}, {action}: {outcome}"] += 1
+
+        holds()
+        return counts
+
+    return run
+
+
+def test_damaged_files_give_the_right_numbers_or_an_error_that_names_them(campaign):
+    assert campaign(25).total() >= 25
+
+
+@pytest.mark.slow
+def test_a_thousand_damaged_files(campaign):
+    counts = campaign(1000)
+    print(*(f"{count:5} {how}" for how, count in sorted(counts.items())), sep="\n")
+    assert counts.total() >= 1000
