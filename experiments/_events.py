@@ -1,5 +1,6 @@
 """Scalars for TensorBoard, on the disk when the call returns."""
 
+import contextlib
 import socket
 import time
 from collections.abc import Mapping
@@ -56,6 +57,8 @@ class Events:
                 self._writer.write(event.SerializeToString())
             self._writer.flush()
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self._writer.close()
             raise _runs.write_error(self._path, error) from error
 
     def close(self) -> None:

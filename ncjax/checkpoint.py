@@ -1,7 +1,11 @@
 """Checkpoints of a training run, by Orbax: the newest whole one survives any kill."""
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 _DIGEST = "sha256"
+_SPACE = "No space left on device"
 
 
 def newest_epoch(folder: Path) -> int | None:
@@ -68,11 +73,14 @@ class Checkpoints:
         """
         metadata = {_DIGEST: _digest(state), "notes": dict(notes or {})}
         try:
-            self._manager.save(
-                epoch, args=ocp.args.StandardSave(state), custom_metadata=metadata
-            )
-            self._manager.wait_until_finished()
+            with _unlogged():
+                self._manager.save(
+                    epoch, args=ocp.args.StandardSave(state), custom_metadata=metadata
+                )
+                self._manager.wait_until_finished()
         except Exception as error:
+            for part in self._folder.glob(f"{epoch}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
             raise OSError(
                 f"cannot write {self._folder / str(epoch)}: {_reason(error)}"
             ) from error
@@ -89,9 +97,12 @@ class Checkpoints:
         epoch = self.newest()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
-            state = self._manager.restore(epoch, args=ocp.args.StandardRestore(abstract))
-            # Checkpoints of earlier versions have none.
-            metadata = self._manager.metadata(epoch).custom_metadata or {}
+            with _unlogged():
+                state = self._manager.restore(
+                    epoch, args=ocp.args.StandardRestore(abstract)
+                )
+                # Checkpoints of earlier versions have none.
+                metadata = self._manager.metadata(epoch).custom_metadata or {}
             if metadata.get(_DIGEST, "") not in ("", _digest(state)):
                 raise ValueError("its arrays are not those that were saved")
             return state, dict(metadata.get("notes", {}))
@@ -119,6 +130,22 @@ def _digest(state: Any) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without Orbax's own log of an error, of many lines: it is raised too."""
+    logger = logging.getLogger("absl")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def _reason(error: Exception) -> str:
-    """The first line of what an error says."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """What an error says, in short: that of the system if there is one, else a line."""
+    text = str(error)
+    if of_system := re.findall(r"([^:]+) \[os_error_code=", text):
+        reason = of_system[-1].strip()
+        return f"{reason}; free some space" if reason == _SPACE else reason
+    return (text.splitlines() or [type(error).__name__])[0]

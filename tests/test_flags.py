@@ -40,7 +40,7 @@ NUMBERS = st.one_of(
 )
 WORDS = st.one_of(
     st.sampled_from(
-        ["", " ", "NaN", "1e9", "-", "--", "/", ".", "~", "train[:]", "x" * 300]
+        ["", " ", "NaN", "1e9", "-", "--", "/dev/null", ".", "~", "train[:]", "x" * 300]
     ),
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
 )
@@ -120,8 +120,9 @@ def test_any_flags_are_accepted_or_refused_by_name(nothing_done, experiment):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda module: module.NAME)
-def test_a_thousand_times(nothing_done, experiment):
-    campaign(experiment, nothing_done, 1000 if experiment is not train_vgg else 100)
+def test_many_more_flags(nothing_done, experiment):
+    trains = issubclass(experiment.Config, train_small._training.Config)
+    campaign(experiment, nothing_done, 200 if trains else 1000)
 
 
 def test_more_than_the_memory_holds_is_refused_at_once(nothing_done):
