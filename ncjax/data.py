@@ -213,6 +213,12 @@ def _builder(name: str, data_dir: str | None) -> Any:
         known = [DIGITS, *re.findall(r"^\s*- (\w+)", str(error), flags=re.MULTILINE)]
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "digits needs no network"
+        root = Path(
+            data_dir or os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR
+        )
+        folder = root.expanduser() / re.split("[/:]", name)[0]
+        if folder.is_dir():
+            hint = f"{folder} lacks a description, features.json or dataset_info.json"
         raise ValueError(f"no data set is called {name!r}: {hint}") from None
     except Exception as error:
         reason = str(error).strip().splitlines()[-1]
@@ -260,16 +266,23 @@ def _damaged(builder: Any, error: Exception) -> OSError:
     """An error that names the files at fault, each being opened by itself."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+    try:
+        shards = [
+            shard
+            for split in builder.info.splits.values()
+            for shard in zip(split.filepaths, split.shard_lengths, strict=True)
+        ]
+    except Exception:  # their names are damaged
+        shards = []
     suspects = []
-    for split in builder.info.splits.values():
-        for path, length in zip(split.filepaths, split.shard_lengths, strict=True):
-            try:
-                source = ArrayRecordDataSource([str(path)])
-                sound = len(source.__getitems__(list(range(len(source))))) == length
-            except Exception:
-                sound = False
-            if not sound:
-                suspects.append(str(path))
+    for path, length in shards:
+        try:
+            source = ArrayRecordDataSource([str(path)])
+            sound = len(source.__getitems__(list(range(len(source))))) == length
+        except Exception:
+            sound = False
+        if not sound:
+            suspects.append(str(path))
     where = ", ".join(suspects) or str(builder.data_dir)
     return OSError(f"damaged or missing records in {where}: {str(error).splitlines()[0]}")
 

@@ -641,6 +641,10 @@ def describe(**changes):
         pytest.param(lambda path: path.write_bytes(b"\xff\xfe\0"), id="binary"),
         pytest.param(describe(fileFormat="zip"), id="unknown format"),
         pytest.param(describe(splits=None), id="no splits"),
+        pytest.param(
+            lambda path: path.write_text(path.read_text().replace("{SPLIT}", "{RPLIT}")),
+            id="names of files",
+        ),
     ],
 )
 def test_damaged_description(tmp_path, offline, name, damage):
@@ -650,6 +654,16 @@ def test_damaged_description(tmp_path, offline, name, damage):
     with pytest.raises(OSError, match=str(tmp_path)) as raised:
         data.load(name, "train", str(tmp_path))
     assert name in str(raised.value)
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_a_set_of_ones_own_without_features(tmp_path, offline, monkeypatch, by_environment):
+    folder = small_tfds.write_samples(tmp_path, "mine", "1.0.0", {"train": [TRAIN]})
+    (folder / "features.json").unlink()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    lacks = f"'mine': {tmp_path / 'mine'} lacks a description"
+    with pytest.raises(ValueError, match=lacks):
+        data.load("mine", "train", None if by_environment else str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "riegeli"])
