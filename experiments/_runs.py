@@ -493,7 +493,7 @@ def load_checkpoint(folder: Path) -> dict[str, np.ndarray] | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = dict(stored)
         settings = json.loads(str(arrays.pop(_SETTINGS)))
     except Exception:

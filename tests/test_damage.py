@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from experiments import report
 
+# Of a damaged checkpoint Orbax leaves coroutines never awaited and loops closed too early.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 STATES = [(name, "finished") for name in damage.MODULES] + [
     (name, "interrupted") for name in ("ulpm_flow", "train_small", "peel")
 ]

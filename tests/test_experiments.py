@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import gc
 import json
 
 import jax
@@ -133,6 +134,7 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / _runs.CHECKPOINT).write_bytes(b"PK not a zip")
     with pytest.raises(ValueError, match=r"checkpoint.npz is damaged"):
         _runs.load_checkpoint(tmp_path)
+    gc.collect()  # no file is left open: that would be a warning, and an error here
 
 
 def test_a_pickle_in_a_checkpoint_is_not_loaded(tmp_path):

@@ -65,8 +65,10 @@ def holder(tmp_path):
     process.communicate()
 
 
-@pytest.mark.parametrize("flags", [{}, {"overwrite": True}])
-@pytest.mark.parametrize("name", ["ulpm_flow", "theorems", "train_small"])
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("ulpm_flow", {}), ("theorems", {"overwrite": True}), ("train_small", {})],
+)
 def test_a_folder_in_use_is_refused(quick, tmp_path, holder, name, flags):
     with pytest.raises(ValueError, match="is in use by another run") as raised:
         damage.run(name, tmp_path / "run", **flags)
@@ -241,7 +243,7 @@ with pytest.MonkeyPatch.context() as patch:
 def test_the_kernel_refuses_files_of_a_size(quick, tmp_path):
     """Nothing is simulated: each limit meets another file."""
     expected = damage.run("train_small", tmp_path / "expected")
-    limits = ("400", "800", "1500", "3000", "6000")
+    limits = ("400", "1500", "6000")
     done = subprocess.run(
         [sys.executable, "-c", REFUSED, str(tmp_path), *limits],
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
@@ -251,7 +253,7 @@ def test_the_kernel_refuses_files_of_a_size(quick, tmp_path):
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stdout.splitlines() if line.startswith("told: ")]
     assert all("File too large" in line for line in told), told
-    assert len({line.split(": ")[1].replace(str(tmp_path), "") for line in told}) >= 3, told
+    assert len({line.split(": ")[1].replace(str(tmp_path), "") for line in told}) >= 2, told
     for limit in limits:
         assert not [n for n in names(tmp_path / limit) if n.endswith(".part")]
         same = (tmp_path / limit / "metrics.csv").read_bytes()
