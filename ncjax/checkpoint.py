@@ -5,6 +5,7 @@ import hashlib
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -132,14 +133,21 @@ def _digest(state: Any) -> str:
 
 @contextlib.contextmanager
 def _unlogged() -> Iterator[None]:
-    """Without Orbax's own log of an error, of many lines: it is raised too."""
-    logger = logging.getLogger("absl")
-    before = logger.disabled
-    logger.disabled = True
+    """Without Orbax's own words on an error, of many lines: it is raised too."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    before, logger.disabled = logger.disabled, True
+
+    def rest(unraisable):
+        # Of writes that were under way: they find the loop of the failed one closed.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = rest  # stays after an error: such writes may end later
     try:
         yield
     finally:
         logger.disabled = before
+    sys.unraisablehook = hook
 
 
 def _reason(error: Exception) -> str:
