@@ -25,7 +25,7 @@ WINDOW = 3
 _TILE = 4
 _POINTS = (0.0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2), -math.sqrt(2))
 # Tiles of one pass: enough rows for a fast matrix product, few enough for the cache.
-_TILES_AT_ONCE = 64
+_TILES_AT_ONCE = 256
 
 
 def _transforms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
