@@ -40,22 +40,24 @@ def measure(repeats: int) -> tuple[list[dict[str, Any]], list[str]]:
     return [*far(repeats), *seeds(repeats), *wide(), *measured], notes
 
 
-def draw(shape: tuple[int, int, int] = SHAPE, seed: int = 0, dtype=jnp.float64):
+def draw(shape: tuple[int, int, int] = SHAPE):
     """A start."""
-    return ncjax.init_params(jax.random.key(seed), *shape, dtype=dtype)
+    return ncjax.init_params(jax.random.key(0), *shape, dtype=jnp.float64)
 
 
 # Far.
 
 
 def far(
-    repeats: int, log_ts=(1e4, 1e5, 1e6, 1e9), explicit_to: float = 1e4
+    repeats: int, log_ts=(1e4, 1e5, 1e6, 1e9), explicit_to: float = 1e5
 ) -> list[dict[str, Any]]:
-    """Implicit and explicit solver, one start, saved at 50 times."""
+    """Implicit, stabilised and explicit solver, one start, saved at 50 times."""
     start, measured = draw(), []
     for log_t in log_ts:
         times = np.geomspace(1, log_t, 50)
-        names = ["implicit"] + (["explicit"] if log_t <= explicit_to else [])
+        names = ["implicit"]
+        if log_t <= explicit_to:
+            names += ["stabilised", "explicit"]
         programs = [flow_program(start, times, name) for name in names]
         warm_up(programs)
         interleave(programs, repeats)

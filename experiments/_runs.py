@@ -79,7 +79,7 @@ def open_config(
     if config.overwrite and resume:
         raise ValueError("--overwrite and --resume exclude each other: give one of them")
     folder = _make(workdir(config, name), resume)
-    with _lock.held(folder):
+    with _lock.held(folder), _after_a_failed_write(config, folder):
         open_run(
             folder,
             settings(config),
@@ -97,26 +97,36 @@ def open_config(
 
 
 @contextlib.contextmanager
-def _told(config: Any, folder: Path) -> Iterator[None]:
-    """However the run ends, stdout ends with its folder.
+def _after_a_failed_write(config: Any, folder: Path) -> Iterator[None]:
+    """Add the next command to an error of the disk."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{error}; then {_next_command(config, folder)}") from error
 
-    To an interruption, on stderr, and to an error of the disk the next command is added.
+
+@contextlib.contextmanager
+def _told(config: Any, folder: Path) -> Iterator[None]:
+    """However the run ends, stdout ends with its folder; what to do next is on stderr.
+
     Of several processes the first alone speaks.
     """
-    then = "go on" if hasattr(config, "resume") else "start again"
-    command = resume_command(config, folder)
     speaks = jax.process_index() == 0
     try:
         yield
     except KeyboardInterrupt:
         if speaks:
-            print(f"interrupted; {then} with: {command}", file=sys.stderr)
+            print(f"interrupted; {_next_command(config, folder)}", file=sys.stderr)
         raise
-    except OSError as error:
-        raise OSError(f"{error}; then {then} with: {command}") from error
     finally:
         if speaks:
             print(folder)
+
+
+def _next_command(config: Any, folder: Path) -> str:
+    begun = hasattr(config, "resume") and (folder / CONFIG).exists()
+    then = "go on" if begun else "start again"
+    return f"{then} with: {resume_command(config, folder, begun)}"
 
 
 def is_finished(folder: Path) -> bool:
@@ -331,9 +341,9 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def resume_command(config: Any, folder: Path) -> str:
+def resume_command(config: Any, folder: Path, begun: bool = True) -> str:
     """The command that goes on with the run of `config` in `folder`, or begins it anew."""
-    how = "--resume" if hasattr(config, "resume") else "--overwrite"
+    how = "--resume" if begun else "--overwrite"
     flags = [f"--workdir={folder}", how]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

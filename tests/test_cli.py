@@ -258,7 +258,7 @@ def test_of_several_processes_the_first_alone_speaks(capsys, monkeypatch, tmp_pa
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with (
         pytest.raises(KeyboardInterrupt),
-        _runs.announced(train_small.Config(), tmp_path),
+        _runs._told(train_small.Config(), tmp_path),
     ):
         raise KeyboardInterrupt
     assert capsys.readouterr() == ("", "")

@@ -228,7 +228,7 @@ _restored = jax.jit(ncjax.restore_invariants)
 def test_restored_invariants_move_no_logit(seed, shape, scale, repeated):
     start = random_params(seed, *shape, scale)
     if repeated:  # rows that span less than the space
-        start = start._replace(W=start.W.at[1].set(start.W[0]), H=start.H * 0 + 1)
+        start = start._replace(W=start.W.at[1].set(start.W[0]), H=start.H * 0 + scale)
     off = random_params(seed + 1, *shape, 1e-6 * scale)
     # A solver's error lies in the span of what it has moved.
     span = np.concatenate([start.W, start.H.reshape(-1, shape[2])])

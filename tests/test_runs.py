@@ -174,10 +174,10 @@ def test_a_full_disk_names_the_file_and_what_to_do(quick, tmp_path, name, target
             damage.run(name, folder)
     told = str(raised.value)
     assert f"cannot write {folder}/{target}" in told
-    how = "begin anew with" if name == "theorems" else "go on with"
-    flag = "overwrite" if name == "theorems" or target == "config" else "resume"
-    assert f"; then {how}: python -m" in told
-    assert f"--workdir={folder} --" in told
+    afresh = name == "theorems" or target == "config"
+    how, flag = ("start again", "overwrite") if afresh else ("go on", "resume")
+    assert f"; then {how} with: python -m" in told
+    assert f"--workdir={folder} --{flag}" in told
     assert "\n" not in told
     assert not [n for n in names(folder) if n.startswith(".")]
     damage.run(name, folder, **{flag: True})
