@@ -41,6 +41,8 @@ from experiments import _cli, _runs
 NAME = "run"
 SECTIONS: dict[str, Callable[[int], tuple[list[dict[str, Any]], list[str]]]] = {
     "flow": flow.measure,
+    "flow_wide": flow.measure_wide,
+    "flow_peers": flow.peers,
     "training_step": training_step.measure,
     "metrics": metrics.measure,
     "startup": startup.measure,
