@@ -147,7 +147,7 @@ def gradient_flow(
     dtype = params.W.dtype
     if dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"params must be float32 or float64, got {dtype}")
-    log_times = _check_log_times(log_times, start_log_time, dtype)
+    given, log_times = log_times, _check_log_times(log_times, start_log_time, dtype)
     if rtol is None:
         rtol = 1e-8 if dtype == jnp.float64 else 1e-6
     check_positive("rtol", rtol)
@@ -162,7 +162,7 @@ def gradient_flow(
         jnp.asarray(start_log_time, dtype),
         relative,
         jnp.asarray(absolute, dtype),
-        _resolve(solver, params, log_times, rtol),
+        _resolve(solver, params, given, rtol),
         record,
         max_steps,
         progress,
@@ -189,14 +189,15 @@ def choose_solver(
     return "stabilised" if loose and log_t_max >= _STABILISED_FROM else "explicit"
 
 
-def _resolve(solver, params: Params, log_times: Array, rtol) -> diffrax.AbstractSolver:
+def _resolve(solver, params: Params, log_times, rtol) -> diffrax.AbstractSolver:
     """The diffrax solver that `solver` names."""
     if isinstance(solver, diffrax.AbstractSolver):
         return solver
     check_choice("solver", solver, SOLVERS)
     if solver == "auto":
-        known = not isinstance(log_times, jax.core.Tracer)
-        last = float(log_times[-1]) if known else 0.0
+        # As given: under jit even known times would be traced once they are an array.
+        traced = any(isinstance(t, jax.core.Tracer) for t in jax.tree.leaves(log_times))
+        last = 0.0 if traced else float(np.asarray(log_times)[-1])
         tolerance = 0.0 if isinstance(rtol, jax.core.Tracer) else float(rtol)
         num_classes, dim = params.W.shape
         solver = choose_solver(num_classes, dim, last, params.W.dtype, tolerance)

@@ -472,6 +472,19 @@ def test_auto_goes_by_time_size_precision_and_tolerance():
     assert choose_solver(10, 20, 1e4, jnp.float64, rtol=1e-11) == "explicit"
 
 
+def test_auto_knows_times_that_stand_in_a_compiled_function():
+    times = [1.0, 2500.0]
+
+    @jax.jit
+    def compiled(start):
+        return ncjax.gradient_flow(start, times).num_steps
+
+    start = sine_params()
+    assert int(compiled(start)) == int(
+        ncjax.gradient_flow(start, times, solver="stabilised").num_steps
+    )
+
+
 def test_an_unknown_solver_is_refused():
     with pytest.raises(ValueError, match=r"solver must be one of auto, .*got 'euler'"):
         ncjax.gradient_flow(sine_params(), [1.0], solver="euler")
