@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from absl import logging
+from test_flags import EXPERIMENTS
 
 from benchmarks import run as benchmarks_run
 from experiments import (
@@ -21,23 +22,16 @@ from experiments import (
     _runs,
     _training,
     peel,
-    report,
     saddle_analysis,
     theorems,
-    train_resnet,
     train_small,
-    train_vgg,
     ulpm_flow,
 )
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {
-    f"experiments.{module.NAME}": module
-    for module in (
-        *(ulpm_flow, saddle_analysis, theorems, peel, report),
-        *(train_resnet, train_vgg, train_small),
-    )
-} | {"benchmarks.run": benchmarks_run}
+COMMANDS = {f"experiments.{module.NAME}": module for module in EXPERIMENTS} | {
+    "benchmarks.run": benchmarks_run
+}
 # Their defaults leave no room beside them.
 TWO_LINES = {"title", "only", "out"}
 
