@@ -32,6 +32,7 @@ STEP_SIZE = 0.1
 LOG_T = math.log(1e5)
 # Steps of PyTorch's gradient descent that are timed.
 TORCH_STEPS = 5000
+TORCHDIFFEQ = "torchdiffeq dopri5"
 
 
 def measure(repeats: int) -> tuple[list[dict[str, Any]], list[str]]:
@@ -154,14 +155,14 @@ def plain(log_t: float) -> Callable:
     )
 
 
-def solve_with_diffrax(field, solver, end: float, start):
-    """`start` taken to `end` by diffrax."""
+def solve_with_diffrax(field, solver, end, start, begin=0.0):
+    """`start` at `begin` taken to `end` by diffrax."""
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
         solver,
-        t0=0.0,
+        t0=begin,
         t1=end,
-        dt0=0.01,
+        dt0=0.01 * (1 + begin),
         y0=start,
         stepsize_controller=diffrax.PIDController(rtol=TOLERANCE, atol=TOLERANCE),
         max_steps=1_000_000,
@@ -219,10 +220,13 @@ def peers(repeats: int, log_t: float = LOG_T) -> tuple[list[dict[str, Any]], lis
         flow_program(start, np.array([log_t]), "explicit"),
         flow_program(start, np.array([log_t]), "implicit"),
         scan_program(start, round(end / STEP_SIZE)),
-        *(solver_program(name, start, end) for name in SOLVERS),
+        *(solver_program(name, solve, start, end) for name, solve in SOLVERS.items()),
     ]
     notes = []
-    for package, make in (("torchdiffeq", _torchdiffeq), ("torch", _torch_descent)):
+    for package, make in (
+        ("torchdiffeq", partial(solver_program, TORCHDIFFEQ, torchdiffeq)),
+        ("torch", _torch_descent),
+    ):
         reason = missing(package)
         if reason:
             notes.append(reason)
@@ -248,9 +252,8 @@ def scan_program(start, steps: int) -> Program:
     return program
 
 
-def solver_program(name: str, start, end: float) -> Program:
-    """A solver of SciPy or diffrax on the raw equation."""
-    solve = SOLVERS[name]
+def solver_program(name: str, solve: Callable, start, end: float) -> Program:
+    """A solver of the raw equation."""
 
     def call(_repeat: int):
         return solve(start, end)
@@ -274,7 +277,7 @@ def numpy_gradient(W: np.ndarray, H: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return np.einsum("kij,kid->jd", weights, H), weights @ W
 
 
-def _scipy(method: str, start, end: float):
+def _scipy(method: str, start, end: float, begin: float = 0.0):
     W, H = map(np.asarray, start)
 
     def field(_t, flat):
@@ -285,25 +288,27 @@ def _scipy(method: str, start, end: float):
 
     flat = np.concatenate([W.ravel(), H.ravel()])
     options = {"method": method, "rtol": TOLERANCE, "atol": TOLERANCE}
-    last = solve_ivp(field, (0, end), flat, t_eval=[end], **options).y[:, -1]
+    solution = solve_ivp(field, (begin, end), flat, t_eval=[end], **options)
+    if not solution.success:
+        raise RuntimeError(solution.message)
+    last = solution.y[:, -1]
     return ncjax.Params(
         jnp.asarray(last[: W.size].reshape(W.shape)),
         jnp.asarray(last[W.size :].reshape(H.shape)),
     )
 
 
-@partial(jax.jit, static_argnums=1)
-def _diffrax_raw(start, end: float):
+@jax.jit
+def _diffrax_raw(start, end: float, begin: float = 0.0):
     def field(_t, params, _args):
         return jax.tree.map(jnp.negative, jax.grad(ncjax.cross_entropy)(params))
 
-    return solve_with_diffrax(field, diffrax.Tsit5(), end, start)
+    return solve_with_diffrax(field, diffrax.Tsit5(), end, start, begin)
 
 
+# Of the raw equation: start, time at the end and, if not 0, time there -> state.
 SOLVERS: dict[str, Callable] = {
-    "diffrax Tsit5, raw equation": lambda start, end: jax.block_until_ready(
-        _diffrax_raw(start, end)
-    ),
+    "diffrax Tsit5, raw equation": lambda *args: jax.block_until_ready(_diffrax_raw(*args)),
     "SciPy DOP853": partial(_scipy, "DOP853"),
     "SciPy LSODA": partial(_scipy, "LSODA"),
 }
@@ -322,41 +327,42 @@ def _torch_parts(start):
     return torch, W, H, loss
 
 
-def _torchdiffeq(start, end: float) -> Program:
+def torchdiffeq(start, end: float, begin: float = 0.0):
+    """The dopri5 of torchdiffeq on the raw equation, as `SOLVERS`."""
     from torchdiffeq import odeint
 
     torch, W, H, loss = _torch_parts(start)
-    times = torch.tensor([0.0, end], dtype=torch.float64)
+    times = torch.tensor([begin, end], dtype=torch.float64)
 
     def field(_t, state):
         with torch.enable_grad():
             leaves = [leaf.detach().requires_grad_(True) for leaf in state]
             return tuple(-g for g in torch.autograd.grad(loss(*leaves), leaves))
 
-    def call(_repeat: int):
-        last = odeint(field, (W, H), times, method="dopri5", rtol=TOLERANCE, atol=TOLERANCE)
-        return ncjax.Params(*(jnp.asarray(leaf[-1].numpy()) for leaf in last))
+    last = odeint(field, (W, H), times, method="dopri5", rtol=TOLERANCE, atol=TOLERANCE)
+    return ncjax.Params(*(jnp.asarray(leaf[-1].numpy()) for leaf in last))
 
-    def warm():
-        program.note = end_errors(start, math.log(end), call(0))
 
-    program = Program("torchdiffeq dopri5", call, warm)
-    return program
+def torch_descent(start, steps: int):
+    """So many steps of PyTorch's gradient descent."""
+    torch, W, H, loss = _torch_parts(start)
+    leaves = [leaf.requires_grad_(True) for leaf in (W, H)]
+    optimiser = torch.optim.SGD(leaves, lr=STEP_SIZE)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss(*leaves).backward()
+        optimiser.step()
+    return ncjax.Params(*(jnp.asarray(leaf.detach().numpy()) for leaf in leaves))
 
 
 def _torch_descent(start, end: float) -> Program:
-    torch, W, H, loss = _torch_parts(start)
     steps = round(end / STEP_SIZE)
     timed = min(steps, TORCH_STEPS)
-
-    def call(_repeat: int):
-        leaves = [leaf.clone().requires_grad_(True) for leaf in (W, H)]
-        optimiser = torch.optim.SGD(leaves, lr=STEP_SIZE)
-        for _ in range(timed):
-            optimiser.zero_grad()
-            loss(*leaves).backward()
-            optimiser.step()
-        return leaves
-
     note = f"{steps} steps, from the rate of {timed}"
-    return Program("gradient descent, PyTorch", call, None, note, steps=timed / steps)
+    return Program(
+        "gradient descent, PyTorch",
+        lambda _: torch_descent(start, timed),
+        None,
+        note,
+        steps=timed / steps,
+    )

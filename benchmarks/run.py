@@ -30,6 +30,7 @@ from typing import Any
 from benchmarks import (
     _timing,
     flow,
+    flow_reach,
     hessian,
     hessian_resnet,
     metrics,
@@ -43,6 +44,7 @@ SECTIONS: dict[str, Callable[[int], tuple[list[dict[str, Any]], list[str]]]] = {
     "flow": flow.measure,
     "flow_wide": flow.measure_wide,
     "flow_peers": flow.peers,
+    "flow_reach": flow_reach.measure,
     "training_step": training_step.measure,
     "metrics": metrics.measure,
     "startup": startup.measure,
@@ -135,13 +137,12 @@ def table(name: str, section: dict[str, Any]) -> str:
     ]
     for row in section["rows"]:
         note = f" ({row['note']})" if row["note"] else ""
-        compiled = row["compile_seconds"]
         cells = [
             row["problem"],
             row["program"] + note,
             f"{row['median_seconds']:.3g}",
-            f"{row['over_ncjax']:.2f}",
-            _DASH if compiled is None else f"{compiled:.1f}",
+            _number(row["over_ncjax"], ".2f"),
+            _number(row["compile_seconds"], ".1f"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     versions = ", ".join(f"{key} {value}" for key, value in section["versions"].items())
@@ -149,6 +150,10 @@ def table(name: str, section: dict[str, Any]) -> str:
         f"{section['processor']}, {section['platform']}, threads: {section['threads']}"
     )
     return "\n".join([*lines, "", *section["notes"], f"{machine}; {versions}.", ""])
+
+
+def _number(value: float | None, form: str) -> str:
+    return _DASH if value is None else format(value, form)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import ncjax
 from benchmarks import (
     _timing,
     flow,
+    flow_reach,
     hessian,
     hessian_resnet,
     metrics,
@@ -204,3 +205,55 @@ def test_peers_of_the_flow_come_to_the_same_end(monkeypatch):
     for solve in flow.SOLVERS.values():
         got = solve(start, 30.0)
         np.testing.assert_allclose(got.W, expected.W, rtol=1e-5, atol=1e-6)
+
+
+def race(monkeypatch, seconds_of_leg, seconds, **options):
+    """The row of a program whose legs take so long."""
+    now = [0.0]
+    monkeypatch.setattr(flow_reach.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(flow_reach, "_errors", lambda *_: "")
+
+    def leg(state, log_t, target):
+        assert target > log_t
+        now[0] += seconds_of_leg(target)
+        return state + 1
+
+    return flow_reach.row(flow_reach.Racer("a", leg, **options), 0, seconds)
+
+
+def test_a_race_ends_with_the_last_leg_in_time(monkeypatch):
+    row = race(monkeypatch, lambda _: 2.0, 7.0)
+    assert row["log_t"] == pytest.approx(10 * 1.1**2)  # three legs, not the fourth
+    assert row["median_seconds"] == 6
+    assert "time is over" in row["note"]
+    row = race(monkeypatch, lambda _: 2.0, 7.0, by_time=True)
+    assert row["log_t"] == pytest.approx(10 + 2 * np.log(1.1))
+    row = race(monkeypatch, lambda _: 2.0, 1.0)
+    assert row["log_t"] is None
+
+
+def test_a_race_ends_where_a_program_cannot_go_on(monkeypatch):
+    def failing(target):
+        if target > 12:
+            raise RuntimeError("too far.\nand more")
+        return 1.0
+
+    row = race(monkeypatch, failing, 100.0)
+    assert row["log_t"] == pytest.approx(11)
+    assert "too far," in row["note"]
+    row = race(monkeypatch, lambda _: 1.0, 100.0, limit=11.5)
+    assert row["log_t"] == 11.5
+    assert "the largest t of float64" in row["note"]
+
+
+def test_racers_go_on_from_where_they_stand():
+    start = flow.draw((3, 2, 4))
+    every, _ = flow_reach.racers()
+    assert len(every) >= 7
+    others = [racer for racer in every if not racer.name.startswith("ncjax")]
+    for racer in (every[0], *others):
+        first = racer.leg(start, -np.inf, 2.0)
+        second = racer.leg(first, 2.0, 3.0)
+        whole = ncjax.gradient_flow(start, [3.0], solver="explicit").final
+        rtol = 0.05 if racer.by_time else 1e-5  # Euler steps of 0.1
+        np.testing.assert_allclose(second.W, whole.W, rtol=rtol, atol=rtol)
