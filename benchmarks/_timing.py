@@ -58,7 +58,7 @@ def rows(problem: str, programs: Sequence[Program], **more: Any) -> list[dict[st
 
     Returns:
       Dictionaries of `problem`, `program`, `note`, `median_seconds`, `seconds` of each
-      repeat, `compile_seconds` (with the first call), `over_ncjax`, and `more`.
+      repeat, `compile_seconds` (most with the first call), `over_ncjax`, and `more`.
       `over_ncjax` is the median over repeats of its seconds by those of the first program
       in the same repeat: above 1, ncjax is faster.
     """

@@ -133,12 +133,16 @@ def seeds_program(name: str, one: Callable, starts, sharded: bool = False) -> Pr
         every = jax.shard_map(
             every, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
         )
-    every = jax.jit(every)
+    compiled: Callable | None = None
 
-    def call(_repeat: int = 0):
-        return jax.block_until_ready(every(starts))
+    def warm():
+        nonlocal compiled
+        compiled = jax.jit(every).lower(starts).compile()
 
-    return Program(name, call, call)
+    def call(_repeat: int):
+        return jax.block_until_ready(compiled(starts))
+
+    return Program(name, call, warm)
 
 
 def plain(log_t: float) -> Callable:

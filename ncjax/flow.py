@@ -259,7 +259,7 @@ def _integrate(params, log_times, start, rtol, atol, solver, record, max_steps, 
     observed, drift = solution.ys[0]
     final = unscaled(x_last, jax.tree.map(lambda leaf: leaf[-1], solution.ys[1]))
     if implicit:
-        settle = partial(_settle, rtol=rtol, atol=atol, start=params)
+        settle = partial(_settle, rtol=rtol, atol=atol, initial=params)
         states = jax.lax.map(
             lambda saved: settle(*saved), (x_before, solution.ys[2], x_save, observed)
         )
@@ -292,26 +292,31 @@ def _first_step(implicit: bool, x_start: Array, x_last: Array) -> Array:
     return jnp.where(step > 0, step, explicit)
 
 
-def _settle(x_before, before, x, interpolated, *, rtol, atol, start: Params) -> Params:
+def _settle(x_before, before, x, interpolated, *, rtol, atol, initial: Params) -> Params:
     """State `Z` at `x` from `Y` interpolated there and a little before.
 
     What the loss holds fast is off by an error of the long step that was interpolated,
     which grows with log t in a margin. Two short steps damp it out. Where the state
     itself moves too fast for them the solver has made its own steps short.
     """
-    scaled, worst = _on_loss(x_before, before), jnp.zeros((), x.dtype)
-    middle = (x_before + x) / 2
-    term = diffrax.ODETerm(field)
-    for low, high in ((x_before, middle), (middle, x)):
+
+    def step(carry, ends):
+        scaled, worst = carry
         scaled, error, *_ = LINEARLY_IMPLICIT.step(
-            term, low, high, scaled, None, None, False
+            diffrax.ODETerm(field), *ends, scaled, None, None, False
         )
         error = jax.tree.map(lambda e, y: e / (atol + rtol * jnp.abs(y)), error, scaled)
-        worst = jnp.maximum(worst, _finite_or_infinite_norm(error))
+        return (scaled, jnp.maximum(worst, _finite_or_infinite_norm(error))), None
+
+    middle = (x_before + x) / 2
+    ends = jnp.stack([x_before, middle]), jnp.stack([middle, x])
+    # A loop, so that the step is compiled once.
+    start = (_on_loss(x_before, before), jnp.zeros((), x.dtype))
+    (scaled, worst), _ = jax.lax.scan(step, start, ends)
     scaled = jax.tree.map(
         lambda settled, plain: jnp.where(worst <= 1, settled, plain), scaled, interpolated
     )
-    return restore_invariants(unscaled(x, scaled), start)
+    return restore_invariants(unscaled(x, scaled), initial)
 
 
 def _on_loss(x: Array, scaled: Params) -> Params:
