@@ -10,7 +10,7 @@ flow: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.ulpm_flow $(FLAGS)
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -n auto $(PYTEST_FLAGS)
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

@@ -133,14 +133,13 @@ def seeds_program(name: str, one: Callable, starts, sharded: bool = False) -> Pr
         every = jax.shard_map(
             every, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
         )
-    compiled: Callable | None = None
+    compiled: list[Callable] = []
 
     def warm():
-        nonlocal compiled
-        compiled = jax.jit(every).lower(starts).compile()
+        compiled.append(jax.jit(every).lower(starts).compile())
 
     def call(_repeat: int):
-        return jax.block_until_ready(compiled(starts))
+        return jax.block_until_ready(compiled[-1](starts))
 
     return Program(name, call, warm)
 

@@ -301,9 +301,9 @@ def _settle(x_before, before, x, interpolated, *, rtol, atol, initial: Params) -
     """
 
     def step(carry, ends):
-        scaled, worst = carry
+        (scaled, worst), (low, high) = carry, ends
         scaled, error, *_ = LINEARLY_IMPLICIT.step(
-            diffrax.ODETerm(field), *ends, scaled, None, None, False
+            diffrax.ODETerm(field), low, high, scaled, None, None, False
         )
         error = jax.tree.map(lambda e, y: e / (atol + rtol * jnp.abs(y)), error, scaled)
         return (scaled, jnp.maximum(worst, _finite_or_infinite_norm(error))), None

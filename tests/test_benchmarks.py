@@ -151,6 +151,7 @@ def test_the_peer_trains_the_same_network(problem):
     assert count == models.count_parameters(model, problem.image_shape)
 
 
+@pytest.mark.slow
 def test_the_hessian_of_a_network_is_timed():
     options = {"stem": "imagenet", "depths": (1,), "width": 1 / 32}
     tiny = training_step.Problem("resnet18", options, (12, 12, 1))
@@ -193,6 +194,7 @@ def test_pyhessian_is_given_the_same_loss(tmp_path):
 
 
 @pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.slow
 def test_peers_of_the_flow_come_to_the_same_end(monkeypatch):
     monkeypatch.setattr(flow, "missing", lambda package: f"no {package}")
     end = np.log(30.0)

@@ -38,6 +38,20 @@ LATE = {
 }
 
 
+def flow_at(start, log_times, count=5, **options):
+    """`gradient_flow` with earlier times added up to `count`, so as to compile once."""
+    added = count - len(log_times)
+    earlier = log_times[0] - np.arange(added, 0, -1.0)
+    flow = ncjax.gradient_flow(start, np.append(earlier, log_times), **options)
+    each = ("log_times", "params", "log_loss", "drift")
+    return flow._replace(
+        **{
+            name: jax.tree.map(lambda leaf: leaf[added:], getattr(flow, name))
+            for name in each
+        }
+    )
+
+
 @pytest.mark.parametrize("solver", ["explicit", "stabilised", "implicit"])
 def test_reference_values_up_to_t_of_1e5(solver):
     flow = ncjax.gradient_flow(
@@ -61,9 +75,7 @@ def test_reference_values_up_to_t_of_1e5(solver):
     [([100.0], "explicit"), ([100.0, 1e3], "explicit"), ([100.0, 1e3], "implicit")],
 )
 def test_reference_values_far_out(log_times, solver):
-    flow = ncjax.gradient_flow(
-        sine_params(), log_times, rtol=1e-10, atol=1e-10, solver=solver
-    )
+    flow = flow_at(sine_params(), log_times, rtol=1e-10, atol=1e-10, solver=solver)
     got = np.stack(
         [
             flow.log_loss,
@@ -79,7 +91,7 @@ def test_reference_values_far_out(log_times, solver):
 
 @pytest.mark.parametrize("solver", ["explicit", "stabilised", "implicit"])
 def test_reference_values_at_log_t_of_10000_at_the_default_tolerance(solver):
-    flow = ncjax.gradient_flow(sine_params(), [10000.0], solver=solver)
+    flow = flow_at(sine_params(), [10000.0], solver=solver)
     got = [flow.log_loss[0], ncjax.squared_norm(flow.final), flow.final.W[0, 0]]
     np.testing.assert_allclose(got, LATE[10000][:3], rtol=1e-7)
     assert float(flow.drift.balance[0]) < 1e-7
@@ -105,7 +117,7 @@ def test_the_flow_is_the_raw_equation_in_t():
 
 def test_time_zero_is_the_start_and_no_drift():
     start = sine_params()
-    flow = ncjax.gradient_flow(start, [-np.inf, 0.0])
+    flow = ncjax.gradient_flow(start, [-np.inf, -3.0, -2.0, -1.0, 0.0])
     np.testing.assert_array_equal(flow.params.W[0], start.W)
     assert float(flow.drift.balance[0]) == 0
     assert int(flow.result) == SUCCESS
@@ -113,16 +125,16 @@ def test_time_zero_is_the_start_and_no_drift():
 
 def test_legs_join():
     start = sine_params()
-    whole = ncjax.gradient_flow(start, [20.0, 50.0])
-    first = ncjax.gradient_flow(start, [20.0])
-    second = ncjax.gradient_flow(first.final, [50.0], start_log_time=20.0)
+    whole = flow_at(start, [20.0, 50.0])
+    first = flow_at(start, [20.0])
+    second = flow_at(first.final, [50.0], start_log_time=20.0)
     np.testing.assert_allclose(second.final.H, whole.final.H, rtol=1e-6)
 
 
 def test_record_replaces_the_state_by_what_it_returns():
     log_times = np.array([1.0, 5.0])
     flow = ncjax.gradient_flow(sine_params(), log_times, record=ncjax.collapse_metrics)
-    states = ncjax.gradient_flow(sine_params(), log_times).params
+    states = flow_at(sine_params(), log_times).params
     assert flow.params is None
     expected = jax.vmap(ncjax.collapse_metrics)(states)
     for got, value in zip(flow.recorded, expected, strict=True):
@@ -134,7 +146,7 @@ def test_a_failed_seed_is_told_by_its_code_and_harms_no_other():
     starts = [good, jax.tree.map(lambda leaf: leaf * np.nan, good), good]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
     flow = jax.vmap(lambda p: ncjax.gradient_flow(p, log_times))(stacked)
-    alone = ncjax.gradient_flow(good, log_times)
+    alone = flow_at(good, log_times)
     np.testing.assert_array_equal(flow.result, [SUCCESS, STEP_TOO_SMALL, SUCCESS])
     np.testing.assert_allclose(flow.params.W[2], alone.params.W, rtol=1e-9)
     assert np.isnan(flow.params.W[1]).all()
@@ -152,7 +164,7 @@ def test_the_step_limit_is_told_and_what_was_reached_is_kept():
 @pytest.mark.parametrize("scale", [1e-10, 1e-280])
 def test_a_small_start_is_followed_from_its_own_scale_on(scale):
     start = jax.tree.map(lambda leaf: scale * leaf, random_params(0, 4, 3, 6, 1.0))
-    log_times = [0.0, 1.0, 2.0, 3.0, 5.0, 10.0]
+    log_times = [0.0, 1.0, 2.0, 5.0, 10.0]
     flow = ncjax.gradient_flow(start, log_times)
     assert float(flow.log_loss[-1]) < -10
     tight = ncjax.gradient_flow(start, log_times, rtol=1e-11)
@@ -161,7 +173,7 @@ def test_a_small_start_is_followed_from_its_own_scale_on(scale):
 
 def test_the_origin_stays():
     start = random_params(0, 4, 3, 6, 0.0)
-    flow = ncjax.gradient_flow(start, [1.0, 10.0])
+    flow = flow_at(start, [1.0, 10.0])
     assert int(flow.result) == SUCCESS
     np.testing.assert_array_equal(flow.params.H, 0)
     np.testing.assert_array_equal(flow.drift.balance, 0)
@@ -181,11 +193,12 @@ def test_nothing_goes_on_from_a_state_that_was_not_reached():
     assert int(on(failed.final).result) == STEP_TOO_SMALL
 
 
-@pytest.mark.parametrize("log_times", [[20.0, 1.0], [1.0, np.nan], [1.0, np.inf]])
-def test_times_that_are_bad_under_jit_are_told_by_the_code(log_times):
-    flow = jax.jit(lambda t: ncjax.gradient_flow(sine_params(), t))(jnp.array(log_times))
-    assert int(flow.result) == BAD_TIMES
-    assert np.isnan(flow.log_loss).all()
+def test_times_that_are_bad_under_jit_are_told_by_the_code():
+    flow_of = jax.jit(lambda log_times: ncjax.gradient_flow(sine_params(), log_times))
+    for log_times in ([20.0, 1.0], [1.0, np.nan], [1.0, np.inf]):
+        flow = flow_of(jnp.array(log_times))
+        assert int(flow.result) == BAD_TIMES
+        assert np.isnan(flow.log_loss).all()
 
 
 def test_record_may_return_integers_booleans_and_numbers():
@@ -231,8 +244,7 @@ def test_float32_stays_float32_and_near_float64():
     start = sine_params(np.float32)
     exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), start)
     log_times = np.array([1.0, 10.0, 1000.0])
-    flow = ncjax.gradient_flow(start, log_times)
-    truth = ncjax.gradient_flow(exact, log_times)
+    flow, truth = flow_at(start, log_times), flow_at(exact, log_times)
     assert flow.params.W.dtype == flow.log_loss.dtype == jnp.float32
     got, expected = (np.asarray(f.params.H).reshape(3, -1) for f in (flow, truth))
     error = np.linalg.norm(got - expected, axis=1) / np.linalg.norm(expected, axis=1)
@@ -263,14 +275,14 @@ def test_float32_on_the_starts_of_the_default_run():
 
 def test_a_start_with_huge_wrong_margins_recovers():
     start = jax.tree.map(lambda leaf: 1e2 * leaf, sine_params())
-    flow = ncjax.gradient_flow(start, [-20.0, 100.0])
+    flow = flow_at(start, [-20.0, 100.0])
     assert int(flow.result) == SUCCESS
     assert float(flow.log_loss[0]) > float(flow.log_loss[1])
 
 
 def test_other_solvers_agree():
     log_times = [1.0, 20.0]
-    tsit5 = ncjax.gradient_flow(sine_params(), log_times)
+    tsit5 = flow_at(sine_params(), log_times)
     dopri8 = ncjax.gradient_flow(sine_params(), log_times, solver=diffrax.Dopri8())
     np.testing.assert_allclose(tsit5.params.W, dopri8.params.W, rtol=1e-6)
 
@@ -288,7 +300,7 @@ def test_gradient_through_the_flow_agrees_with_differences():
 
 def test_descent_converges_to_the_flow_at_first_order():
     start, errors = sine_params(), []
-    truth = ncjax.gradient_flow(start, [math.log(2.0)]).final
+    truth = flow_at(start, [math.log(2.0)]).final
     for step_size in (2e-3, 1e-3):
         descent = ncjax.gradient_descent(start, step_size, round(2.0 / step_size))
         errors.append(np.linalg.norm(descent.final.H - truth.H))
@@ -407,8 +419,10 @@ def test_sharp_constants_to_five_digits(far, far_times):
 def test_metrics_far_out_hold_to_six_digits(far, far_times):
     start, flow = far
     finer = ncjax.gradient_flow(start, far_times, rtol=1e-10)
-    got, expected = (jax.vmap(ncjax.collapse_metrics)(f.params) for f in (flow, finer))
-    angles = [jax.vmap(ncjax.kkt_angle)(f.params) for f in (flow, finer)]
+    metrics = jax.jit(jax.vmap(ncjax.collapse_metrics))
+    got, expected = (metrics(f.params) for f in (flow, finer))
+    angle = jax.jit(jax.vmap(ncjax.kkt_angle))
+    angles = [angle(f.params) for f in (flow, finer)]
     np.testing.assert_allclose(*angles, rtol=1e-6)
     for name in (
         "within_class_quotient",
@@ -439,6 +453,7 @@ def test_implicit_saves_at_the_start_and_close_together():
     np.testing.assert_allclose(implicit.params.H, explicit.params.H, rtol=1e-6, atol=2e-7)
 
 
+@pytest.mark.slow
 def test_implicit_legs_join_under_jit_and_vmap():
     starts = jax.tree.map(
         lambda leaf: jnp.stack([leaf, 1.1 * leaf]), random_params(3, 3, 2, 4, 0.5)
@@ -480,9 +495,7 @@ def test_auto_knows_times_that_stand_in_a_compiled_function():
         return ncjax.gradient_flow(start, times).num_steps
 
     start = sine_params()
-    assert int(compiled(start)) == int(
-        ncjax.gradient_flow(start, times, solver="stabilised").num_steps
-    )
+    assert int(compiled(start)) == int(flow_at(start, times, solver="stabilised").num_steps)
 
 
 def test_an_unknown_solver_is_refused():
@@ -511,7 +524,7 @@ def test_implicit_follows_what_moves_fast_between_and_at_any_times():
 
 def test_the_absolute_tolerance_follows_the_relative_one():
     def steps(**tolerances):
-        flow = ncjax.gradient_flow(sine_params(), [1.0, 10.0], **tolerances)
+        flow = flow_at(sine_params(), [1.0, 10.0], **tolerances)
         return int(flow.num_steps)
 
     size = float(ncjax.squared_norm(sine_params()) / 96) ** 0.5
@@ -527,5 +540,5 @@ def test_a_start_that_is_traced_is_not_asked_for_its_value():
 
 
 def test_tolerances_of_another_dtype_are_taken():
-    flow = ncjax.gradient_flow(sine_params(np.float32), [1.0], rtol=np.float64(1e-5))
+    flow = flow_at(sine_params(np.float32), [1.0], rtol=np.float64(1e-5))
     assert flow.log_loss.dtype == np.float32

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_losses import random_params, sizes
 
@@ -52,6 +52,7 @@ def assert_close(first, second, rtol, atol=0.0):
 # The layer-peeled model
 
 
+@settings(max_examples=max(8, settings.default.max_examples // 3))
 @given(seeds, sizes, floats)
 def test_the_state_turns_and_its_numbers_stay(seed, shape, dtype):
     """Rotation of the features; any order of classes and of samples within a class."""

@@ -557,8 +557,10 @@ def test_two_processes_agree_with_one(finished, tmp_path):
     ("module", "settings"),
     [
         (train_resnet, {"width": 0.05}),
-        (train_vgg, {"width": 0.02}),
-        (train_small, {"model": "convnet", "width": 0.1}),
+        pytest.param(train_vgg, {"width": 0.02}, marks=pytest.mark.slow),
+        pytest.param(
+            train_small, {"model": "convnet", "width": 0.1}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_hundred_real_images_are_learnt_by_heart(tmp_path, module, settings):
@@ -567,7 +569,7 @@ def test_a_hundred_real_images_are_learnt_by_heart(tmp_path, module, settings):
         test_split="",
         epochs=60,
         batch_size=50,
-        learning_rate=0.1,
+        learning_rate=0.05,
         measurements=2,
         checkpoint_every=100,
         workdir=str(tmp_path / "run"),
