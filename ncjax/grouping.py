@@ -9,12 +9,19 @@ import jax.numpy as jnp
 from ncjax.types import Array
 
 
-def map_groups(fn: Callable[..., Array], each: int, *arrays: Array) -> Array:
-    """`fn(*arrays)`, which treats every image alike, at most `each` images at a time."""
+def map_groups(
+    fn: Callable[..., Array], each: int, *arrays: Array, abreast: int = 1
+) -> Array:
+    """`fn(*arrays)`, which treats every image alike, at most `each` images at a time.
+
+    XLA may run `abreast` of these groups side by side.
+    """
     groups = _grouped(each, arrays)
     if len(groups[0]) == 1:
         return fn(*arrays)
-    result = jax.lax.map(lambda group: fn(*group), groups)
+    _, result = jax.lax.scan(
+        lambda _, group: (None, fn(*group)), None, groups, unroll=abreast
+    )
     return result.reshape(-1, *result.shape[2:])[: len(arrays[0])]
 
 

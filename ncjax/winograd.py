@@ -24,8 +24,13 @@ from ncjax.types import Array
 WINDOW = 3
 _TILE = 4
 _POINTS = (0.0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2), -math.sqrt(2))
-# Tiles of one pass: enough rows for a fast matrix product, few enough for the cache.
-_TILES_AT_ONCE = 256
+# Tiles times channels of one pass: enough for a fast matrix product by all cores, few
+# enough for the cache. Passes that do not add to one sum can go side by side: smaller ones,
+# whose transforms keep all cores busy.
+_ELEMENTS_AT_ONCE = 2**15
+_ABREAST = 4
+# With fewer the products by a large kernel are slow.
+_FEWEST_TILES = 128
 
 
 def _transforms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -70,7 +75,8 @@ def correlate(x: Array, kernel: Array) -> Array:
         tiles = _product(_OUTPUTS, at_points.reshape(len(points), -1))
         return _assemble(tiles.reshape(-1, channels[1]), len(images), size)
 
-    return map_groups(of_images, _TILES_AT_ONCE // count_tiles(size), x)
+    each = _images_at_once(size, channels, _ELEMENTS_AT_ONCE // 2)
+    return map_groups(of_images, each, x, abreast=_ABREAST)
 
 
 def kernel_gradient(x: Array, cotangent: Array) -> Array:
@@ -93,10 +99,18 @@ def kernel_gradient(x: Array, cotangent: Array) -> Array:
             _evaluate(images), tiles, over_tiles, precision="highest"
         )
 
-    each = _TILES_AT_ONCE // count_tiles(x.shape[1:3])
+    each = _images_at_once(x.shape[1:3], channels, _ELEMENTS_AT_ONCE)
     total = sum_groups(of_images, each, x, cotangent)
     taps = _product(_TAPS.T, total.reshape(len(_TAPS), -1))
     return taps.reshape(WINDOW, WINDOW, *channels)
+
+
+def _images_at_once(size, channels, elements: int) -> int:
+    return _tiles_at_once(max(channels), elements) // count_tiles(size)
+
+
+def _tiles_at_once(channels: int, elements: int) -> int:
+    return max(_FEWEST_TILES, elements // channels)
 
 
 def _product(matrix: np.ndarray, rows: Array) -> Array:
