@@ -11,6 +11,9 @@ from ncjax.types import Array, Params, check_params
 # of `a` in float32 and float64 alike, and e^a is far from underflow in both. In float16
 # it would underflow, and one rounding of `a` is larger.
 _SMALL, _SMALL_FLOAT16 = -30.0, -8.0
+# From this size of W on it is transposed by itself: XLA's product with a transposed right
+# factor takes three times as long within a loop on CPU, its copy next to nothing.
+_LARGE = 2**14
 
 
 def cross_entropy(params: Params) -> Array:
@@ -142,7 +145,10 @@ def _logit_differences(params: Params) -> tuple[Array, Array]:
     W, H = check_params(params)
     # A common offset of the rows of W, which no margin sees, would cost digits.
     W = W - W[:1]
-    logits = jnp.einsum("kid,jd->kij", H, W, precision="highest")
+    transposed = W.T
+    if W.size >= _LARGE:
+        transposed = jax.lax.optimization_barrier(transposed)
+    logits = jnp.einsum("kid,dj->kij", H, transposed, precision="highest")
     own = jnp.einsum("kid,kd->ki", H, W, precision="highest")
     others = ~jnp.eye(W.shape[0], dtype=bool)[:, None, :]
     return logits - own[..., None], others

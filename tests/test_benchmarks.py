@@ -259,3 +259,9 @@ def test_racers_go_on_from_where_they_stand():
         whole = ncjax.gradient_flow(start, [3.0], solver="explicit").final
         rtol = 0.05 if racer.by_time else 1e-5  # Euler steps of 0.1
         np.testing.assert_allclose(second.W, whole.W, rtol=rtol, atol=rtol)
+
+
+def test_wide_models_are_timed_by_turns_with_a_product():
+    (row,) = flow.wide(2, ((3, 2, 4),), 2.0)
+    assert len(row["seconds"]) == 2
+    assert "% of the matrix-product rate" in row["note"]
