@@ -111,8 +111,14 @@ def nuclear_over_frobenius(features: Array, labels: Array, num_classes: int) -> 
     # Rows of zeros leave the singular values as they are.
     groups = jnp.zeros((num_classes, counts.max(), features.shape[1]), features.dtype)
     groups = groups.at[targets[order], place].set(features[order])
-    singular = jax.lax.map(lambda rows: jnp.linalg.svd(rows, compute_uv=False), groups)
+    singular = _singular_values(groups)
     return jnp.sum(singular, axis=1) / jnp.linalg.norm(singular, axis=1)
+
+
+@jax.jit
+def _singular_values(groups: Array) -> Array:
+    """Of each of K matrices, one after the other."""
+    return jax.lax.map(lambda rows: jnp.linalg.svd(rows, compute_uv=False), groups)
 
 
 def average_squared_norm(
