@@ -295,15 +295,19 @@ UNTRACED = ("nc1.nuclear_over_fro", "nc1.numerical_rank", "gnc2.min_one_vs_rest_
 
 
 def compiled(data, names):
-    """The formulas of these names on `data`, in one compiled call."""
+    """The formulas of these names on `data`, in one compiled call for its shapes."""
+    return program(tuple(names), tuple(data.ood_labels))(*data[:5])
 
+
+@cache
+def program(names, ood_labels):
     # Rounding is the same as at full optimisation, compilation half as long.
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-    def traced(features, labels, W, b):
-        known = data._replace(features=features, labels=labels, W=W, b=b)
-        return {name: CALLS[name](known) for name in names}
+    def traced(*arrays):
+        data = oracles.Data(*arrays, np.array(ood_labels))
+        return {name: CALLS[name](data) for name in names}
 
-    return traced(*data[:4])
+    return traced
 
 
 @cache
