@@ -20,9 +20,12 @@ def power_of_two(arrays, axis: int | None = None) -> Array:
     Returns:
       Scalar, or with `axis` an array that has length 1 there. Not differentiated.
     """
-    leaves = [jnp.abs(jax.lax.stop_gradient(leaf)) for leaf in jax.tree.leaves(arrays)]
+    leaves = [jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(arrays)]
     kept = axis is not None
-    largest = reduce(jnp.maximum, [x.max(axis=axis, keepdims=kept) for x in leaves])
+    # Not the maximum of |x|: before jaxlib 0.10.2 that was an array of its own.
+    ends = [x.max(axis=axis, keepdims=kept) for x in leaves]
+    ends += [-x.min(axis=axis, keepdims=kept) for x in leaves]
+    largest = reduce(jnp.maximum, ends)
     _, exponent = jnp.frexp(largest)
     return jnp.ldexp(jnp.ones((), largest.dtype), exponent - 1)
 
