@@ -287,13 +287,13 @@ def test_no_array_is_of_size_d_by_d():
 
 
 def test_memory_beyond_the_features_is_that_of_a_chunk():
-    function = jax.jit(partial(ncjax.collapse_metrics_from_features, chunk_size=500))
+    function = jax.jit(partial(ncjax.collapse_metrics_from_features, chunk_size=2000))
     compiled = function.lower(
         jax.ShapeDtypeStruct((10**6, 64), jnp.float32),
         jax.ShapeDtypeStruct((10**6,), jnp.int32),
         jax.ShapeDtypeStruct((10, 64), jnp.float32),
     ).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 500 * 64 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 2000 * 64 * 4
 
 
 # Errors
