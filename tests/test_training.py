@@ -557,7 +557,7 @@ def test_two_processes_agree_with_one(finished, tmp_path):
     ("module", "settings"),
     [
         (train_resnet, {"width": 0.05}),
-        pytest.param(train_vgg, {"width": 0.02}, marks=pytest.mark.slow),
+        pytest.param(train_vgg, {"width": 0.05}, marks=pytest.mark.slow),
         pytest.param(
             train_small, {"model": "convnet", "width": 0.1}, marks=pytest.mark.slow
         ),
