@@ -4,7 +4,7 @@ VENV ?= .venv
 FLAGS ?=
 PYTEST_FLAGS ?=
 
-.PHONY: flow test lint docs
+.PHONY: flow test lint docs dist
 
 flow: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.ulpm_flow $(FLAGS)
@@ -19,6 +19,20 @@ lint: $(VENV)/.installed
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+
+# Wheel and source distribution in dist/; the wheel is tried in an empty environment.
+dist: $(VENV)/.dist
+	rm -rf build dist
+	$(VENV)/bin/python -m build
+	$(VENV)/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	cd build && empty/bin/python -m experiments.ulpm_flow --seeds=2 --log_t_max=20
+	rm -rf build
+
+$(VENV)/.dist: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	touch $@
 
 $(VENV)/.docs: $(VENV)/.installed requirements-docs.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
