@@ -6,6 +6,23 @@ import numpy as np
 
 # In log t. Gradient descent reaches the first; the last ones show the asymptotic regime.
 WINDOWS = ((2, 12), (30, 300), (100, 1000), (1e3, 1e4), (1e4, 1e5), (1e5, 1e6))
+# From about this log t on the exponents are near their limits.
+SETTLED_FROM = 1e3
+# Limits of p in (log t)^-p, where there is a theory of them.
+PREDICTED = {
+    "within_class_variation": "3",
+    "within_class_quotient": "1",
+    "mean_norm_variation": "1",
+    "centred_classifier_norm_variation": "1",
+    "classifier_norm_variation": "1/2",
+    "mean_cosine_deviation": "1",
+    "centred_classifier_cosine_deviation": "1",
+    "classifier_cosine_deviation": "1/2",
+    "centred_self_duality": "1",
+    "self_duality": "1/2",
+    "kkt_angle": "1/2",
+    "margin_deficit": "1",
+}
 _LEAST_POINTS = 5
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from experiments import _runs
+from experiments import _fits, _runs
 
 GOOD, BAD, OPEN = "good", "bad", "open"
 _COLOURS = 256
@@ -60,38 +60,38 @@ class Kind(NamedTuple):
     show: Callable[[Mapping[str, Any]], tuple[str, str, list[Table]]]
 
 
-# Symbols of the metrics and, where the theory has one, the exponent p of (log t)^-p.
-METRICS: dict[str, tuple[str, str]] = {
-    "within_class_variation": ("NC1  Tr(Σ_W Σ_B⁺)/K", "3"),
-    "within_class_quotient": ("NC1  Tr Σ_W / Tr Σ_B", "1"),
-    "cdnv": ("NC1  class-distance normalised variance", ""),
-    "mean_norm_variation": ("NC2  norms of class means", "1"),
-    "centred_classifier_norm_variation": ("NC2  norms of the centred classifier", "1"),
-    "classifier_norm_variation": ("NC2  norms of the raw classifier", "1/2"),
-    "mean_cosine_deviation": ("NC2  angles of class means", "1"),
-    "centred_classifier_cosine_deviation": ("NC2  angles of the centred classifier", "1"),
-    "classifier_cosine_deviation": ("NC2  angles of the raw classifier", "1/2"),
-    "etf_gram_error": ("NC2  Gram matrix of means against the ETF", ""),
-    "centred_self_duality": ("NC3  self-duality, centred classifier", "1"),
-    "self_duality": ("NC3  self-duality, raw classifier", "1/2"),
-    "product_etf_error": ("NC3  W Mᵀ against the ETF", ""),
-    "ncc_mismatch": ("NC4  classifier against nearest mean", ""),
-    "kkt_angle": ("KKT angle √(1-β²)", "1/2"),
-    "balanced_kkt_angle": ("KKT angle at equal norms", ""),
-    "margin_deficit": ("margin deficit 1 - 2(K-1)√n q_min/|Z|²", "1"),
-    "margin_ratio": ("margin ratio 2(K-1)√n q_min/|Z|²", ""),
-    "balanced_margin_ratio": ("margin ratio at equal norms", ""),
-    "accuracy": ("accuracy", ""),
-    "loss": ("mean cross entropy", ""),
-    "log_loss": ("log of the summed cross entropy", ""),
-    "least_margin": ("least margin q_min", ""),
-    "squared_norm": ("|Z|²", ""),
-    "sigma_max": ("σ_max(S), 1 at the optimum", ""),
-    "smallest_riemannian_eigenvalue": ("least eigenvalue of the Riemannian Hessian", ""),
-    "kkt_stationarity": ("KKT stationarity", ""),
-    "kkt_complementarity": ("KKT complementarity", ""),
-    "duality_gap": ("duality gap", ""),
-    "excess_over_the_minimum_norm": ("excess over the minimum norm", ""),
+# Symbols of the metrics.
+METRICS = {
+    "within_class_variation": "NC1  Tr(Σ_W Σ_B⁺)/K",
+    "within_class_quotient": "NC1  Tr Σ_W / Tr Σ_B",
+    "cdnv": "NC1  class-distance normalised variance",
+    "mean_norm_variation": "NC2  norms of class means",
+    "centred_classifier_norm_variation": "NC2  norms of the centred classifier",
+    "classifier_norm_variation": "NC2  norms of the raw classifier",
+    "mean_cosine_deviation": "NC2  angles of class means",
+    "centred_classifier_cosine_deviation": "NC2  angles of the centred classifier",
+    "classifier_cosine_deviation": "NC2  angles of the raw classifier",
+    "etf_gram_error": "NC2  Gram matrix of means against the ETF",
+    "centred_self_duality": "NC3  self-duality, centred classifier",
+    "self_duality": "NC3  self-duality, raw classifier",
+    "product_etf_error": "NC3  W Mᵀ against the ETF",
+    "ncc_mismatch": "NC4  classifier against nearest mean",
+    "kkt_angle": "KKT angle √(1-β²)",
+    "balanced_kkt_angle": "KKT angle at equal norms",
+    "margin_deficit": "margin deficit 1 - 2(K-1)√n q_min/|Z|²",
+    "margin_ratio": "margin ratio 2(K-1)√n q_min/|Z|²",
+    "balanced_margin_ratio": "margin ratio at equal norms",
+    "accuracy": "accuracy",
+    "loss": "mean cross entropy",
+    "log_loss": "log of the summed cross entropy",
+    "least_margin": "least margin q_min",
+    "squared_norm": "|Z|²",
+    "sigma_max": "σ_max(S), 1 at the optimum",
+    "smallest_riemannian_eigenvalue": "least eigenvalue of the Riemannian Hessian",
+    "kkt_stationarity": "KKT stationarity",
+    "kkt_complementarity": "KKT complementarity",
+    "duality_gap": "duality gap",
+    "excess_over_the_minimum_norm": "excess over the minimum norm",
 }
 _SIDE_BY_SIDE = (
     ("within_class_variation", "NC1"),
@@ -122,7 +122,7 @@ def number(value: Any, digits: int = 4) -> str:
 
 def label(name: str) -> str:
     """What a report calls a metric."""
-    return METRICS.get(name, (name.replace("_", " "), ""))[0]
+    return METRICS.get(name, name.replace("_", " "))
 
 
 def kind_of(folder: Path) -> str:
@@ -231,13 +231,13 @@ def _flow(summary: Mapping[str, Any]) -> tuple[str, str, list[Table]]:
     final, fitted = summary["final"], summary["exponents"]
     windows = list(fitted)[-2:]
     rows = []
-    for name, (symbol, predicted) in METRICS.items():
+    for name, symbol in METRICS.items():
         if name in final:
             values = [number(final[name][q]) for q in ("median", "q25", "q75")]
             powers = [
                 number(_round(fitted[w].get(name, {}).get("median"))) for w in windows
             ]
-            rows.append([symbol, *values, *powers, predicted or "–"])
+            rows.append([symbol, *values, *powers, _fits.PREDICTED.get(name, "–")])
     tables = [
         Table(
             f"At log t = {number(summary['log_t'])}, over seeds; exponents p of (log t)^-p "

@@ -98,6 +98,9 @@ def _run(config: Config, folder: Path) -> None:
     stats = _solver_stats(config, steps)
     stats["seconds"] = round(time.perf_counter() - begun, 2)
     columns["margin_deficit"] = 1 - columns["margin_ratio"]
+    if stats["failed_seeds"]:
+        reached = np.isfinite(columns["log_loss"][stats["failed_seeds"]]).sum(axis=1).min()
+        stats["failed_after_log_t"] = float(log_times[reached - 1]) if reached else None
     summary = _summarise(config, log_times, columns, stats)
     _write(folder, log_times, columns, summary)
     print(_table(config, summary))
@@ -199,25 +202,48 @@ def _write(folder: Path, log_times, columns: Mapping[str, np.ndarray], summary) 
 def _table(config: Config, summary: Mapping[str, Any]) -> str:
     """The printed result."""
     window, fitted = ([*summary["exponents"].items()] or [("", {})])[-1]
+    collapses = config.dim >= config.num_classes - 1  # or there is no simplex ETF
+    head = f"p in (log t)^-p, {window}" if window else ""
     lines = [
         f"{config.seeds} seeds, K={config.num_classes} n={config.per_class} "
         f"d={config.dim}, {config.dtype}, log t = {summary['log_t']:g}, "
         f"{summary['solver']['steps_per_seed']} steps, {summary['solver']['seconds']} s",
         "",
-        f"{'median over seeds':<37}{'value':>11}   p in (log t)^-p, {window}",
+        f"{'median over seeds':<37}{'value':>11}   {head}".rstrip(),
     ]
     for name in _SHOWN:
         value = _number(summary["final"][name]["median"], ".3e")
         exponent = _number(fitted.get(name, {}).get("median"), ".2f")
-        lines.append(f"{name:<37}{value:>11}   {exponent}")
+        limit = f"   tends to {_fits.PREDICTED[name]}" if collapses else ""
+        lines.append(f"{name:<37}{value:>11}   {exponent:<5}{limit}".rstrip())
     for name, entry in summary["sharp_constants"].items():
         value = _number(entry["median"], ".6g")
-        lines.append(f"{name:<37}{value:>11}   tends to {entry['predicted']:.6g}")
+        limit = f"   tends to {entry['predicted']:.6g}" if collapses else ""
+        lines.append(f"{name:<37}{value:>11}{limit}")
     for name, entry in summary["largest_drift"].items():
-        lines.append(f"{name + ' drift':<37}{_number(entry['median'], '.1e'):>11}")
+        drift = _number(entry["median"], ".1e")
+        lines.append(f"{name + ' drift':<37}{drift:>11}   the solver's error, 0 if exact")
     if summary["solver"]["failed_seeds"]:
-        lines.append(f"failed seeds: {summary['solver']['failed_seeds']}")
+        lines.append(_failures(config, summary))
+    if collapses and config.log_t_max < 10 * _fits.SETTLED_FROM:
+        lines.append(
+            f"(p is near its limit from log t of about {_fits.SETTLED_FROM:g} on: "
+            f"--log_t_max={10 * _fits.SETTLED_FROM:g})"
+        )
     return "\n".join(lines)
+
+
+def _failures(config: Config, summary: Mapping[str, Any]) -> str:
+    """Which seeds failed, how far they came, what goes farther."""
+    solver = summary["solver"]
+    seeds, reached = solver["failed_seeds"], solver["failed_after_log_t"]
+    other = "--dtype=float64 or " if config.dtype == "float32" else ""
+    when = "at the start" if reached is None else f"after log t = {reached:.4g}"
+    return (
+        f"failed seeds: {', '.join(map(str, seeds))} ({len(seeds)} of {config.seeds}), the "
+        f"first of them {when}; metrics.csv holds what they reached: "
+        f"try {other}a lower --log_t_max"
+    )
 
 
 def _number(value: float | None, form: str) -> str:

@@ -70,6 +70,18 @@ def test_flow_measures_what_the_library_computes(finished):
     assert last["margin_deficit"] == pytest.approx(1 - float(ncjax.margin_ratio(final)))
 
 
+def test_the_printed_table_has_the_limits_of_the_theory(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    printed = ulpm_flow._table(SMALL, summary)
+    for name in ulpm_flow._SHOWN:
+        (line,) = (x for x in printed.splitlines() if x.startswith(f"{name} "))
+        assert line.endswith(f"tends to {_fits.PREDICTED[name]}")
+    assert "--log_t_max=10000" in printed.splitlines()[-1]
+    # No simplex ETF fits: the limits are none of this flow.
+    flat = dataclasses.replace(SMALL, dim=1)
+    assert "tends to" not in ulpm_flow._table(flat, summary)
+
+
 def test_summary_says_what_was_found(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["solver"]["failed_seeds"] == []
@@ -213,7 +225,7 @@ def test_the_resume_command_names_what_is_not_default():
     assert command.endswith("--workdir=here --resume --seeds=3 --dtype=float32")
 
 
-def test_what_failing_seeds_reached_is_kept(tmp_path, monkeypatch):
+def test_what_failing_seeds_reached_is_kept(tmp_path, monkeypatch, capsys):
     extend, flow = _legs._extend, []
 
     def fail_from_the_tenth_leg_on(progress, solution, new):
@@ -233,6 +245,14 @@ def test_what_failing_seeds_reached_is_kept(tmp_path, monkeypatch):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["solver"]["failed_seeds"] == [0, 1]
     assert summary["final"]["log_loss"]["median"] is None
+    reached = max(row["log_t"] for row in rows if np.isfinite(row["log_loss"]))
+    assert summary["solver"]["failed_after_log_t"] == pytest.approx(reached)
+    printed = capsys.readouterr().out
+    assert (
+        f"failed seeds: 0, 1 (2 of 2), the first of them after log t = {reached:.4g}"
+        in printed
+    )
+    assert "try a lower --log_t_max" in printed
 
 
 def test_all_seeds_failing_is_an_error(tmp_path):
