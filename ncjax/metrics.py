@@ -254,11 +254,12 @@ def check_features(features, labels, W, b=None, num_classes=None):
     Raises:
       ValueError: as in `collapse_metrics_from_features`.
     """
-    W = jnp.asarray(W)
-    if W.ndim != 2 or jnp.ndim(features) != 2 or jnp.shape(features)[1] != W.shape[1]:
+    W, shape = jnp.asarray(W), jnp.shape(features)
+    if W.ndim != 2 or len(shape) != 2 or shape[1] != W.shape[1]:
+        turned = W.ndim == 2 and len(shape) == 2 and shape[1] == W.shape[0]
         raise ValueError(
-            f"expected features (N, d) and W (K, d), got {jnp.shape(features)} and "
-            f"{W.shape}"
+            f"expected features (N, d) and W (K, d), got {shape} and {W.shape}"
+            + (": transpose W" if turned else "")
         )
     if num_classes is not None and num_classes != W.shape[0]:
         raise ValueError(f"num_classes is {num_classes} but W has {W.shape[0]} rows")
@@ -277,14 +278,10 @@ def check_samples(features, labels, num_classes: int) -> tuple[Array, Array]:
     Raises:
       ValueError: as in `collapse_metrics_from_features`.
     """
-    features, labels = jnp.asarray(features), jnp.asarray(labels)
+    features = jnp.asarray(features)
     if features.ndim != 2:
         raise ValueError(f"expected features (N, d), got {features.shape}")
-    if labels.shape != features.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(
-            f"expected labels of integers ({features.shape[0]},), got {labels.dtype} "
-            f"{labels.shape}"
-        )
+    labels = _integers(labels, features.shape[0])
     check_sizes(num_classes=num_classes, dim=features.shape[1])
     features = _floating("features", features, features.dtype)
     _check_labels(labels, num_classes)
@@ -294,6 +291,30 @@ def check_samples(features, labels, num_classes: int) -> tuple[Array, Array]:
             f"{features.shape}"
         )
     return features, labels.astype(jnp.int32)
+
+
+def _integers(labels, num_samples: int) -> Array:
+    """`labels` as an array of integers (N,), or what to do about others."""
+    kind = getattr(getattr(labels, "dtype", None), "kind", "")
+    if kind in ("O", "S", "U"):  # no array of JAX can hold them
+        raise ValueError(
+            f"expected labels of integers ({num_samples},), got {labels.dtype}: number the "
+            "classes by np.unique(labels, return_inverse=True)[1]"
+        )
+    labels = jnp.asarray(labels)
+    if labels.shape == (num_samples,) and jnp.issubdtype(labels.dtype, jnp.integer):
+        return labels
+    advice = ""
+    if labels.ndim == 2 and labels.shape[0] == num_samples:
+        advice = (
+            ": take labels[:, 0]" if labels.shape[1] == 1 else ": take labels.argmax(1)"
+        )
+    elif labels.shape == (num_samples,):
+        advice = ": cast them"
+    raise ValueError(
+        f"expected labels of integers ({num_samples},), got {labels.dtype} "
+        f"{labels.shape}{advice}"
+    )
 
 
 def _floating(name: str, array: Array, dtype) -> Array:
@@ -311,11 +332,16 @@ def _check_labels(labels: Array, num_classes: int) -> None:
         return
     values = np.asarray(labels)
     if values.size and (values.min() < 0 or values.max() >= num_classes):
+        from_one = values.min() > 0 and values.max() == num_classes
         raise ValueError(
             f"labels must lie in [0, {num_classes}), got {values.min()} to {values.max()}"
+            + (": number the classes from 0" if from_one else "")
         )
     missing = np.flatnonzero(
         np.bincount(values.astype(np.int64), minlength=num_classes) == 0
     )
     if missing.size:
-        raise ValueError(f"every class needs a sample, none has label {missing.tolist()}")
+        raise ValueError(
+            f"every class needs a sample, none has label {missing.tolist()}: add samples, "
+            "or leave these classes out of W and b and number the others anew"
+        )

@@ -45,13 +45,16 @@ def init_params(
       `Params` with `W` (K, d) and `H` (K, n, d).
 
     Raises:
-      ValueError: a size or the scale is out of range, or dtype is not floating.
+      ValueError: a size or the scale is out of range, dtype is not floating, or key is a
+        plain integer.
 
     Warns:
       UserWarning: `dim < num_classes - 1`, where no simplex ETF fits and neural
         collapse can therefore not be reached.
     """
     check_sizes(num_classes=num_classes, per_class=per_class, dim=dim)
+    if isinstance(key, int | np.integer):
+        raise ValueError(f"key must be a PRNG key, such as jax.random.key({key})")
     dtype = float_dtype(dtype)
     if not 0 <= scale <= float(jnp.finfo(dtype).max):
         raise ValueError(f"scale must be finite and not negative in {dtype}, got {scale}")
@@ -111,6 +114,7 @@ def check_params(params: Params, *, finite: bool = False) -> Params:
     if W.ndim != 2 or H.ndim != 3 or (H.shape[0], H.shape[2]) != W.shape:
         raise ValueError(
             f"expected W (K, d) and H (K, n, d), got W {W.shape} and H {H.shape}"
+            + _advice(W, H)
         )
     num_classes, per_class, dim = H.shape
     check_sizes(num_classes=num_classes, per_class=per_class, dim=dim)
@@ -122,6 +126,15 @@ def check_params(params: Params, *, finite: bool = False) -> Params:
         for name, leaf in (("W", W), ("H", H)):
             check_finite(name, leaf)
     return Params(W, H)
+
+
+def _advice(W: Array, H: Array) -> str:
+    """What to do with shapes that are usual and wrong."""
+    if W.ndim == 3 and H.ndim == 4 and len(W) == len(H):
+        return f": for {len(W)} models on a leading axis use jax.vmap"
+    if W.ndim == 2 and H.ndim == 2 and H.shape[1] == W.shape[1]:
+        return ": ncjax.peel sorts features (N, d) by their labels"
+    return ""
 
 
 def check_finite(name: str, array: Array) -> None:

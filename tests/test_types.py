@@ -51,6 +51,11 @@ def test_init_refuses_the_scale(key, scale):
         ncjax.init_params(key, 3, 2, 4, scale=scale)
 
 
+def test_init_says_what_a_key_is():
+    with pytest.raises(ValueError, match=r"a PRNG key, such as jax.random.key\(7\)"):
+        ncjax.init_params(7, 3, 2, 4)
+
+
 def test_init_refuses_an_integer_dtype(key):
     with pytest.raises(ValueError, match="dtype must be floating, got int32"):
         ncjax.init_params(key, 3, 2, 4, dtype=jnp.int32)
@@ -72,6 +77,8 @@ def test_init_warns_where_no_simplex_etf_fits(key):
         (np.ones((3, 4)), np.ones((3, 2, 5)), r"got W \(3, 4\) and H \(3, 2, 5\)"),
         (np.ones((3, 4)), np.ones((2, 2, 4)), r"got W \(3, 4\) and H \(2, 2, 4\)"),
         (np.ones(3), np.ones((3, 2, 4)), r"got W \(3,\)"),
+        (np.ones((5, 3, 4)), np.ones((5, 3, 2, 4)), "for 5 models .* use jax.vmap"),
+        (np.ones((3, 4)), np.ones((6, 4)), r"H \(6, 4\): ncjax.peel sorts features"),
         (
             np.ones((1, 4)),
             np.ones((1, 2, 4)),
