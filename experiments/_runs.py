@@ -264,7 +264,7 @@ def _reopen(folder: Path, config: Mapping[str, Any], changes: Changes) -> None:
     stored = stored_config(folder)
     other = {k for k in {*stored, *config} if stored.get(k) != config.get(k)}
     if refused := sorted(other - {*changes}):
-        asked = ", ".join(f"--{name}={stored.get(name)}" for name in refused)
+        asked = " ".join(shlex.quote(f"--{name}={stored.get(name)}") for name in refused)
         raise ValueError(
             f"the run in {str(folder)!r} has other settings: resume it with {asked}"
         )
@@ -477,7 +477,9 @@ def write_table(stem: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.9g}" if isinstance(value, float | np.floating) else str(value)
+    if not isinstance(value, float | np.floating):
+        return str(value)
+    return "-" if np.isnan(value) else f"{value:.9g}"
 
 
 def save_checkpoint(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:

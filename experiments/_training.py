@@ -716,9 +716,18 @@ def _finish(config: Config, setup: Setup, folder: Path, rows, seconds: float) ->
     }
     _runs.write_summary(folder, summary | _runs.provenance(*_PACKAGES), OUTPUTS)
     print((folder / "collapse.md").read_text())
-    print(
-        f"zero training error from epoch {zero}" if zero else "training error is not zero"
-    )
+    print(_ending(config, folder, zero))
+
+
+def _ending(config: Config, folder: Path, zero: int | None) -> str:
+    """From when on the training error is zero, or the command that trains for longer."""
+    if zero:
+        return f"zero training error from epoch {zero}"
+    text = f"training error is not zero after {config.epochs} epochs"
+    if config.schedule != "constant":  # its number of epochs is fixed
+        return text
+    longer = dataclasses.replace(config, epochs=2 * config.epochs)
+    return f"{text}; train on with: {_runs.resume_command(longer, folder)}"
 
 
 def _table(of_train, of_test, zero: int | None) -> list[dict[str, Any]]:

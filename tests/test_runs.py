@@ -4,6 +4,7 @@ import ast
 import contextlib
 import errno
 import io
+import math
 import os
 import pickle
 import socket
@@ -467,3 +468,19 @@ def test_nothing_is_unpickled_while_a_run_goes_on(quick, tmp_path):
     finally:
         _WATCHED.pop()
     assert found == set()
+
+
+def test_a_table_has_a_dash_where_there_is_no_number(tmp_path):
+    _runs.write_table(
+        tmp_path / "table", [{"metric": "a", "at_zero": math.nan, "end": 0.5}]
+    )
+    assert (tmp_path / "table.md").read_text().splitlines()[-1] == "| a | - | 0.5 |"
+
+
+def test_settings_that_differ_are_named_as_a_shell_wants_them(tmp_path):
+    config = {"train_split": "train[:9]", "width": 1.0}
+    _runs.write_json(tmp_path / _runs.CONFIG, {"config": config})
+    with pytest.raises(
+        ValueError, match=r"it with '--train_split=train\[:9\]' --width=1\.0"
+    ):
+        _runs._reopen(tmp_path, {"train_split": "train", "width": 2.0}, {})

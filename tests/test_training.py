@@ -387,6 +387,18 @@ def test_an_interrupted_run_may_end_where_it_stands(interrupted, finished, tmp_p
     assert [entry["changed"] for entry in earlier] == [{"epochs": 6}, {"epochs": 4}]
 
 
+def test_a_run_that_is_too_short_says_how_to_train_on(tmp_path):
+    said = _training._ending(small(tmp_path), tmp_path, None)
+    assert said.startswith(
+        "training error is not zero after 6 epochs; train on with: python"
+    )
+    assert "--resume" in said
+    assert "--epochs=12" in said
+    assert "'--train_split=train[:200]'" in said  # as a shell wants it
+    stepped = _training._ending(small(tmp_path, schedule="step"), tmp_path, None)
+    assert stepped == "training error is not zero after 6 epochs"
+
+
 def test_what_cannot_be_extended_is_refused(finished, tmp_path):
     before = (finished / "config.json").read_bytes()
     with pytest.raises(ValueError, match=r"has 6 epochs behind it: .*, got --epochs=5"):
