@@ -15,7 +15,9 @@ class Config(_training.Config):
     Example: python -m experiments.train_small --model=convnet --seeds=8
     """
 
-    model: str = _cli.flag("mlp", "mlp or convnet", _cli.MODEL)
+    model: str = _cli.flag(
+        "mlp", "mlp or convnet; takes every network of ncjax.models", _cli.MODEL
+    )
 
 
 def run(config: Config) -> Path:

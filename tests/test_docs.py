@@ -5,9 +5,14 @@ import json
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
+import flax.linen
 import jax
+import jax.numpy as jnp
 import pytest
+
+from ncjax import models
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -57,6 +62,27 @@ def test_the_code_of_a_page_runs(page, plain_jax, monkeypatch, tmp_path):
     )
     assert blocks
     run_blocks(blocks, page.name, monkeypatch, tmp_path)
+
+
+def test_the_network_of_the_howto_can_be_built_by_name(monkeypatch):
+    """With all that the commands set, once it is entered as the page says."""
+    page = (DOCS / "howto" / "extend.md").read_text()
+    (network,) = re.findall(
+        r"^class TwoLayers.*?(?=^\S.* = )", page, re.DOTALL | re.MULTILINE
+    )
+    names: dict[str, Any] = {"nn": flax.linen, "jnp": jnp, "Any": Any}
+    exec(compile(network, "extend.md", "exec"), names)
+    monkeypatch.setitem(models._MODELS, "two2", names["TwoLayers"])
+    monkeypatch.setitem(models._OPTIONS, "two", ())
+    monkeypatch.setattr(models, "MODELS", (*models._MODELS,))
+    flags = {"width": 0.5, "use_bias": False, "dtype": jnp.bfloat16}
+    built = models.build("two2", 3, **flags)
+    images = jnp.ones((2, 4, 4, 1), jnp.float32)
+    (logits, features), variables = built.init_with_output(jax.random.key(0), images)
+    assert logits.shape == (2, 3)
+    assert features.shape == (2, 32)
+    assert logits.dtype == features.dtype == jnp.float32
+    assert set(variables["params"]["classifier"]) == {"kernel"}
 
 
 def test_the_first_page_has_the_example_of_the_readme():
