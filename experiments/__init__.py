@@ -1,1 +1,1 @@
-"""Experiments of ncjax: `python -m experiments.NAME --help`."""
+"""Experiments of ncjax: `python -m experiments` lists them."""

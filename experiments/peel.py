@@ -1,4 +1,4 @@
-"""A trained network's last layer as a layer-peeled model: how far from optimal, whereto."""
+"""A trained network's last layer as a layer-peeled model: how far from optimal?"""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""One page of any set of runs: figures, tables, verdicts, settings, versions, commands."""
+"""One page of any set of runs: figures, tables, verdicts, settings, versions."""
 
 import dataclasses
 from pathlib import Path

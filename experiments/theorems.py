@@ -1,4 +1,4 @@
-"""Every statement of the theory, computed: one line each, with its number and verdict."""
+"""Every statement of the theory, computed: a line each, with number and verdict."""
 
 import dataclasses
 import time

@@ -1,4 +1,4 @@
-"""Figure 2 of the paper: the exact gradient flow of the layer-peeled model collapses."""
+"""Figure 2 of the paper: the exact flow of the layer-peeled model collapses."""
 
 import dataclasses
 import math

@@ -17,6 +17,7 @@ from test_flags import EXPERIMENTS
 
 from benchmarks import run as benchmarks_run
 from experiments import (
+    __main__,
     _cli,
     _legs,
     _runs,
@@ -68,6 +69,14 @@ def shown_flags(page):
 def test_every_experiment_is_tested_here():
     files = {p.stem for p in (ROOT / "experiments").glob("[!_]*.py")}
     assert {name.removeprefix("experiments.") for name in COMMANDS} >= files
+
+
+def test_the_experiments_are_listed_with_what_they_do():
+    lines = __main__.listing().splitlines()
+    listed = {line.split()[0]: line for line in lines if line.startswith("  ")}
+    assert {f"experiments.{name}" for name in listed} | {"benchmarks.run"} == {*COMMANDS}
+    assert all(len(line.split()) > 3 for line in listed.values())
+    assert max(map(len, lines)) <= 100
 
 
 @pytest.mark.parametrize(("config", "page"), pages())
