@@ -1,0 +1,105 @@
+"""What is installed: files of the packages, ranges, pins, extras, versions of Python."""
+
+import configparser
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+EXTRAS = dict(SETUP["options.extras_require"])
+PAGE = (ROOT / "docs" / "install.md").read_text()
+PYTHONS = re.findall(r"Python :: (3\.\d+)$", SETUP["metadata"]["classifiers"], re.M)
+
+
+def lines(text):
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def requirements(text):
+    """By the name that an index knows a package by."""
+    parsed = map(Requirement, lines(text))
+    return {canonicalize_name(requirement.name): requirement for requirement in parsed}
+
+
+def pins(name):
+    """Versions of a file of pins, where each package has exactly one."""
+    found = {}
+    for package, requirement in requirements((ROOT / name).read_text()).items():
+        (only,) = requirement.specifier
+        assert only.operator == "==", requirement
+        found[package] = Version(only.version)
+    return found
+
+
+def ranges(*extras):
+    parts = [SETUP["options"]["install_requires"], *(EXTRAS[extra] for extra in extras)]
+    return {name: r for part in parts for name, r in requirements(part).items()}
+
+
+def bound(requirement):
+    (only,) = requirement.specifier
+    assert only.operator == ">=", f"{requirement} needs one lower bound"
+    return Version(only.version)
+
+
+def test_every_dependency_has_a_lower_bound():
+    for extra in EXTRAS:
+        for requirement in ranges(extra).values():
+            bound(requirement)
+
+
+def test_the_least_versions_are_the_bounds():
+    least = pins("requirements-min.txt")
+    bounds = {name: bound(r) for name, r in ranges("test", "docs").items()}
+    # Stubs are dated: the pin is the first of the release that the bound names.
+    stubs = least.pop("types-tqdm"), bounds.pop("types-tqdm")
+    assert stubs[0].release[:2] == stubs[1].release
+    assert least == bounds
+
+
+@pytest.mark.parametrize(
+    ("files", "extras"),
+    [
+        (["requirements.txt"], ["test"]),
+        (["requirements.txt", "requirements-docs.txt"], ["docs"]),
+    ],
+)
+def test_the_pins_lie_in_the_ranges(files, extras):
+    pinned = {name: version for file in files for name, version in pins(file).items()}
+    for name, requirement in ranges(*extras).items():
+        assert pinned[name] in requirement.specifier, requirement
+
+
+def test_every_file_of_the_packages_is_installed():
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    packages = set(lines(SETUP["options"]["packages"]))
+    assert packages == folders - {"benchmarks"}
+    for package in packages:
+        files = [path for path in (ROOT / package).rglob("*") if path.is_file()]
+        files = [path for path in files if path.parent.name != "__pycache__"]
+        assert all(path.parent.name == package for path in files)
+        data = {path.name for path in files if path.suffix != ".py"}
+        assert data == set(SETUP["options.package_data"][package].split())
+
+
+def test_the_versions_of_python_are_said_alike():
+    oldest = f"py{PYTHONS[0].replace('.', '')}"
+    assert SETUP["options"]["python_requires"] == f">={PYTHONS[0]}"
+    assert SETUP["mypy"]["python_version"] == PYTHONS[0]
+    ruff = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]
+    assert ruff["target-version"] == oldest
+
+
+def test_the_table_has_every_python_and_extra():
+    table = [row.strip("|").split("|") for row in PAGE.splitlines() if row[:2] == "| "]
+    (head,) = [row for row in table if PYTHONS[0] in row[1].split()]
+    assert [cell.strip() for cell in head[1:]] == PYTHONS
+    first = " ".join(row[0] for row in table)
+    assert set(re.findall(r"`pip install \.\[(\w+)\]`", first)) == set(EXTRAS)
