@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,18 @@ def test_the_examples_of_the_training_page_run(capsys):
     ratio, shape = capsys.readouterr().out.splitlines()
     assert float(ratio) < 1
     assert shape == "(10, 10, 129)"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_names_the_python_that_it_needs(tmp_path):
+    """With `false` for an interpreter that is too old."""
+    command = ["make", "-C", ROOT, "flow", "PYTHON=false", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    needed = "Python 3.11 or later is needed, and false is not: make PYTHON=python3.12 flow"
+    assert needed in done.stdout
+    assert "-m venv" not in done.stdout
+    assert not (tmp_path / "venv").exists()
 
 
 def test_links_to_files_lead_somewhere():
