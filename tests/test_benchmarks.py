@@ -229,7 +229,7 @@ def test_a_race_ends_with_the_last_leg_in_time(monkeypatch):
     assert row["median_seconds"] == 6
     assert "time is over" in row["note"]
     row = race(monkeypatch, lambda _: 2.0, 7.0, by_time=True)
-    assert row["log_t"] == pytest.approx(10 + 2 * np.log(1.1))
+    assert row["log_t"] == pytest.approx(5 + 2 * np.log(1.1))
     row = race(monkeypatch, lambda _: 2.0, 1.0)
     assert row["log_t"] is None
 
