@@ -3,9 +3,9 @@
 The start and the peers are those of `benchmarks.flow`. Each program goes on from where it
 stands, a leg at a time, until its seconds are over or it fails; the last leg that ended in
 time counts. The first leg ends at log t = 10, each other at 1.1 times the log t of the one
-before; for gradient descent at log t = 5 and at 1.1 times the t. Compilation is not counted. A row's seconds
-are those it took to its `log_t`; the errors are those against the implicit solver at
-tolerance 1e-11.
+before; for gradient descent at log t = 5 and at 1.1 times the t. Compilation is not
+counted. A row's seconds are those it took to its `log_t`; the errors are those against the
+implicit solver at tolerance 1e-11.
 """
 
 import dataclasses

@@ -471,15 +471,15 @@ def csv_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
 def write_table(stem: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as `stem`.csv and, for reading, as the Markdown table `stem`.md."""
     lines = [[name.replace("_", " ") for name in rows[0]], ["---"] * len(rows[0])]
-    lines += [[_cell(value) for value in row.values()] for row in rows]
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    # NaN says in the CSV what it is; to a reader that there is no number.
+    lines += [["-" if cell == "nan" else cell for cell in row] for row in cells]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     write_files(stem, {".csv": csv_of(rows), ".md": text.encode()})
 
 
 def _cell(value: Any) -> str:
-    if not isinstance(value, float | np.floating):
-        return str(value)
-    return "-" if np.isnan(value) else f"{value:.9g}"
+    return f"{value:.9g}" if isinstance(value, float | np.floating) else str(value)
 
 
 def save_checkpoint(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
