@@ -1,6 +1,7 @@
 """Power laws in log t, and the spread of a number over seeds."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,12 @@ PREDICTED = {
     "margin_deficit": "1",
 }
 _LEAST_POINTS = 5
+
+
+def collapses(summary: Mapping[str, Any]) -> bool:
+    """Whether the limits of the theory are those of the flow that `summary` is of."""
+    constants = summary["sharp_constants"].values()
+    return all(entry["predicted"] is not None for entry in constants)
 
 
 def spread(values: np.ndarray) -> dict[str, float | int | None]:

@@ -229,7 +229,7 @@ def _provenance(source: Mapping[str, Any]) -> dict[str, str]:
 def _flow(summary: Mapping[str, Any]) -> tuple[str, str, list[Table]]:
     """Final medians with quartiles, exponents against the theory, constants, drift."""
     final, fitted = summary["final"], summary["exponents"]
-    windows = list(fitted)[-2:]
+    windows, limits = list(fitted)[-2:], _fits.PREDICTED if _fits.collapses(summary) else {}
     rows = []
     for name, symbol in METRICS.items():
         if name in final:
@@ -237,7 +237,7 @@ def _flow(summary: Mapping[str, Any]) -> tuple[str, str, list[Table]]:
             powers = [
                 number(_round(fitted[w].get(name, {}).get("median"))) for w in windows
             ]
-            rows.append([symbol, *values, *powers, _fits.PREDICTED.get(name, "–")])
+            rows.append([symbol, *values, *powers, limits.get(name, "–")])
     tables = [
         Table(
             f"At log t = {number(summary['log_t'])}, over seeds; exponents p of (log t)^-p "

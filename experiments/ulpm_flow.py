@@ -164,7 +164,9 @@ def _solver_stats(config: Config, steps: np.ndarray) -> dict[str, Any]:
 def _summarise(config, log_times, columns, stats) -> dict[str, Any]:
     """What summary.json holds."""
     log_t = log_times[-1]
-    optimum = (config.num_classes - 1) * math.sqrt(config.per_class)
+    optimum = None  # no simplex ETF fits, and the theory has no limit
+    if config.dim >= config.num_classes - 1:
+        optimum = (config.num_classes - 1) * math.sqrt(config.per_class)
     norm = columns["squared_norm"][:, -1] / log_t
     product = np.exp(log_t + columns["log_loss"][:, -1] + math.log(log_t))
     fields = (*ncjax.CollapseMetrics._fields, "kkt_angle", "margin_deficit")
@@ -175,8 +177,8 @@ def _summarise(config, log_times, columns, stats) -> dict[str, Any]:
         "final": {name: _fits.spread(v[:, -1]) for name, v in columns.items()},
         "exponents": _fits.exponent_table(log_times, decaying),
         "sharp_constants": {
-            "|Z|^2 / log t": {"predicted": 2 * optimum} | _fits.spread(norm),
-            "t L log t": {"predicted": optimum / 2} | _fits.spread(product),
+            "|Z|^2 / log t": {"predicted": optimum and 2 * optimum} | _fits.spread(norm),
+            "t L log t": {"predicted": optimum and optimum / 2} | _fits.spread(product),
         },
         "largest_drift": {
             name: _fits.spread(np.nanmax(columns[f"{name}_drift"], axis=1))
@@ -202,7 +204,7 @@ def _write(folder: Path, log_times, columns: Mapping[str, np.ndarray], summary) 
 def _table(config: Config, summary: Mapping[str, Any]) -> str:
     """The printed result."""
     window, fitted = ([*summary["exponents"].items()] or [("", {})])[-1]
-    collapses = config.dim >= config.num_classes - 1  # or there is no simplex ETF
+    collapses = _fits.collapses(summary)
     head = f"p in (log t)^-p, {window}" if window else ""
     lines = [
         f"{config.seeds} seeds, K={config.num_classes} n={config.per_class} "

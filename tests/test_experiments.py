@@ -13,6 +13,7 @@ from experiments import (
     _legs,
     _runs,
     _saddles,
+    _views,
     saddle_analysis,
     theorems,
     ulpm_flow,
@@ -77,9 +78,20 @@ def test_the_printed_table_has_the_limits_of_the_theory(finished):
         (line,) = (x for x in printed.splitlines() if x.startswith(f"{name} "))
         assert line.endswith(f"tends to {_fits.PREDICTED[name]}")
     assert "--log_t_max=10000" in printed.splitlines()[-1]
-    # No simplex ETF fits: the limits are none of this flow.
-    flat = dataclasses.replace(SMALL, dim=1)
-    assert "tends to" not in ulpm_flow._table(flat, summary)
+
+
+def test_no_limit_is_shown_where_no_simplex_etf_fits(finished):
+    rows = read_csv(finished)
+    columns = {k: np.reshape([row[k] for row in rows], (2, 20)) for k in rows[0]}
+    log_times, stats = columns.pop("log_t")[0], {"failed_seeds": []}
+    stats |= {"steps_per_seed": 1, "seconds": 1.0}
+    for dim, limits in ((2, True), (1, False)):
+        config = dataclasses.replace(SMALL, dim=dim)
+        summary = ulpm_flow._summarise(config, log_times, columns, stats)
+        assert ("tends to" in ulpm_flow._table(config, summary)) == limits
+        _, _, (metrics, constants) = _views._flow(summary)
+        assert ({row[-1] for row in metrics.rows} != {"–"}) == limits
+        assert (constants.rows[0][-1] != "–") == limits
 
 
 def test_summary_says_what_was_found(finished):
