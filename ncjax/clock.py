@@ -30,13 +30,13 @@ def unscaled(x: Array, scaled: Params) -> Params:
 
 
 def field(x, scaled: Params, _args=None) -> Params:
-    """`dY/dx`."""
-    W, H = unscaled(x, scaled)
-    slopes = error_slopes(Params(W, H))
-    P = speed(x, slopes.log_loss) * jnp.exp(-x / 2) * slopes.P
+    """`dY/dx`; the loss sees only products, so that W alone takes the factor of both."""
+    W, H = scaled
+    slopes = error_slopes(Params(jnp.exp(x) * W, H))
+    P = speed(x, slopes.log_loss) * slopes.P
     dW = jnp.einsum("kij,kid->jd", P, H, precision="highest")
     dH = jnp.einsum("kij,jd->kid", P, W, precision="highest")
-    return Params(-dW - scaled.W / 2, -dH - scaled.H / 2)
+    return Params(-dW - W / 2, -dH - H / 2)
 
 
 def speed(x: Array, log_loss: Array) -> Array:

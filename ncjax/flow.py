@@ -230,7 +230,10 @@ def _integrate(params, log_times, start, rtol, atol, solver, record, max_steps, 
     stand_in = x_start + jnp.arange(log_times.size, dtype=dtype)
     x_save = jnp.where(sound, clock(log_times), stand_in)
     x_last = x_save[-1]
-    subs = [diffrax.SubSaveAt(ts=x_save, fn=save), diffrax.SubSaveAt(t1=True)]
+    # XLA would lift what is saved at one time only out of the loop that waits for it, and
+    # compute it at every step.
+    x_told = jnp.repeat(x_save, 2) if x_save.size == 1 else x_save
+    subs = [diffrax.SubSaveAt(ts=x_told, fn=save), diffrax.SubSaveAt(t1=True)]
     x_before = jnp.maximum(x_save - _SETTLING, x_start)
     if implicit:
         subs.append(diffrax.SubSaveAt(ts=x_before, fn=lambda _x, scaled, _args: scaled))
@@ -256,7 +259,9 @@ def _integrate(params, log_times, start, rtol, atol, solver, record, max_steps, 
             diffrax.TqdmProgressMeter() if progress else diffrax.NoProgressMeter()
         ),
     )
-    observed, drift = solution.ys[0]
+    told, (observed, drift) = jax.tree.map(
+        lambda leaf: leaf[: x_save.size], (solution.ts[0], solution.ys[0])
+    )
     final = unscaled(x_last, jax.tree.map(lambda leaf: leaf[-1], solution.ys[1]))
     if implicit:
         settle = partial(_settle, rtol=rtol, atol=atol, initial=params)
@@ -265,7 +270,7 @@ def _integrate(params, log_times, start, rtol, atol, solver, record, max_steps, 
         )
         observed = jax.lax.map(observe, states)
         final = jax.tree.map(lambda leaf: leaf[-1], states)
-    reached = jnp.isfinite(solution.ts[0]) & sound
+    reached = jnp.isfinite(told) & sound
     recorded, log_loss = jax.tree.map(
         partial(_nan_unless, reached), observed, jax.eval_shape(observe, params)
     )

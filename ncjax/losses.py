@@ -125,11 +125,11 @@ def error_slopes(params: Params) -> ErrorSlopes:
     log_odds = highest + jnp.log(total)
     log_loss = jax.nn.logsumexp(log_softplus(log_odds))
     log_any = jax.nn.softplus(log_odds)
-    P = weights * jnp.exp(highest - log_any - log_loss)[..., None]
-    own = -jnp.sum(P, axis=-1, keepdims=True)
+    scale = jnp.exp(highest - log_any - log_loss)
+    own = -total * scale
     return ErrorSlopes(
         log_loss=log_loss,
-        P=jnp.where(others, P, own),
+        P=jnp.where(others, weights * scale[..., None], own[..., None]),
         right=jnp.exp(-log_any),
     )
 
