@@ -70,8 +70,15 @@ class Checkpoints:
           notes: to be restored with it.
 
         Raises:
+          ValueError: epoch is not above that of the newest: Orbax would write nothing.
           OSError: it cannot be written; the one before stays.
         """
+        newest = self.newest()
+        if newest is not None and epoch <= newest:
+            raise ValueError(
+                f"expected an epoch above {newest}, the newest checkpoint in "
+                f"{self._folder}, got {epoch}"
+            )
         metadata = {_DIGEST: _digest(state), "notes": dict(notes or {})}
         try:
             with _unlogged():
