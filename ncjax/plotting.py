@@ -147,8 +147,13 @@ def figure_over_log_log_t(
       panels: four of them.
       reach: natural logarithm of the time up to which the background is shaded.
       reach_label: what the shade means.
+
+    Raises:
+      ValueError: no time is above 1.
     """
     shown = log_times > 1
+    if not shown.any():
+        raise ValueError(f"expected a log time above 1, got {log_times}")
     x = np.log(log_times[shown])
     powers = [p for p in _EXPONENTS if x[0] <= np.log(p * np.log(10)) <= x[-1]]
     powers = powers[:: -(-len(powers) // _MOST_TICKS)] if powers else []
@@ -171,10 +176,15 @@ def figure_over_log_log_epochs(
       epochs: (T,) of which those from 2 on are drawn.
       panels: four of them.
       until: first epoch with no training error, up to which the background is shaded.
+
+    Raises:
+      ValueError: no epoch is 2 or later.
     """
     shown = epochs >= 2
+    if not shown.any():
+        raise ValueError(f"expected an epoch from 2 on, got {epochs}")
     x = np.log(np.log(epochs[shown]))
-    ticks = [epoch for epoch in _EPOCHS if epoch <= epochs[-1]]
+    ticks = [n for n in _EPOCHS if epochs[shown][0] <= n <= epochs[-1]]
     ruler = Ruler(
         x,
         [float(np.log(np.log(epoch))) for epoch in ticks],
@@ -205,7 +215,7 @@ def _four_panels(
         axes = figure.subplots(2, 2, sharex=True).ravel()
         for axis, panel in zip(axes, panels, strict=True):
             for curve in panel.curves:
-                _draw(axis, ruler.x, curve)
+                _draw(axis, ruler.x, curve, panel.scale)
             _draw_guide(axis, ruler.x, panel.curves[0].values, panel.guide)
             _finish(axis, panel, ruler, edge)
         for axis in axes[2:]:
@@ -231,29 +241,39 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
         )
 
 
-def _draw(axis: Axes, x: np.ndarray, curve: Curve) -> None:
+def _draw(axis: Axes, x: np.ndarray, curve: Curve, scale: str = "log") -> None:
     """Median and band between the quartiles, over the seeds that got there."""
-    done = np.isfinite(curve.values).any(axis=0)
-    if not done.any():
+    x, low, median, high = _quartiles(x, curve.values)
+    if scale == "log":
+        median = np.where(median > 0, median, np.nan)
+    if not np.isfinite(median).any():
         return
-    low, median, high = np.nanquantile(curve.values[:, done], (0.25, 0.5, 0.75), axis=0)
-    axis.plot(
-        x[done], median, curve.style, color=curve.colour, lw=curve.width, label=curve.label
-    )
+    line = axis.plot(x, median, curve.style, color=curve.colour, lw=curve.width)
+    line[0].set(label=curve.label, marker="o" if x.size == 1 else "")
     if curve.values.shape[0] > 1:
-        axis.fill_between(x[done], low, high, color=curve.colour, alpha=0.2, lw=0)
+        axis.fill_between(x, low, high, color=curve.colour, alpha=0.2, lw=0)
+
+
+def _quartiles(x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Where a seed is finite: x, lower quartile, median and upper quartile."""
+    values = np.where(np.isfinite(values), values, np.nan)
+    done = np.isfinite(values).any(axis=0)
+    low, median, high = (
+        np.nanquantile(values[:, done], q, axis=0) if done.any() else np.zeros(0)
+        for q in (0.25, 0.5, 0.75)
+    )
+    return x[done], low, median, high
 
 
 def _draw_guide(axis: Axes, x: np.ndarray, values: np.ndarray, exponent: int) -> None:
     """A dotted power law below the last sixth of a curve, where that is the asymptote."""
-    done = np.isfinite(values).any(axis=0)
-    x, median = x[done], np.nanmedian(values[:, done], axis=0)
-    if x.size == 0:
+    x, _, median, _ = _quartiles(x, values)
+    if x.size == 0 or median[-1] <= 0:
         return
     late = x > x[-1] - (x[-1] - x[0]) / 6
     if np.exp(x[-1]) < 300 or late.sum() < 2:
         return
-    line = 0.4 * median[late][-1] * np.exp(-exponent * (x[late] - x[late][-1]))
+    line = 0.4 * median[-1] * np.exp(-exponent * (x[late] - x[-1]))
     axis.plot(x[late], line, ":", color=_GUIDE, lw=1.2)
     power = "" if exponent == 1 else f"^{exponent}"
     axis.annotate(
@@ -272,7 +292,8 @@ def _finish(axis: Axes, panel: Panel, ruler: Ruler, edge: float | None) -> None:
     """Scales, ticks, shade, legend."""
     axis.set_yscale(panel.scale)
     axis.set_title(panel.title, loc="left")
-    axis.set_xlim(ruler.x[0], ruler.x[-1])
+    if ruler.x[0] < ruler.x[-1]:
+        axis.set_xlim(ruler.x[0], ruler.x[-1])
     axis.set_xticks(ruler.ticks, ruler.tick_labels)
     axis.grid(visible=True, axis="y", lw=0.4, color="#dddddd")
     axis.set_axisbelow(True)
@@ -340,7 +361,8 @@ def saddle_figure(
         descent.set(xlabel="angle from the saddle (radians)")
         descent.set_title(r"(c) change of $\log L\,/\,|Z|^2$ on the sphere", loc="left")
         for axis in (flow, escape, descent):
-            axis.legend(loc="best")
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(loc="best")
             axis.grid(visible=True, axis="y", lw=0.4, color="#dddddd")
         figure.text(0.5, -0.05, "dotted: predicted", ha="center", color="#555555")
     return figure

@@ -1,0 +1,215 @@
+"""Figures hold the medians, quartiles and ticks of what they are given."""
+
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.colors import to_hex
+
+import ncjax
+from ncjax import plotting
+
+WIDE = settings.default.max_examples > 25
+few = settings(max_examples=settings.default.max_examples // 5)
+seeds = st.integers(0, 2**31)
+COUNTS = st.tuples(st.integers(1, 4), st.integers(1, 12))
+# All of one kind, or of each some.
+HOLES = st.sampled_from(["none", "nan", "infinite", "zero", "negative", "all"])
+VALUES = {"nan": np.nan, "infinite": np.inf, "zero": 0.0, "negative": -1.0}
+FIELDS = (*ncjax.CollapseMetrics._fields, *ncjax.LastLayer._fields)
+
+
+def table(seed, shape, holes):
+    """Values (S, T) by name, with a share of them replaced."""
+    rng = np.random.default_rng(seed)
+    share = {"none": 0.0, "all": 1.0}.get(holes, 0.3)
+    kinds = [holes] if holes in VALUES else [*VALUES]
+    found = {}
+    for name in FIELDS:
+        values = 10 ** rng.uniform(-12, 3, shape)
+        hole = rng.uniform(size=shape) < share
+        chosen = rng.choice([VALUES[kind] for kind in kinds], shape)
+        found[name] = np.where(hole, chosen, values)
+    return found
+
+
+def medians(values, logarithmic):
+    """At each time of the finite values; None where there are none or none to be drawn."""
+    found = []
+    for column in values.T:
+        finite = [float(value) for value in column if np.isfinite(value)]
+        median = statistics.median(finite) if finite else None
+        drawn = median is not None and (median > 0 or not logarithmic)
+        found.append(median if drawn else None)
+    return found
+
+
+def assert_curves(axis, x, panel):
+    """The lines of the axis that are not dotted are those of the panel, and no others."""
+    lines = [line for line in axis.get_lines() if line.get_linestyle() != ":"]
+    expected = []
+    for curve in panel.curves:
+        points = zip(x, medians(curve.values, panel.scale == "log"), strict=True)
+        points = [(a, m) for a, m in points if m is not None]
+        expected += [(curve, points)] if points else []
+    assert len(lines) == len(expected)
+    for line, (curve, points) in zip(lines, expected, strict=True):
+        drawn = np.transpose(line.get_data())
+        drawn = drawn[np.isfinite(drawn).all(axis=1)]
+        np.testing.assert_allclose(drawn, points, rtol=1e-12)
+        assert line.get_label() == curve.label
+        assert to_hex(line.get_color()) == curve.colour
+        assert len(x) > 1 or line.get_marker() == "o"  # a line of one point is nothing
+
+
+def assert_ticks(axis, places, x):
+    """Of the quantities at `places` those within the axis, each at its place."""
+    ticks = axis.get_xticks()
+    assert set(np.round(ticks, 12)) <= {round(float(place), 12) for place in places}
+    if x[0] < x[-1]:
+        assert axis.get_xlim() == (x[0], x[-1])
+        assert ((ticks >= x[0]) & (ticks <= x[-1])).all()
+
+
+def assert_guide(axis, values, exponent):
+    """The dotted line falls as (log t)^-p below the last median, if there is one."""
+    for line in axis.get_lines():
+        if line.get_linestyle() == ":":
+            at, guide = line.get_data()
+            np.testing.assert_allclose(guide / guide[-1], np.exp(exponent * (at[-1] - at)))
+            last = [m for m in medians(values, False) if m is not None][-1]
+            assert guide[-1] == pytest.approx(0.4 * last, rel=1e-12)
+            assert np.exp(at[-1]) >= 300
+
+
+@few
+@given(seeds, COUNTS, HOLES, st.floats(0.2, 9), st.none() | st.floats(1.5, 1e4))
+def test_figures_over_time_hold_medians(seed, shape, holes, decades, reach):
+    rng = np.random.default_rng(seed)
+    log_times = np.sort(10 ** rng.uniform(-1, decades, shape[1]))
+    panels = plotting.collapse_panels(table(seed, shape, holes))
+    if log_times[-1] <= 1:
+        with pytest.raises(ValueError, match="expected a log time above 1, got"):
+            plotting.figure_over_log_log_t(log_times, panels)
+        return
+    figure = plotting.figure_over_log_log_t(log_times, panels, reach=reach)
+    shown = log_times > 1
+    x = np.log(log_times[shown])
+    assert len(figure.axes) == 4
+    for axis, panel in zip(figure.axes, panels, strict=True):
+        curves = [c._replace(values=c.values[:, shown]) for c in panel.curves]
+        assert_curves(axis, x, panel._replace(curves=curves))
+        assert_ticks(axis, np.log(np.log(10) * np.array(plotting._EXPONENTS)), x)
+        assert_guide(axis, curves[0].values, panel.guide)
+        assert axis.get_yscale() == panel.scale
+        if reach is not None:
+            (shade,) = axis.patches
+            end = shade.get_x() + shade.get_width()
+            assert end == pytest.approx(min(np.log(reach), x[-1]))
+
+
+@few
+@given(seeds, COUNTS, HOLES, st.booleans(), st.none() | st.integers(1, 300))
+def test_figures_over_epochs_hold_medians(seed, shape, holes, with_test, until):
+    rng = np.random.default_rng(seed)
+    epochs = np.sort(rng.choice(np.arange(1, 400), shape[1], replace=False))
+    train = table(seed, shape, holes)
+    test = table(seed + 1, shape, holes) if with_test else {}
+    for panels in (plotting.collapse_panels(train), plotting.training_panels(train, test)):
+        if epochs[-1] < 2:
+            with pytest.raises(ValueError, match="expected an epoch from 2 on, got"):
+                plotting.figure_over_log_log_epochs(epochs, panels, until=until)
+            continue
+        figure = plotting.figure_over_log_log_epochs(epochs, panels, until=until)
+        shown = epochs >= 2
+        x = np.log(np.log(epochs[shown]))
+        for axis, panel in zip(figure.axes, panels, strict=True):
+            curves = [c._replace(values=c.values[:, shown]) for c in panel.curves]
+            assert_curves(axis, x, panel._replace(curves=curves))
+            assert_ticks(axis, np.log(np.log(plotting._EPOCHS)), x)
+            assert len(axis.patches) == (until is not None and until >= 2)
+
+
+@pytest.mark.parametrize(
+    ("figure", "times", "message"),
+    [
+        (plotting.figure_over_log_log_t, [0.5, 1.0], "expected a log time above 1"),
+        (plotting.figure_over_log_log_epochs, [1], "expected an epoch from 2 on"),
+    ],
+)
+def test_nothing_to_draw_is_told(figure, times, message):
+    panels = plotting.collapse_panels(table(0, (2, len(times)), "none"))
+    with pytest.raises(ValueError, match=message):
+        figure(np.array(times), panels)
+
+
+@given(seeds, COUNTS, HOLES)
+def test_shares_and_losses_are_drawn_as_they_are(seed, shape, holes):
+    """The error is one minus the accuracy; where it is zero there is nothing to draw."""
+    train = table(seed, shape, holes)
+    accuracy = np.random.default_rng(seed).integers(0, 3, shape) / 2
+    train["accuracy"] = accuracy
+    wrong, loss, margin, mismatch = plotting.training_panels(train, {})
+    expected = np.where(accuracy < 1, 1 - accuracy, np.nan)
+    np.testing.assert_array_equal(wrong.curves[0].values, expected)
+    for panel, name in ((loss, "loss"), (margin, "balanced_margin_ratio")):
+        np.testing.assert_array_equal(panel.curves[0].values, train[name])
+    disagree = train["ncc_mismatch"]
+    expected = np.where(disagree > 0, disagree, np.nan)
+    np.testing.assert_array_equal(mismatch.curves[0].values, expected)
+    assert [len(panel.curves) for panel in (wrong, loss, margin, mismatch)] == [1] * 4
+
+
+@few
+@given(seeds, COUNTS, st.integers(0, 3), st.sampled_from(["none", "nan", "zero"]))
+def test_figures_of_saddles_hold_what_they_are_given(seed, shape, count, holes):
+    rng = np.random.default_rng(seed)
+    values = table(seed, shape, holes)
+    times = np.sort(10 ** rng.uniform(0, 4, shape[1]))
+    angles = np.linspace(0, 1, 5)
+    escapes = [
+        (f"escape {i}", times, 10 ** rng.uniform(-8, 0, shape), 0.5) for i in range(count)
+    ]
+    descents = [(f"descent {i}", *rng.normal(size=(2, 5))) for i in range(count)]
+    residual, excess = values["kkt_angle"], values["margin_ratio"]
+    figure = plotting.saddle_figure(
+        log_times=times,
+        stationarity=residual,
+        excess=excess,
+        escapes=escapes,
+        angles=angles,
+        descents=descents,
+    )
+    flow, escape, descent = figure.axes
+    curves = [plotting.Curve(residual, "KKT residual", plotting._MEANS)]
+    label = r"$|\sigma_{\max} - 1|$"
+    curves.append(plotting.Curve(excess, label, plotting._CLASSIFIER))
+    assert_curves(flow, times, plotting.Panel("", curves))
+    for i, (label, _, unstable, exponent) in enumerate(escapes):
+        line, guide = escape.get_lines()[2 * i : 2 * i + 2]
+        assert line.get_label() == label
+        np.testing.assert_allclose(line.get_ydata(), medians(unstable, True))
+        at, power = guide.get_data()
+        assert power[-1] == pytest.approx(statistics.median(unstable[:, -1]))
+        np.testing.assert_allclose(power / power[-1], (at / at[-1]) ** exponent)
+    for i, (label, *pair) in enumerate(descents):
+        lines = descent.get_lines()[2 * i : 2 * i + 2]
+        assert lines[0].get_label() == label
+        for line, expected in zip(lines, pair, strict=True):
+            np.testing.assert_array_equal(line.get_data(), (angles, expected))
+
+
+@settings(max_examples=settings.default.max_examples // 25)
+@given(seeds, COUNTS, HOLES)
+def test_files_are_images_and_the_same_every_time(seed, shape, holes):
+    times = np.linspace(0.9, 1.5, 1 + shape[1])[1:] ** 20
+    panels = plotting.collapse_panels(table(seed, shape, holes))
+    files = plotting.render(plotting.figure_over_log_log_t(times, panels))
+    assert files[".png"].startswith(b"\x89PNG\r\n")
+    assert files[".pdf"].startswith(b"%PDF-")
+    assert b"CreationDate" not in files[".pdf"]
+    if WIDE:
+        again = plotting.figure_over_log_log_t(times, panels)
+        assert plotting.render(again) == files
