@@ -3,6 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 from test_losses import random_params
 
@@ -39,6 +41,23 @@ def test_solves_with_the_hessian_of_the_loss(shape):
         np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-11)
 
 
+@given(
+    st.integers(0, 2**31), st.sampled_from(SHAPES), st.floats(0, 2.5), st.floats(-4, 0.9)
+)
+def test_solves_at_any_state_and_any_step(seed, shape, scale, size):
+    """In the shapes that the test before compiles; the matrix positive definite."""
+    params, right = random_params(seed, *shape, scale), random_params(seed + 1, *shape, 1.0)
+    hessian = np.asarray(hessian_over_loss(params))
+    least = np.linalg.eigvalsh(hessian)[0]
+    c = 10**size if least >= 0 else min(10**size, 0.9 / -least)
+    matrix = np.eye(len(hessian)) + c * hessian
+    flat_right = np.asarray(ravel_pytree(right)[0])
+    expected = np.linalg.solve(matrix, flat_right)
+    got = np.asarray(ravel_pytree(solved(params, jnp.asarray(c), right))[0])
+    gap = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+    assert gap < 1e-11 * np.linalg.cond(matrix)
+
+
 @pytest.mark.parametrize("scale", [30.0, 1e3])
 def test_solves_where_the_loss_has_underflowed(scale):
     etf = ncjax.simplex_etf(4, 5)
@@ -72,13 +91,26 @@ def test_vmap_solves_each():
         np.testing.assert_allclose(together.W[i], alone.W, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("size", "block"), [(1, 1), (7, 1), (12, 4), (20, 20)])
-def test_inverse_of_a_positive_definite_matrix(size, block):
-    rng = np.random.default_rng(size)
-    root = rng.normal(size=(3, size, size))
-    matrix = root @ root.transpose(0, 2, 1) + 0.1 * np.eye(size)
-    got = implicit.inverse(jnp.asarray(matrix), block)
-    np.testing.assert_allclose(got, np.linalg.inv(matrix), rtol=1e-8, atol=1e-10)
+_inverse = jax.jit(implicit.inverse, static_argnums=1)
+
+
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([(1, 1), (7, 1), (12, 4), (20, 20)]),
+    st.floats(0, 6),
+    st.integers(-300, 300),
+)
+def test_inverse_of_a_positive_definite_matrix(seed, shape, decades, p):
+    """Of any scale, with a condition of up to a million."""
+    (size, block), rng = shape, np.random.default_rng(seed)
+    frames = np.linalg.qr(rng.normal(size=(3, size, size)))[0]
+    values = 10 ** (decades * rng.uniform(-1, 0, size=(3, 1, size)))
+    unit = (frames * values) @ frames.transpose(0, 2, 1)
+    unit = (unit + unit.transpose(0, 2, 1)) / 2
+    inverse = (frames / values) @ frames.transpose(0, 2, 1)
+    got = np.asarray(_inverse(jnp.asarray(2.0**p * unit), block)) * 2.0**p
+    worst = 10**decades
+    np.testing.assert_allclose(got, inverse, rtol=0, atol=1e-13 * worst**2)
 
 
 def test_a_block_that_does_not_divide_is_refused():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ncjax
-from ncjax.losses import log_softplus, softmax_cross_entropy
+from ncjax.losses import error_slopes, log_softplus, softmax_cross_entropy
 
 
 def random_params(seed, num_classes, per_class, dim, scale, dtype=np.float64):
@@ -180,3 +180,52 @@ def test_loss_of_logits_agrees_with_loops(seed, num_classes, integer):
         for row, y in zip(logits, labels, strict=True)
     ]
     np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+_softplus_and_slope = jax.jit(jax.vmap(jax.value_and_grad(log_softplus)))
+
+
+@given(
+    st.lists(st.floats(-1e300, 1e300) | st.floats(-800, 800), min_size=8, max_size=8),
+    st.sampled_from([np.float32, np.float64]),
+)
+def test_log_softplus_at_any_odds(odds, dtype):
+    a = np.clip(odds, -np.finfo(dtype).max, np.finfo(dtype).max).astype(dtype)
+    value, slope = _softplus_and_slope(jnp.asarray(a))
+    exact, exact_slope = oracles.log_softplus(a)
+    eps = float(np.finfo(dtype).eps)
+    np.testing.assert_allclose(value, exact.astype(float), rtol=4 * eps, atol=4 * eps)
+    # The slope is the exponential of a logarithm, of which it has the rounding. Below the
+    # least normal number it may be 0.
+    tiny = float(np.finfo(dtype).tiny)
+    rounding = 4 * eps * (1 - np.log(np.maximum(exact_slope, tiny)))
+    gap = np.abs(np.asarray(slope, np.longdouble) - exact_slope)
+    assert (gap <= rounding * exact_slope + 2 * tiny).all()
+
+
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([0.1, 1.0, 30.0, 1000.0]),
+    st.sampled_from([np.float32, np.float64]),
+)
+def test_slopes_of_samples_sum_to_nothing_and_to_the_gradient(seed, scale, dtype):
+    params = random_params(seed, 3, 2, 7, scale, dtype)
+    slopes = _slopes(params)
+    assert {leaf.dtype for leaf in slopes} == {np.dtype(dtype)}
+    P = np.asarray(slopes.P, np.longdouble)
+    eps = float(np.finfo(dtype).eps)
+    np.testing.assert_allclose(P.sum(axis=-1), 0, atol=10 * eps * np.abs(P).max())
+    assert (P[~np.eye(3, dtype=bool)[:, None].repeat(2, 1)] >= 0).all()
+    W, H = (np.asarray(leaf, np.longdouble) for leaf in params)
+    log_loss, dW, dH = oracles.log_cross_entropy_and_gradient(W, H)
+    # A margin rounds at eps |w| |h|, the weights by that share of themselves.
+    largest = [float(np.linalg.norm(leaf, axis=-1).max()) for leaf in (W, H)]
+    rounding = 40 * eps * (1 + largest[0] * largest[1])
+    assert float(slopes.log_loss) == pytest.approx(float(log_loss), abs=rounding)
+    if rounding < 0.1:
+        by_W, by_H = np.einsum("kij,kid->jd", P, H), np.einsum("kij,jd->kid", P, W)
+        for got, exact in ((by_W, dW), (by_H, dH)):
+            assert np.abs(got - exact).max() <= 2 * rounding * np.abs(exact).max()
+
+
+_slopes = jax.jit(error_slopes)

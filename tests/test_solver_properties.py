@@ -12,7 +12,6 @@ from scipy.linalg import expm
 from test_losses import random_params
 from test_rosenbrock import dense_rodas
 
-import ncjax
 from ncjax import clock as clocks
 from ncjax.stabilised import STABLE_TO, Stabilised4
 
@@ -265,21 +264,3 @@ def test_the_clock_is_the_chain_rule(seed, log_time, size):
     for got, a, b in zip(by_time, late, early, strict=True):
         size = float(jnp.abs(got).max()) + float(jnp.abs(a).max())
         np.testing.assert_allclose(got, (a - b) / step, atol=1e-7 * size)
-
-
-@given(seeds, st.floats(-2, 0.5))
-def test_the_slopes_of_samples_add_up_to_the_gradient(seed, size):
-    params = random_params(seed, *SHAPE, 10**size)
-    slopes = slopes_of(params)
-    log_loss, dW, dH = oracles.log_cross_entropy_and_gradient(*params)
-    assert float(slopes.log_loss) == pytest.approx(float(log_loss), rel=1e-12, abs=1e-12)
-    by_W = np.einsum("kij,kid->jd", slopes.P, params.H)
-    by_H = np.einsum("kij,jd->kid", slopes.P, params.W)
-    for got, exact in ((by_W, dW), (by_H, dH)):
-        atol = 1e-12 * float(np.abs(exact).max())
-        np.testing.assert_allclose(got, exact.astype(float), rtol=1e-9, atol=atol)
-    right = 1 / (1 + np.exp(-oracles.margins(*map(np.asarray, params))).sum(axis=-1))
-    np.testing.assert_allclose(slopes.right, right, rtol=1e-12)
-
-
-slopes_of = jax.jit(ncjax.losses.error_slopes)

@@ -92,6 +92,29 @@ def test_merge_is_associative_and_commutative_with_init_as_neutral_element(drawn
 
 
 @jax.jit
+def _of_all_devices(features, labels, batch):
+    """What each of three devices says of all samples, and one pass over them."""
+
+    def one(number):
+        return statistics.all_merge(take(features, labels, batch == number), "devices")
+
+    parts = jnp.arange(3, dtype=batch.dtype)
+    together = jax.vmap(one, axis_name="devices")(parts)
+    return together, take(features, labels, jnp.ones(N, bool))
+
+
+@given(samples())
+def test_devices_merge_to_one_pass_and_agree(drawn):
+    together, whole = _of_all_devices(*drawn)
+    for device in range(3):
+        seen = jax.tree.map(lambda leaf, device=device: leaf[device], together)
+        assert_same(seen, whole, drawn[0])
+        jax.tree.map(
+            lambda leaf: np.testing.assert_array_equal(leaf[0], leaf[-1]), together
+        )
+
+
+@jax.jit
 def _both_passes(features, labels, mask, W):
     first_pass = take(features, labels, mask)
     second_pass = statistics.compare(

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 import ncjax
@@ -185,3 +187,25 @@ def test_measure_is_the_oracle_on_the_features(digits, mesh, use_bias):
         np.testing.assert_allclose(got[field], expected, rtol=1e-3, err_msg=field)
     assert got["loss"] == pytest.approx(float(oracles.cross_entropy(exact)), rel=1e-4)
     assert set(got) == {*ncjax.CollapseMetrics._fields, *ncjax.LastLayer._fields}
+
+
+@settings(max_examples=settings.default.max_examples // 5)
+@given(st.integers(0, 2**31), st.booleans(), st.integers(-20, 20))
+def test_measure_is_the_oracle_on_any_features(seed, use_bias, exponent):
+    """In the shapes of the test before, for which it is compiled."""
+    rng, factor = np.random.default_rng(seed), 2.0**exponent
+    labels = rng.permutation(np.arange(100, dtype=np.int32) % 10)
+    features = (factor * rng.normal(size=(100, 26))).astype(np.float32)
+    last = {"kernel": rng.normal(size=(26, 10)).astype(np.float32)}
+    b = factor * rng.normal(size=10) if use_bias else np.zeros(10)
+    last |= {"bias": b.astype(np.float32)} if use_bias else {}
+    params = {"classifier": jax.tree.map(jnp.asarray, last)}
+    got = train.measure(jnp.asarray(features), jnp.asarray(labels), params)
+    stored = oracles.Data(features, labels, last["kernel"].T, b.astype(np.float32))
+    exact = oracles.float64(stored)
+    for field, formula in oracles.FIELDS.items():
+        expected = oracles.FORMULAS[formula](exact)
+        np.testing.assert_allclose(got[field], expected, 1e-4, 1e-6, err_msg=field)
+    assert got["loss"] == pytest.approx(float(oracles.cross_entropy(exact)), rel=1e-4)
+    least = np.min(oracles.own_minus_best_other(oracles.logits(exact), labels))
+    assert got["least_margin"] == pytest.approx(least, rel=1e-4, abs=1e-5 * factor)

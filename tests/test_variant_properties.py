@@ -91,7 +91,7 @@ def test_formulas_are_homogeneous(seed, which, p):
 
 
 @few
-@given(seeds, st.sampled_from(SHAPES))
+@given(seeds, st.sampled_from(SHAPES[1:]))
 def test_shares_of_classes_match_loops(seed, which):
     data = drawn(seed, which)
     for bias in (True, False):
@@ -118,16 +118,21 @@ def test_variability_of_features_lies_between_collapse_and_no_classes(seed, whic
 
 
 @few
-@given(seeds, st.sampled_from([1e-6, 5e-4, 1.0]))
+@given(seeds, st.sampled_from([5e-4, *([1e-6, 1.0] if WIDE else [])]))
 def test_parts_of_the_squared_error_sum_to_it(seed, weight_decay):
     """For classes of equal size."""
-    data = random_data(seed, num_classes=3, dim=4, samples=12)
-    data = data._replace(labels=np.arange(12) % 3)
-    parts = variants.squared_error_parts(*data[:4], weight_decay=weight_decay)
+    data = drawn(seed, "K=2, N<d")
+    data = data._replace(labels=np.arange(12) % 2)
+    if weight_decay == 5e-4:  # the default
+        known = compiled(data, TRACED)
+        parts = [float(known[f"mse.{name}"]) for name in ("LNC1", "LNC23", "Lperp")]
+    else:
+        found = variants.squared_error_parts(*data[:4], weight_decay=weight_decay)
+        parts = [float(part) for part in found]
     decay = weight_decay / 2 * (np.sum(data.W**2) + np.sum(data.b**2))
     whole = (oracles.squared_error(data) + decay) / 2
-    assert float(sum(parts)) == pytest.approx(whole, rel=1e-9)
-    assert min(map(float, parts)) >= 0
+    assert sum(parts) == pytest.approx(whole, rel=1e-9)
+    assert min(parts) >= 0
     exact = oracles.squared_error_parts(data, weight_decay)
     np.testing.assert_allclose(parts, exact, rtol=1e-6, atol=1e-12)
 
