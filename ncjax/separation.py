@@ -28,6 +28,8 @@ MULTIPLIERS = ("softmax", "nnls")
 
 # The loosest tolerance of a verdict, for points at a small norm.
 _LOOSEST = 0.1
+# Share of the top left singular vector of S that W may hold at a saddle, where it is 0.
+_WITHIN = 0.5
 
 
 class KKT(NamedTuple):
@@ -167,7 +169,10 @@ def certificate(
         but 0.1 at most and 100 roundings at least.
 
     At a saddle the multipliers need not be unique, and `sigma_max` may depend on them;
-    the verdict does not.
+    the verdict does not. KKT implies $S S^\top \tilde W = \tilde W$, so that u is
+    orthogonal to the columns of W wherever `sigma_max` is above 1. Where it is far from
+    that, $|W^\top u| > |W|_2 / 2$, the excess is an error of the multipliers, and the
+    verdict "not a KKT point".
 
     Returns:
       `Certificate`, float32 for half precision. `VERDICTS[int(verdict)]` is the verdict in
@@ -201,6 +206,7 @@ def certificate(
     residual = jnp.maximum(found.stationarity, jnp.abs(found.complementarity))
     tolerance = _tolerance(params, tol)
     direction = _descent_direction(params, left[:, 0], right[0], tolerance)
+    within = jnp.linalg.norm(left[:, 0] @ params.W) / jnp.linalg.norm(params.W, 2)
     return Certificate(
         dual=dual,
         sigma_max=sigma_max,
@@ -209,7 +215,7 @@ def certificate(
         direction=direction,
         residual=residual,
         tolerance=tolerance,
-        verdict=_verdict(params, direction, residual, sigma_max, tolerance),
+        verdict=_verdict(params, direction, residual, sigma_max, tolerance, within),
     )
 
 
@@ -248,9 +254,10 @@ def _tolerance(params: Params, tol: float | None) -> Array:
     return jnp.clip(1 / jnp.sqrt(least), 100 * float(jnp.finfo(dtype).eps), _LOOSEST)
 
 
-def _verdict(params, direction, residual, sigma_max, tolerance) -> Array:
+def _verdict(params, direction, residual, sigma_max, tolerance, within) -> Array:
     """Index into VERDICTS (int32)."""
     saddle = jnp.where(jnp.isnan(direction.W[0, 0]), NO_ROOM, STRICT_SADDLE)
+    saddle = jnp.where(within <= _WITHIN, saddle, NOT_KKT)
     code = jnp.where(sigma_max <= 1 + tolerance, GLOBAL_OPTIMUM, saddle)
     code = jnp.where(residual <= tolerance, code, NOT_KKT)
     separated = jnp.min(margins(params)) > 0
