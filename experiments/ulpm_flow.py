@@ -104,6 +104,10 @@ def _run(config: Config, folder: Path) -> None:
     summary = _summarise(config, log_times, columns, stats)
     _write(folder, log_times, columns, summary)
     print(_table(config, summary))
+    if len(stats["failed_seeds"]) == config.seeds:
+        raise RuntimeError(
+            f"all {config.seeds} seeds failed before log t = {log_times[-1]:g}, see above"
+        )
 
 
 def _check(config: Config) -> None:

@@ -249,7 +249,9 @@ def test_what_failing_seeds_reached_is_kept(tmp_path, monkeypatch, capsys):
         return extend(progress, solution, new)
 
     monkeypatch.setattr(_legs, "_extend", fail_from_the_tenth_leg_on)
-    folder = ulpm_flow.run(small(tmp_path / "run"))
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="all 2 seeds failed before log t = "):
+        ulpm_flow.run(small(folder))
     assert flow == list(range(11))
     rows = read_csv(folder)
     assert len(rows) == 40
