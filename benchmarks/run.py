@@ -89,6 +89,8 @@ def run(config: Config) -> dict[str, Any]:
     if config.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {config.repeats}")
     path = Path(config.out)
+    if path.suffix != ".json":
+        raise ValueError(f"--out must end with .json, got {config.out!r}")
     stored(path)
     if config.torch_threads and not _timing.missing("torch"):
         import torch

@@ -96,6 +96,8 @@ def test_bad_settings_are_named(tmp_path):
         run.run(run.Config(only="startup,speed"))
     with pytest.raises(ValueError, match="--repeats must be at least 1, got 0"):
         run.run(run.Config(repeats=0))
+    with pytest.raises(ValueError, match=r"--out must end with \.json, got 'table\.md'"):
+        run.run(run.Config(out="table.md"))
     path = tmp_path / "other.json"
     for text in ("not JSON", '{"mine": 1}', "[]"):
         path.write_text(text)
