@@ -101,7 +101,7 @@ def polynomial(case, degrees):
 # Exponents (of K, n, d or as the case names them) and what stands before them.
 PRODUCTS = {
     clock_field: ((2, 1, 1), {(2, 1, 1): 6}),
-    time_derivative: ((2, 1, 1), {(2, 1, 1): 14}),
+    time_derivative: ((2, 1, 1), {(2, 1, 1): 8}),
     # 6 N K² d² + 2 N K d² + 2 N K² d + 2 K³ d, N = K n; one of three N K d is elementwise
     factor: (
         (3, 1, 3),
