@@ -67,7 +67,12 @@ def _ncjax(arrays) -> Program:
     def call(_):
         return jax.block_until_ready(ncjax.collapse_metrics_from_features(*arrays))
 
-    return Program("ncjax", call, lambda: call(0))
+    compiled = jax.jit(ncjax.collapse_metrics_from_features).lower(*arrays).compile()
+    note, memory = "", compiled.memory_analysis()
+    if memory is not None:
+        features = arrays[0].nbytes
+        note = f"{memory.temp_size_in_bytes / 1e6:.0f} MB beyond {features / 1e6:.0f} MB"
+    return Program("ncjax", call, lambda: call(0), note)
 
 
 def _vectorised(arrays) -> Program:
