@@ -68,6 +68,7 @@ def measure(
             which="both",
             tol=tol,
             key=jax.random.key(seed),
+            progress=True,
         )
         found.append(jax.block_until_ready(eig))
 

@@ -73,6 +73,7 @@ def eigh_ends(
     num_vectors: int,
     max_matvecs: int | Array,
     dtype,
+    report: Callable[[Array, Array, Array], None] | None = None,
 ) -> EigenPairs:
     r"""Smallest, largest or both ends of the spectrum of a symmetric operator.
 
@@ -87,6 +88,8 @@ def eigh_ends(
       num_vectors: m, size of the basis; at least `min(dim, count + 4)`, at most `dim`.
       max_matvecs: no restart begins once so many products are spent.
       dtype: floating dtype of the vectors.
+      report: called on the host at each restart with the number of products, the largest
+        residual in units of the norm of A, and whether this was the last.
 
     Returns:
       `EigenPairs`; a pair that has not converged, or whose multiplicity was not settled
@@ -113,7 +116,7 @@ def eigh_ends(
             done = converged & ~restart & clear
         krylov = krylov._replace(scale=scale)
         krylov, kept = _restart(krylov, theta, rotation, count, restart)
-        return _State(
+        new = _State(
             krylov=krylov,
             kept=kept,
             locked=jnp.where(restart, theta[:count], state.locked),
@@ -121,6 +124,10 @@ def eigh_ends(
             done=done,
             num_matvecs=state.num_matvecs + (num_vectors - state.kept),
         )
+        if report is not None:
+            residual = jnp.max(estimate[:count]) / scale
+            jax.debug.callback(report, new.num_matvecs, residual, ~unfinished(new))
+        return new
 
     def unfinished(state: _State):
         finite = jnp.all(jnp.isfinite(state.krylov.projected))

@@ -67,6 +67,7 @@ def hessian_eig(
     tol: float | None = None,
     num_vectors: int | None = None,
     max_hvps: int = 20_000,
+    progress: bool = False,
 ) -> HessianEig:
     r"""Eigenvalues and eigenvectors of the Hessian of a scalar function of a pytree.
 
@@ -102,6 +103,8 @@ def hessian_eig(
       num_vectors: Lanczos basis, `max(2 k + 10, 20)` vectors (k counting both ends) if
         None. Memory is twice `num_vectors * D` numbers at the most.
       max_hvps: Lanczos begins no restart once so many products are spent.
+      progress: show a tqdm line of the products and the largest residual of Lanczos, which
+        is to fall below `tol`.
 
     Returns:
       `HessianEig`. Eigenvectors are unit vectors of the flattened parameters, in the
@@ -145,6 +148,7 @@ def hessian_eig(
         sphere=sphere,
         method=method,
         num_vectors=num_vectors,
+        progress=progress,
     )
     _check_finite_result("eigenvalues", eig.eigenvalues)
     return eig
@@ -229,11 +233,24 @@ def spectral_density(
     return density
 
 
-@partial(
-    jax.jit, static_argnames=("fn", "count", "which", "sphere", "method", "num_vectors")
-)
+_HOW = ("fn", "count", "which", "sphere", "method", "num_vectors", "progress")
+
+
+@partial(jax.jit, static_argnames=_HOW)
 def _solve(
-    params, batches, key, tol, max_hvps, *, fn, count, which, sphere, method, num_vectors
+    params,
+    batches,
+    key,
+    tol,
+    max_hvps,
+    *,
+    fn,
+    count,
+    which,
+    sphere,
+    method,
+    num_vectors,
+    progress,
 ) -> HessianEig:
     flat = Flat(params)
     matvec, embed, dim = tangent_operator(fn, params, batches, sphere)
@@ -251,6 +268,7 @@ def _solve(
             num_vectors=num_vectors,
             max_matvecs=max_hvps,
             dtype=flat.dtype,
+            report=_meter if progress else None,
         )
     return HessianEig(
         eigenvalues=pairs.values,
@@ -260,6 +278,28 @@ def _solve(
         num_hvps=pairs.num_matvecs,
         method=method,
     )
+
+
+class _Meter:
+    """A tqdm line that a compiled loop feeds, from its first word to its last."""
+
+    def __init__(self) -> None:
+        self._line: Any = None
+
+    def __call__(self, products, residual, last) -> None:
+        if self._line is None:
+            from tqdm import tqdm
+
+            self._line = tqdm(desc="Hessian", unit=" products")
+        self._line.set_postfix(residual=f"{float(residual):.1e}", refresh=False)
+        self._line.update(int(products) - self._line.n)
+        if last:
+            self._line.close()
+            self._line = None
+
+
+# One object, since it is compiled in.
+_meter = _Meter()
 
 
 def _eigh_dense(matvec, dim: int, dtype, count: int, which: str, tol) -> EigenPairs:

@@ -420,6 +420,32 @@ def test_not_converged_is_said():
     assert np.all(eig.residuals > 1e-6)
 
 
+@pytest.mark.parametrize("max_hvps", [100, 20_000])
+def test_progress_is_shown_and_changes_nothing(capfd, max_hvps):
+    """To the end, whether it converges or not, and again for a second call."""
+    solve = partial(
+        ncjax.hessian_eig,
+        quadratic,
+        jnp.ones(100),
+        batches=symmetric(10.0 ** np.linspace(-1, 1, 100)),
+        k=3,
+        method="lanczos",
+        max_hvps=max_hvps,
+    )
+    quiet = solve()
+    assert capfd.readouterr().err == ""
+    for _ in range(2):
+        eig = solve(progress=True)
+        jax.effects_barrier()
+        np.testing.assert_array_equal(rows(eig), rows(quiet))
+        shown = capfd.readouterr().err
+        assert shown.endswith("\n")  # the line is closed
+        last = shown.strip().split("\r")[-1]
+        # The products of the true residuals come after the last restart.
+        assert f"Hessian: {int(eig.num_hvps) - 3} products [" in last
+        assert "residual=" in last
+
+
 # Transformations and devices.
 
 
