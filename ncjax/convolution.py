@@ -80,7 +80,8 @@ def _formula(x_shape, kernel_shape, stride: int, padding: int, dtype):
         and jnp.finfo(dtype).bits >= 32
     ):
         return convolve_winograd
-    if stride > 1 and channels >= _GATHER_CHANNELS:
+    # Over the gradient of some strided kernels that are not square, XLA 0.10 aborts.
+    if stride > 1 and (channels >= _GATHER_CHANNELS or window[0] != window[1]):
         return convolve_gathered
     return convolve_canonical
 

@@ -57,6 +57,7 @@ LAYERS = {
     "no padding": ((2, 5, 6, 2), (3, 3, 2, 3), 1, 0, convolve_canonical),
     "more padding than kernel": ((2, 2, 3, 5), (1, 1, 5, 2), 2, 3, convolve_lax),
     "5x2": ((2, 6, 4, 5), (5, 2, 5, 3), 1, 1, convolve_canonical),
+    "strided, not square": ((1, 7, 4, 5), (5, 2, 5, 4), 2, 1, convolve_gathered),
 }
 # Shape of x, size, stride, padding.
 POOLS = {
@@ -136,7 +137,14 @@ def with_gradients(function, cotangent, *arguments):
 
 
 def assert_convolutions_equal(x_shape, kernel_shape, stride, padding, seed=0, **more):
-    """All formulas, and `more` of them."""
+    """All formulas, and `more` of them.
+
+    But XLA's own where the kernel is strided and not square: over the gradients of some,
+    such as 5x2 over 7x4, XLA 0.10 aborts.
+    """
+    formulas = {**FORMULAS, **more}
+    if stride > 1 and kernel_shape[0] != kernel_shape[1]:
+        del formulas["lax"], formulas["canonical"]
     x, kernel = normal(x_shape, kernel_shape, seed=seed)
     expected = convolution_by_loops(x, kernel, stride, padding)
     (cotangent,) = normal(expected.shape, seed=seed + 1)
@@ -145,13 +153,14 @@ def assert_convolutions_equal(x_shape, kernel_shape, stride, padding, seed=0, **
     def all_of_them(*arrays):
         return {
             name: with_gradients(partial(formula, stride=stride, padding=padding), *arrays)
-            for name, formula in {**FORMULAS, **more}.items()
+            for name, formula in formulas.items()
         }
 
     results = all_of_them(cotangent, x, kernel)
+    reference = results["lax" if "lax" in results else "dense"]
     for name, (value, *gradients) in results.items():
         np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12, err_msg=name)
-        for got, exact in zip(gradients, results["lax"][1:], strict=True):
+        for got, exact in zip(gradients, reference[1:], strict=True):
             np.testing.assert_allclose(got, exact, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
