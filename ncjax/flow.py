@@ -250,7 +250,7 @@ def _integrate(params, log_times, start, rtol, atol, solver, record, max_steps, 
             atol=atol,
             norm=_finite_or_infinite_norm,
             force_dtmin=False,
-            dtmin=16 * float(jnp.finfo(dtype).eps) * jnp.maximum(1, x_last),
+            dtmin=_least_step(x_start, x_last),
             **(_TWO_ERRORS if isinstance(solver, Stabilised4) else {}),
         ),
         max_steps=max_steps,
@@ -295,6 +295,12 @@ def _first_step(implicit: bool, x_start: Array, x_last: Array) -> Array:
     explicit = _FIRST_STEP * jnp.exp(-x_start)
     step = jnp.minimum(_FIRST_IMPLICIT_STEP, x_last - x_start) if implicit else explicit
     return jnp.where(step > 0, step, explicit)
+
+
+def _least_step(x_start: Array, x_last: Array) -> Array:
+    """Step in x below which the dtype is too coarse; not above the whole way, if any."""
+    least = 16 * float(jnp.finfo(x_last.dtype).eps) * jnp.maximum(1, x_last)
+    return jnp.where(x_last > x_start, jnp.minimum(least, x_last - x_start), least)
 
 
 def _settle(x_before, before, x, interpolated, *, rtol, atol, initial: Params) -> Params:

@@ -123,6 +123,15 @@ def test_time_zero_is_the_start_and_no_drift():
     assert int(flow.result) == SUCCESS
 
 
+def test_a_way_shorter_than_the_least_step_is_gone():
+    """t = e^-50 moves nothing in float64, and is no failure."""
+    start = sine_params()
+    flow = ncjax.gradient_flow(start, [-50.0])
+    assert int(flow.result) == SUCCESS
+    np.testing.assert_allclose(flow.final.W, start.W, rtol=1e-15)
+    np.testing.assert_allclose(flow.final.H, start.H, rtol=1e-15)
+
+
 def test_legs_join():
     start = sine_params()
     whole = flow_at(start, [20.0, 50.0])
