@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ncjax.types import check_integer
+
 _DIGEST = "sha256"
 _SPACE = "No space left on device"
 
@@ -45,7 +47,7 @@ class Checkpoints:
         Raises:
           ValueError: it cannot be read.
         """
-        self._folder = folder
+        self._folder, self._read_only = folder, read_only
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else 2,
             enable_async_checkpointing=False,
@@ -65,14 +67,18 @@ class Checkpoints:
         """Write `state`, a pytree of arrays, as the newest checkpoint.
 
         Args:
-          epoch: above that of the newest.
+          epoch: an integer of at least 0, above that of the newest.
           state: arrays that each process has whole.
           notes: to be restored with it.
 
         Raises:
-          ValueError: epoch is not above that of the newest: Orbax would write nothing.
+          ValueError: epoch is not above that of the newest, or the folder was opened to
+            be read only: Orbax would write nothing.
           OSError: it cannot be written; the one before stays.
         """
+        check_integer("epoch", epoch, least=0)
+        if self._read_only:
+            raise ValueError(f"{self._folder} was opened with read_only=True")
         newest = self.newest()
         if newest is not None and epoch <= newest:
             raise ValueError(

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "models": {"types", "convolution"},
     "data": {"types"},
     "train": {"types", "losses", "metrics", "peeling", "data"},
-    "checkpoint": set(),
+    "checkpoint": {"types"},
     "plotting": set(),
 }
 

@@ -112,3 +112,21 @@ def test_an_epoch_that_is_not_new_is_refused(tmp_path, epoch):
             checkpoints.save(epoch, {"W": state["W"] + 1})
         checkpoints.save(6, state)
         assert checkpoints.newest() == 6
+
+
+@pytest.mark.parametrize("epoch", [-1, 7.0, True])
+def test_an_epoch_that_no_later_run_would_find_is_refused(tmp_path, epoch):
+    said = pytest.raises(ValueError, match="epoch must be an integer of at least 0")
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints, said:
+        checkpoints.save(epoch, {"W": np.arange(3.0)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_saved_where_nothing_may_be_touched(tmp_path):
+    state = {"W": np.arange(3.0)}
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(5, state)
+    said = pytest.raises(ValueError, match="was opened with read_only=True")
+    reader = contextlib.closing(Checkpoints(tmp_path, read_only=True))
+    with reader as checkpoints, said:
+        checkpoints.save(6, state)
