@@ -97,7 +97,7 @@ _SIDE_BY_SIDE = (
     ("within_class_variation", "NC1"),
     ("mean_norm_variation", "norms of means"),
     ("mean_cosine_deviation", "angles of means"),
-    ("self_duality", "self-duality"),
+    ("centred_self_duality", "self-duality, centred"),
     ("ncc_mismatch", "NC4 mismatch"),
 )
 
@@ -450,7 +450,7 @@ def _network_row(section: Section) -> list[str]:
         section.settings.get("epochs", "–"),
         number(summary["zero_training_error_from_epoch"]),
         *(
-            "\u00a0→\u00a0".join(
+            "\u00a0→ ".join(
                 number(metrics[n][k], 3) for k in ("at_zero_error", "at_the_end")
             )
             for n, _ in _SIDE_BY_SIDE

@@ -133,7 +133,7 @@ def test_networks_stand_side_by_side(tmp_path):
     summary = json.loads((RESULTS / "train/resnet18_mnist/summary.json").read_text())
     entry = summary["metrics"]["within_class_variation"]
     ends = [f"{entry[k]:.3g}" for k in ("at_zero_error", "at_the_end")]
-    assert "\u00a0→\u00a0".join(ends) in page.words
+    assert "\u00a0→ ".join(ends) in page.words
 
 
 def test_what_folders_hold_is_escaped(tmp_path):
