@@ -4,6 +4,7 @@ The only place that sets `jax.config`.
 """
 
 import dataclasses
+import difflib
 import inspect
 import os
 import shlex
@@ -74,6 +75,8 @@ def _config(config_class: type, values: flags.FlagValues, argv: Sequence[str]):
         rest = values(list(argv))[1:]
     except flags.IllegalFlagValueError as error:
         raise _wrong_type(error, kinds) from None
+    except flags.UnrecognizedFlagError as error:
+        raise _misspelt(error, list(values)) from None
     if rest:
         raise ValueError(f"expected flags such as --seed=1, got {' '.join(rest)!r}")
     return config_class(**{name: values[name].value for name in kinds})
@@ -84,6 +87,14 @@ def _wrong_type(error: flags.Error, kinds: Mapping[str, Any]) -> ValueError:
     text = str(error).removeprefix("flag --").removesuffix(f": {error.__context__}")
     name, _, given = text.partition("=")
     return ValueError(f"--{name} must be {_KINDS[kinds.get(name, bool)]}, got {given!r}")
+
+
+def _misspelt(error: flags.UnrecognizedFlagError, known: Sequence[str]) -> flags.Error:
+    """The same with the nearest flag, also where absl thinks it too far, as of `seds`."""
+    near = difflib.get_close_matches(error.flagname, known, n=1, cutoff=0.75)
+    if "Did you mean" in str(error) or not near:
+        return error
+    return flags.UnrecognizedFlagError(error.flagname, suggestions=near)
 
 
 def usage(config_class: type, name: str) -> str:

@@ -129,6 +129,7 @@ def test_flags_are_parsed_by_type():
     ("flag", "message"),
     [
         ("--sedes=3", "Unknown command line flag 'sedes'. Did you mean: seeds ?"),
+        ("--seds=3", "Unknown command line flag 'seds'. Did you mean: seeds ?"),
         ("--tracback", "Unknown command line flag 'tracback'. Did you mean: traceback ?"),
         ("--quux", "Unknown command line flag 'quux'; --help lists the flags"),
         ("--seeds=many", "--seeds must be an integer, got 'many'"),
