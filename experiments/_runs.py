@@ -75,10 +75,10 @@ def open_config(
         --overwrite nor --resume is given, or is to be resumed and holds none or another.
       OSError: from within, with the command to give once the cause is gone.
     """
-    resume = getattr(config, "resume", False)
+    resume = getattr(config, "resume", None)
     if config.overwrite and resume:
         raise ValueError("--overwrite and --resume exclude each other: give one of them")
-    folder = _make(workdir(config, name), resume)
+    folder = _make(workdir(config, name), bool(resume))
     with _lock.held(folder), _after_a_failed_write(config, folder):
         open_run(
             folder,
@@ -186,7 +186,7 @@ def open_run(
     *,
     name: str = "",
     overwrite: bool,
-    resume: bool,
+    resume: bool | None,
     changes: Changes | None = None,
 ) -> None:
     """Begin a run in a folder and write its `config.json`, or go on with the one in it.
@@ -198,7 +198,8 @@ def open_run(
       outputs: names of the files that the run will write.
       name: of the experiment.
       overwrite: allow a folder that holds a run already; its files are replaced.
-      resume: go on with the run that the folder holds.
+      resume: go on with the run that the folder holds; None for an experiment that has
+        no such flag.
       changes: settings that may be other than before; `config.json` then says both.
 
     Raises:
@@ -210,9 +211,10 @@ def open_run(
     if resume:
         _reopen(folder, config, changes or {})
     elif held and not overwrite:
+        go_on = "" if resume is None else "--resume to go on with it, "
         raise ValueError(
             f"workdir {str(folder)!r} holds a run already ({', '.join(held)}): give "
-            "--overwrite to replace it, --resume to go on with it, or another --workdir"
+            f"--overwrite to replace it, {go_on}or another --workdir"
         )
     else:
         _clear(folder, held)

@@ -45,7 +45,8 @@ def run(config: Config) -> Path:
     page = render(config, [_views.view(folder) for folder in runs], left_out)
     _runs.write_atomically(output, page.encode())
     unsound = [str(f) for f in runs if not (f / _runs.SUMMARY).exists()]
-    print(f"{len(runs)} runs, {output.stat().st_size / 1e6:.1f} MB")
+    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    print(f"{count}, {output.stat().st_size / 1e6:.2g} MB")
     if unsound:
         print(f"unfinished: {', '.join(unsound)}")
     print(output)

@@ -111,6 +111,14 @@ def test_a_folder_that_holds_a_run_is_refused_then_replaced_if_asked(finished):
     assert (finished / "metrics.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize(("resume", "told"), [(False, True), (None, False)])
+def test_a_flag_that_an_experiment_has_not_is_not_named(tmp_path, resume, told):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="give --overwrite") as caught:
+        _runs.open_run(tmp_path, {}, (), overwrite=False, resume=resume)
+    assert ("--resume" in str(caught.value)) == told
+
+
 def test_an_interrupted_run_resumes_to_the_same_bytes(finished, tmp_path, monkeypatch):
     save, legs = _legs._save, []
 
