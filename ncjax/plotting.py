@@ -149,7 +149,7 @@ def figure_over_log_log_t(
       reach_label: what the shade means.
 
     Raises:
-      ValueError: no time is above 1.
+      ValueError: no time is above 1, or panels are not four, of curves (S, T).
     """
     shown = log_times > 1
     if not shown.any():
@@ -178,7 +178,7 @@ def figure_over_log_log_epochs(
       until: first epoch with no training error, up to which the background is shaded.
 
     Raises:
-      ValueError: no epoch is 2 or later.
+      ValueError: no epoch is 2 or later, or panels are not four, of curves (S, T).
     """
     shown = epochs >= 2
     if not shown.any():
@@ -197,7 +197,20 @@ def figure_over_log_log_epochs(
 
 
 def _cut(panels: Sequence[Panel], shown: np.ndarray) -> list[Panel]:
-    """Panels at the times shown alone."""
+    """Panels at the times shown alone, once they are four and of as many times.
+
+    Raises:
+      ValueError: they are not.
+    """
+    if len(panels) != 4 or not all(panel.curves for panel in panels):
+        counts = [len(panel.curves) for panel in panels]
+        raise ValueError(f"expected four panels of a curve or more each, got {counts}")
+    for curve in (curve for panel in panels for curve in panel.curves):
+        if np.shape(curve.values)[1:] != shown.shape:
+            raise ValueError(
+                f"curve {curve.label!r} must be (S, T) at the T = {shown.size} times, got "
+                f"shape {np.shape(curve.values)}"
+            )
     return [
         panel._replace(
             curves=[curve._replace(values=curve.values[:, shown]) for curve in panel.curves]

@@ -145,6 +145,23 @@ def test_nothing_to_draw_is_told(figure, times, message):
         figure(np.array(times), panels)
 
 
+@pytest.mark.parametrize(
+    ("values", "panels", "message"),
+    [
+        (np.ones(3), 4, r"'seeds' must be \(S, T\) at the T = 3 times, got shape \(3,\)"),
+        (np.ones((2, 2)), 4, r"got shape \(2, 2\)"),
+        (np.ones((2, 3)), 3, r"expected four panels .*, got \[1, 1, 1\]"),
+        (None, 4, r"expected four panels .*, got \[0, 0, 0, 0\]"),
+    ],
+)
+def test_curves_of_another_shape_are_refused_by_name(values, panels, message):
+    curves = [] if values is None else [plotting.Curve(values, "seeds", "C0")]
+    drawn = [plotting.Panel("", curves)] * panels
+    for figure in (plotting.figure_over_log_log_t, plotting.figure_over_log_log_epochs):
+        with pytest.raises(ValueError, match=message):
+            figure(np.array([2, 3, 4]), drawn)
+
+
 @given(seeds, COUNTS, HOLES)
 def test_shares_and_losses_are_drawn_as_they_are(seed, shape, holes):
     """The error is one minus the accuracy; where it is zero there is nothing to draw."""
