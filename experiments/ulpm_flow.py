@@ -84,6 +84,7 @@ def run(config: Config) -> Path:
     with _runs.open_config(config, NAME, OUTPUTS) as (folder, finished):
         if not finished:
             _run(config, folder)
+        _check_reached(config, folder)
     return folder
 
 
@@ -104,9 +105,15 @@ def _run(config: Config, folder: Path) -> None:
     summary = _summarise(config, log_times, columns, stats)
     _write(folder, log_times, columns, summary)
     print(_table(config, summary))
-    if len(stats["failed_seeds"]) == config.seeds:
+
+
+def _check_reached(config: Config, folder: Path) -> None:
+    """Raise RuntimeError where no seed came to the end, also when that was before."""
+    summary = _runs.read_json(folder / _runs.SUMMARY)
+    if len(summary["solver"]["failed_seeds"]) == config.seeds:
         raise RuntimeError(
-            f"all {config.seeds} seeds failed before log t = {log_times[-1]:g}, see above"
+            f"all {config.seeds} seeds failed before log t = {summary['log_t']:g}; "
+            f"{folder / 'metrics.csv'} holds what they reached"
         )
 
 

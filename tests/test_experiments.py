@@ -275,6 +275,9 @@ def test_what_failing_seeds_reached_is_kept(tmp_path, monkeypatch, capsys):
         in printed
     )
     assert "try a lower --log_t_max" in printed
+    with pytest.raises(RuntimeError, match="all 2 seeds failed before log t = "):
+        ulpm_flow.run(small(folder, resume=True))
+    assert flow == list(range(11))
 
 
 def test_all_seeds_failing_is_an_error(tmp_path):
