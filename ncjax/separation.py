@@ -1,5 +1,6 @@
 """Minimum-norm separation: multipliers, KKT residuals, certificate of optimality."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from ncjax.geometry import block_saddle, margins, squared_norm
 from ncjax.losses import log_cross_entropy
 from ncjax.magnitude import at_unit_scale
-from ncjax.types import Array, Params, check_params, check_sizes
+from ncjax.types import Array, Params, check_choice, check_params, check_sizes
 
 # Values of `Certificate.verdict`, and what they say.
 GLOBAL_OPTIMUM = 0
@@ -122,8 +123,7 @@ def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
     >>> bool(ncjax.kkt(solution).stationarity < 1e-3)
     True
     """
-    if multipliers not in MULTIPLIERS:
-        raise ValueError(f"multipliers must be one of {MULTIPLIERS}, got {multipliers!r}")
+    check_choice("multipliers", multipliers, MULTIPLIERS)
     params = _check_separated(params)
     scaled = _normalise(params)
     if multipliers == "softmax":
@@ -195,6 +195,13 @@ def certificate(
     params = check_params(params)
     if jnp.finfo(params.W.dtype).bits < 32:  # no decomposition there
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    check_choice("multipliers", multipliers, MULTIPLIERS)
+    return _certificate(_check_separated(params), multipliers, tol)
+
+
+@partial(jax.jit, static_argnums=1)
+def _certificate(params: Params, multipliers: str, tol: float | None) -> Certificate:
+    """Compiled as one program: one for each operation takes several times as long."""
     found = kkt(params, multipliers=multipliers)
     num_classes, per_class, _ = params.H.shape
     optimum = (num_classes - 1) * per_class**0.5
