@@ -147,7 +147,8 @@ def test_the_flow_turns_with_its_start_and_its_legs_join(seed, kind, solver):
     np.testing.assert_allclose(flow.log_loss, losses, rtol=1e-12, atol=1e-12)
     assert (np.diff(flow.log_loss) < 0).all()
     drift = jax.vmap(lambda state: ncjax.invariant_drift(state, params))(flow.params)
-    np.testing.assert_array_less(drift.balance, 1e-10)
+    # Explicit solvers do not put it right: it is their error.
+    np.testing.assert_array_less(drift.balance, 1e-10 if solver == "implicit" else 1e-8)
     np.testing.assert_array_less(flow.drift.balance, 1e-6)
     middle = jax.tree.map(lambda leaf: leaf[1], flow.params)
     late = log_times[1] + (log_times[3] - log_times[1]) * np.array([0, 0.2, 0.5, 1])
