@@ -124,7 +124,12 @@ def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
     True
     """
     check_choice("multipliers", multipliers, MULTIPLIERS)
-    params = _check_separated(params)
+    return _kkt(_check_separated(params), multipliers)
+
+
+# One program: one for each operation takes several times as long to compile.
+@partial(jax.jit, static_argnums=1)
+def _kkt(params: Params, multipliers: str) -> KKT:
     scaled = _normalise(params)
     if multipliers == "softmax":
         weights = _softmax_weights(params)
@@ -201,8 +206,7 @@ def certificate(
 
 @partial(jax.jit, static_argnums=1)
 def _certificate(params: Params, multipliers: str, tol: float | None) -> Certificate:
-    """Compiled as one program: one for each operation takes several times as long."""
-    found = kkt(params, multipliers=multipliers)
+    found = _kkt(params, multipliers)
     num_classes, per_class, _ = params.H.shape
     optimum = (num_classes - 1) * per_class**0.5
     dual = _dual_matrix(found.multipliers)
