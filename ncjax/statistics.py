@@ -96,11 +96,24 @@ def update(
     from_anchor = features - anchor[labels]
     one_hot = members.astype(dtype)
     count = jnp.sum(members, axis=0, dtype=jnp.int32)
-    total = jnp.matmul(one_hot.T, from_anchor, precision="highest")
+    total = _class_sums(from_anchor, labels, members)
     offset = total / jnp.maximum(count, 1)[:, None].astype(dtype)
     squares = jnp.sum((from_anchor - offset[labels]) ** 2, axis=1)
     scatter = jnp.matmul(squares, one_hot, precision="highest")
     return merge(statistics, ClassStatistics(count, anchor, offset, scatter))
+
+
+def _class_sums(rows: Array, labels: Array, members: Array) -> Array:
+    """Sum (K, d) of the rows (B, d) of each class.
+
+    A product with the memberships, which takes 2 B K d operations, but on CPU B d
+    additions one after the other; elsewhere these would come in any order.
+    """
+    num_classes = members.shape[1]
+    if jax.default_backend() == "cpu":
+        labels = jnp.where(jnp.any(members, axis=1), labels, num_classes)
+        return jax.ops.segment_sum(rows, labels, num_classes)
+    return jnp.matmul(members.T.astype(rows.dtype), rows, precision="highest")
 
 
 def merge(first: ClassStatistics, second: ClassStatistics) -> ClassStatistics:
