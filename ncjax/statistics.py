@@ -94,20 +94,19 @@ def update(
     seen = jnp.any(members, axis=0)
     anchor = jnp.where(seen[:, None], features[first], 0)
     from_anchor = features - anchor[labels]
-    one_hot = members.astype(dtype)
     count = jnp.sum(members, axis=0, dtype=jnp.int32)
     total = _class_sums(from_anchor, labels, members)
     offset = total / jnp.maximum(count, 1)[:, None].astype(dtype)
     squares = jnp.sum((from_anchor - offset[labels]) ** 2, axis=1)
-    scatter = jnp.matmul(squares, one_hot, precision="highest")
+    scatter = _class_sums(squares, labels, members)
     return merge(statistics, ClassStatistics(count, anchor, offset, scatter))
 
 
 def _class_sums(rows: Array, labels: Array, members: Array) -> Array:
-    """Sum (K, d) of the rows (B, d) of each class.
+    """Sum (K, ...) of the rows (B, ...) of each class.
 
-    A product with the memberships, which takes 2 B K d operations, but on CPU B d
-    additions one after the other; elsewhere these would come in any order.
+    A product with the memberships, which takes 2 B K operations for each column, but on
+    CPU B additions one after the other; elsewhere these would come in any order.
     """
     num_classes = members.shape[1]
     if jax.default_backend() == "cpu":
@@ -288,7 +287,7 @@ def compare(
     return Comparison(
         counts=comparison.counts + jnp.sum(members, axis=0, dtype=jnp.int32),
         whitened_scatter=comparison.whitened_scatter
-        + jnp.matmul(squares, members.astype(dtype), precision="highest"),
+        + _class_sums(squares, labels, members),
         mismatches=comparison.mismatches + total(decided != nearest),
         errors=comparison.errors + total(decided != labels),
         ncc_errors=comparison.ncc_errors + total(nearest != labels),

@@ -73,6 +73,13 @@ def full_precision():
         yield
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def platform(request, monkeypatch):
+    """What is picked for this platform, on whichever the tests run."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+    return request.param
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

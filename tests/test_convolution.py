@@ -71,13 +71,6 @@ POOLS = {
 }
 
 
-@pytest.fixture(params=["cpu", "gpu"])
-def platform(request, monkeypatch):
-    """What is picked for this platform, on whichever the tests run."""
-    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
-    return request.param
-
-
 def convolution_by_loops(x, kernel, stride, padding):
     x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     rows = range(0, x.shape[1] - kernel.shape[0] + 1, stride)

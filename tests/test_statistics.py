@@ -60,16 +60,18 @@ def test_update_matches_the_definition(drawn):
             )
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_class_sums_by_the_formula_of_each_platform(platform, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+@pytest.mark.usefixtures("platform")
+def test_class_sums_by_the_formula_of_each_platform():
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(N, D)), rng.integers(0, K, N)
     mask = rng.uniform(size=N) < 0.7
     got = take(jnp.asarray(features), jnp.asarray(labels), jnp.asarray(mask))
     for k in range(K):
-        mean = features[mask & (labels == k)].mean(axis=0)
+        members = features[mask & (labels == k)]
+        mean = members.mean(axis=0)
         np.testing.assert_allclose(statistics.class_means(got)[k], mean, rtol=1e-12)
+        scatter = np.sum((members - mean) ** 2)
+        np.testing.assert_allclose(got.scatter[k], scatter, rtol=1e-12)
 
 
 @jax.jit
