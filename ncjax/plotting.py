@@ -271,11 +271,9 @@ def _quartiles(x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
     """Where a seed is finite: x, lower quartile, median and upper quartile."""
     values = np.where(np.isfinite(values), values, np.nan)
     done = np.isfinite(values).any(axis=0)
-    low, median, high = (
-        np.nanquantile(values[:, done], q, axis=0) if done.any() else np.zeros(0)
-        for q in (0.25, 0.5, 0.75)
-    )
-    return x[done], low, median, high
+    if not done.any():
+        return x[done], *np.zeros((3, 0))
+    return x[done], *np.nanquantile(values[:, done], (0.25, 0.5, 0.75), axis=0)
 
 
 def _draw_guide(axis: Axes, x: np.ndarray, values: np.ndarray, exponent: int) -> None:
