@@ -123,8 +123,7 @@ def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
     >>> bool(ncjax.kkt(solution).stationarity < 1e-3)
     True
     """
-    check_choice("multipliers", multipliers, MULTIPLIERS)
-    return _kkt(_check_separated(params), multipliers)
+    return _kkt(_check_separated(params, multipliers), multipliers)
 
 
 # One program: one for each operation takes several times as long to compile.
@@ -200,8 +199,7 @@ def certificate(
     params = check_params(params)
     if jnp.finfo(params.W.dtype).bits < 32:  # no decomposition there
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    check_choice("multipliers", multipliers, MULTIPLIERS)
-    return _certificate(_check_separated(params), multipliers, tol)
+    return _certificate(_check_separated(params, multipliers), multipliers, tol)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -275,8 +273,9 @@ def _verdict(params, direction, residual, sigma_max, tolerance, within) -> Array
     return jnp.where(separated, code, NOT_SEPARATED).astype(jnp.int32)
 
 
-def _check_separated(params: Params) -> Params:
+def _check_separated(params: Params, multipliers: str) -> Params:
     """`params` once sound, and with a positive margin where that is known."""
+    check_choice("multipliers", multipliers, MULTIPLIERS)
     params = check_params(params, finite=True)
     least = jnp.min(margins(params))
     if not isinstance(least, jax.core.Tracer) and not least > 0:
