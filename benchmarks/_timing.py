@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import _cli, _runs
+from experiments._runs import cli, folders
 
 
 @dataclasses.dataclass
@@ -92,7 +92,7 @@ def missing(*packages: str) -> str:
 
 def provenance() -> dict[str, Any]:
     """Command, date, versions of the peers too, device and processor."""
-    known = _runs.provenance(
+    known = folders.provenance(
         "flax", "optax", "scipy", "torch", "torchvision", "torchdiffeq", "pyhessian"
     )
     return known | {"processor": _processor(), "threads": threads()}
@@ -101,10 +101,10 @@ def provenance() -> dict[str, Any]:
 def threads() -> str:
     """Threads that the programs may use."""
     if missing("torch"):
-        return f"{_cli.cores()} of JAX"
+        return f"{cli.cores()} of JAX"
     import torch
 
-    return f"{_cli.cores()} of JAX, {torch.get_num_threads()} of PyTorch"
+    return f"{cli.cores()} of JAX, {torch.get_num_threads()} of PyTorch"
 
 
 def _processor() -> str:

@@ -24,7 +24,7 @@ from scipy.integrate import solve_ivp  # type: ignore[import-untyped]
 
 import ncjax
 from benchmarks._timing import Program, interleave, missing, rows, warm_up
-from ncjax.flow import SUCCESS
+from ncjax.flow.solve import SUCCESS
 
 SHAPE = (10, 5, 20)
 TOLERANCE = 1e-8

@@ -16,7 +16,8 @@ import numpy as np
 import ncjax
 from benchmarks import training_step
 from benchmarks._timing import Program, interleave, rows
-from ncjax import data, losses, train
+from ncjax.networks import data, train
+from ncjax.peeled import losses
 
 IMAGES = 1000
 BATCH = 100

@@ -37,7 +37,7 @@ from benchmarks import (
     startup,
     training_step,
 )
-from experiments import _cli, _runs
+from experiments._runs import cli, folders
 
 NAME = "run"
 SECTIONS: dict[str, Callable[[int], tuple[list[dict[str, Any]], list[str]]]] = {
@@ -61,18 +61,18 @@ class Config:
     Example: python -m benchmarks.run --only=training_step,metrics
     """
 
-    only: str = _cli.flag(
-        ",".join(SECTIONS), "sections timed, with commas between", _cli.TIME
+    only: str = cli.flag(
+        ",".join(SECTIONS), "sections timed, with commas between", cli.TIME
     )
-    repeats: int = _cli.flag(5, "timed calls of each program; medians are told", _cli.TIME)
-    torch_threads: int = _cli.flag(
-        0, "threads of PyTorch; 0 for its own choice", _cli.MACHINE
+    repeats: int = cli.flag(5, "timed calls of each program; medians are told", cli.TIME)
+    torch_threads: int = cli.flag(
+        0, "threads of PyTorch; 0 for its own choice", cli.MACHINE
     )
-    cpu_devices: int = _cli.flag(
-        0, "JAX devices to split the CPU into; 0: one a core", _cli.MACHINE
+    cpu_devices: int = cli.flag(
+        0, "JAX devices to split the CPU into; 0: one a core", cli.MACHINE
     )
-    out: str = _cli.flag(
-        "benchmarks/results.json", "JSON file of the numbers; tables beside it", _cli.OUTPUT
+    out: str = cli.flag(
+        "benchmarks/results.json", "JSON file of the numbers; tables beside it", cli.OUTPUT
     )
 
 
@@ -102,9 +102,9 @@ def run(config: Config) -> dict[str, Any]:
         section = {"rows": measured, "notes": notes} | _timing.provenance()
         # Read again and after each: an interrupted run, and one beside it, lose nothing.
         sections = stored(path) | {name: section}
-        _runs.write_json(path, sections)
+        folders.write_json(path, sections)
         text = "\n".join(table(*item) for item in sections.items())
-        _runs.write_atomically(path.with_suffix(".md"), text.encode())
+        folders.write_atomically(path.with_suffix(".md"), text.encode())
         print(table(name, section))
     print(path)
     return stored(path)
@@ -159,4 +159,4 @@ def _number(value: float | None, form: str) -> str:
 
 
 if __name__ == "__main__":
-    _cli.main(Config, run, f"benchmarks.{NAME}")
+    cli.main(Config, run, f"benchmarks.{NAME}")

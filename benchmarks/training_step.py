@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks._timing import Program, interleave, missing, rows, warm_up
-from ncjax import convolution, data, losses, models, train
+from ncjax.networks import convolution, data, models, train
+from ncjax.peeled import losses
 
 BATCH = 128
 NUM_CLASSES = 10
@@ -27,7 +28,7 @@ OPEN = "bfloat16 on a GPU, images per second and share of the matrix-product pea
 
 
 class Problem(NamedTuple):
-    """A network of `ncjax.models` and its images."""
+    """A network of `ncjax.networks.models` and its images."""
 
     name: str
     options: dict[str, Any]

@@ -11,8 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 import ncjax
-from experiments import _memory, _runs
-from ncjax.flow import SUCCESS, choose_solver
+from experiments._runs import folders, memory
+from ncjax.flow.solve import SUCCESS, choose_solver
 
 LEGS = 20
 
@@ -50,7 +50,7 @@ def check_memory(
     numbers = (samples + num_classes) * dim + samples * num_classes
     times = 1 + num_times / LEGS
     flags = "--seeds, --num_classes, --per_class, --dim or --num_times"
-    _memory.check(4.0 * seeds * times * numbers, flags)
+    memory.check(4.0 * seeds * times * numbers, flags)
 
 
 def solve(
@@ -189,11 +189,11 @@ def _save(folder: Path, progress: Progress) -> None:
     W, H = jax.device_get(tuple(progress.state))
     columns = {f"column_{name}": values for name, values in progress.columns.items()}
     arrays = {"legs_done": np.asarray(progress.legs_done), "W": W, "H": H}
-    _runs.save_checkpoint(folder, arrays | {"steps": progress.steps} | columns)
+    folders.save_checkpoint(folder, arrays | {"steps": progress.steps} | columns)
 
 
 def _load(folder: Path) -> Progress | None:
-    stored = _runs.load_checkpoint(folder)
+    stored = folders.load_checkpoint(folder)
     if stored is None:
         return None
     columns = {
@@ -202,6 +202,6 @@ def _load(folder: Path) -> Progress | None:
         if name.startswith("column_")
     }
     if not {"W", "H", "legs_done", "steps"} <= stored.keys():
-        raise ValueError(f"{folder / _runs.CHECKPOINT} is damaged: arrays are missing")
+        raise ValueError(f"{folder / folders.CHECKPOINT} is damaged: arrays are missing")
     state = ncjax.Params(jnp.asarray(stored["W"]), jnp.asarray(stored["H"]))
     return Progress(int(stored["legs_done"]), state, columns, stored["steps"])

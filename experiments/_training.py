@@ -25,10 +25,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import ncjax
-from experiments import _cli, _memory, _runs
-from experiments._events import Events
-from ncjax import checkpoint, data, models, plotting, train
-from ncjax.peeling import LastLayer
+from experiments._runs import cli, folders, memory
+from experiments._runs.events import Events
+from ncjax import plotting
+from ncjax.metrics.peeling import LastLayer
+from ncjax.networks import checkpoint, data, models, train
 
 METRICS_FILE = "metrics.csv"
 CHECKPOINTS = "checkpoints"
@@ -55,64 +56,62 @@ _NOT_FALLING = (
 class Config:
     """Flags that all training experiments share."""
 
-    dataset: str = _cli.flag("digits", "digits (no download), or a set of TFDS", _cli.DATA)
-    train_split: str = _cli.flag(
-        "train", "such as 'train[:20%]', as TFDS writes splits", _cli.DATA
+    dataset: str = cli.flag("digits", "digits (no download), or a set of TFDS", cli.DATA)
+    train_split: str = cli.flag(
+        "train", "such as 'train[:20%]', as TFDS writes splits", cli.DATA
     )
-    test_split: str = _cli.flag(
-        "test", "measured too, never trained on; empty for none", _cli.DATA
+    test_split: str = cli.flag(
+        "test", "measured too, never trained on; empty for none", cli.DATA
     )
-    data_dir: str = _cli.flag(
-        "", "folder of TFDS; if empty, TFDS_DATA_DIR or its default", _cli.DATA
+    data_dir: str = cli.flag(
+        "", "folder of TFDS; if empty, TFDS_DATA_DIR or its default", cli.DATA
     )
-    per_class: int = _cli.flag(
-        0, "first n training images of each class; 0 for all", _cli.DATA
+    per_class: int = cli.flag(
+        0, "first n training images of each class; 0 for all", cli.DATA
     )
-    image_size: int = _cli.flag(
-        0, "pixels that images are padded to with zeros; 0 for as they are", _cli.DATA
+    image_size: int = cli.flag(
+        0, "pixels that images are padded to with zeros; 0 for as they are", cli.DATA
     )
-    augment: bool = _cli.flag(False, "shift and mirror training images", _cli.TRAINING)
-    model: str = _cli.flag("mlp", f"one of {', '.join(models.MODELS)}", _cli.MODEL)
-    width: float = _cli.flag(
-        1.0, "factor of the number of channels of every layer", _cli.MODEL
+    augment: bool = cli.flag(False, "shift and mirror training images", cli.TRAINING)
+    model: str = cli.flag("mlp", f"one of {', '.join(models.MODELS)}", cli.MODEL)
+    width: float = cli.flag(
+        1.0, "factor of the number of channels of every layer", cli.MODEL
     )
-    use_bias: bool = _cli.flag(True, "a bias in the classifier", _cli.MODEL)
-    compute_dtype: str = _cli.flag(
-        "auto", "float32, bfloat16, or auto: bfloat16 on accelerators", _cli.TIME
+    use_bias: bool = cli.flag(True, "a bias in the classifier", cli.MODEL)
+    compute_dtype: str = cli.flag(
+        "auto", "float32, bfloat16, or auto: bfloat16 on accelerators", cli.TIME
     )
-    epochs: int = _cli.flag(100, "passes over the training set", _cli.TRAINING)
-    batch_size: int = _cli.flag(128, "images in a step, over all devices", _cli.TRAINING)
-    learning_rate: float = _cli.flag(
-        0.05, "step size of stochastic gradient descent", _cli.TRAINING
+    epochs: int = cli.flag(100, "passes over the training set", cli.TRAINING)
+    batch_size: int = cli.flag(128, "images in a step, over all devices", cli.TRAINING)
+    learning_rate: float = cli.flag(
+        0.05, "step size of stochastic gradient descent", cli.TRAINING
     )
-    momentum: float = _cli.flag(
-        0.9, "share of the last step that the next one keeps", _cli.TRAINING
+    momentum: float = cli.flag(
+        0.9, "share of the last step that the next one keeps", cli.TRAINING
     )
-    weight_decay: float = _cli.flag(0.0, "L2 penalty on all parameters", _cli.TRAINING)
-    schedule: str = _cli.flag(
+    weight_decay: float = cli.flag(0.0, "L2 penalty on all parameters", cli.TRAINING)
+    schedule: str = cli.flag(
         "constant",
         "constant, or step: learning rate / 10 after 1/3 and 2/3 of the epochs",
-        _cli.TRAINING,
+        cli.TRAINING,
     )
-    seed: int = _cli.flag(0, "seed of initial weights and order of images", _cli.SEEDS)
-    seeds: int = _cli.flag(1, "networks trained side by side, from one seed", _cli.SEEDS)
-    measurements: int = _cli.flag(
-        30, "epochs measured at most, evenly in log log epoch", _cli.TIME
+    seed: int = cli.flag(0, "seed of initial weights and order of images", cli.SEEDS)
+    seeds: int = cli.flag(1, "networks trained side by side, from one seed", cli.SEEDS)
+    measurements: int = cli.flag(
+        30, "epochs measured at most, evenly in log log epoch", cli.TIME
     )
-    checkpoint_every: int = _cli.flag(
-        10, "epochs between checkpoints, at most", _cli.FOLDER
+    checkpoint_every: int = cli.flag(10, "epochs between checkpoints, at most", cli.FOLDER)
+    workdir: str = cli.flag("", "run folder; if empty, a new one under runs/", cli.FOLDER)
+    overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)
+    resume: bool = cli.flag(False, "go on with the run that workdir holds", cli.FOLDER)
+    cpu_devices: int = cli.flag(
+        1, "JAX devices that a CPU is split into; 1 is fastest", cli.MACHINE
     )
-    workdir: str = _cli.flag("", "run folder; if empty, a new one under runs/", _cli.FOLDER)
-    overwrite: bool = _cli.flag(False, "replace the run that workdir holds", _cli.FOLDER)
-    resume: bool = _cli.flag(False, "go on with the run that workdir holds", _cli.FOLDER)
-    cpu_devices: int = _cli.flag(
-        1, "JAX devices that a CPU is split into; 1 is fastest", _cli.MACHINE
+    coordinator: str = cli.flag(
+        "", "host:port of process 0, if there are several", cli.MACHINE
     )
-    coordinator: str = _cli.flag(
-        "", "host:port of process 0, if there are several", _cli.MACHINE
-    )
-    num_processes: int = _cli.flag(1, "processes that train together", _cli.MACHINE)
-    process_id: int = _cli.flag(0, "number of this process, from 0", _cli.MACHINE)
+    num_processes: int = cli.flag(1, "processes that train together", cli.MACHINE)
+    process_id: int = cli.flag(0, "number of this process, from 0", cli.MACHINE)
 
 
 class Setup(NamedTuple):
@@ -194,7 +193,7 @@ def check(config: Config) -> None:
     if config.num_processes > 1 and not config.workdir:
         raise ValueError("several processes need one --workdir, on a disk that they share")
     rows = config.seeds * min(config.epochs, config.measurements)
-    _memory.check(8.0 * rows * len(LastLayer._fields), "--measurements or --seeds")
+    memory.check(8.0 * rows * len(LastLayer._fields), "--measurements or --seeds")
 
 
 def _resolved(config: Config) -> Config:
@@ -249,7 +248,7 @@ def _check_network(config: Config, model: Any, image_shape: Sequence[int]) -> No
         raise ValueError(
             f"{error} (--image_size={config.image_size}, --width={config.width})"
         ) from error
-    _memory.check(4.0 * parameters * config.seeds, "--width or --seeds")
+    memory.check(4.0 * parameters * config.seeds, "--width or --seeds")
 
 
 def _load(config: Config, split: str, per_class: int) -> data.Dataset:
@@ -265,7 +264,7 @@ def _load(config: Config, split: str, per_class: int) -> data.Dataset:
     if config.image_size:
         *_, channels = dataset.images.shape
         padded = 1.0 * len(dataset.labels) * config.image_size**2 * channels
-        _memory.check(2 * padded, "--image_size")  # here and on the device
+        memory.check(2 * padded, "--image_size")  # here and on the device
         dataset = dataset._replace(images=data.pad_to(dataset.images, config.image_size))
     return dataset
 
@@ -289,7 +288,7 @@ def _open(config: Config, name: str, stack: contextlib.ExitStack) -> tuple[Path,
     changes = {"epochs": functools.partial(_check_epochs, config)}
     if is_primary():
         try:
-            opened = _runs.open_config(config, name, OUTPUTS, changes)
+            opened = folders.open_config(config, name, OUTPUTS, changes)
             folder, finished = stack.enter_context(opened)
         except (ValueError, OSError) as refused:
             error = refused
@@ -301,7 +300,7 @@ def _open(config: Config, name: str, stack: contextlib.ExitStack) -> tuple[Path,
 def _check_epochs(config: Config, folder: Path) -> None:
     """Raise ValueError unless the run in `folder` is the start of one of these epochs."""
     if config.schedule == "step":
-        stored = _runs.stored_config(folder).get("epochs")
+        stored = folders.stored_config(folder).get("epochs")
         raise ValueError(
             f"--schedule=step drops the learning rate at thirds of --epochs={stored}: the "
             f"run in {str(folder)!r} is not the start of one of {config.epochs} epochs"
@@ -351,7 +350,7 @@ def stored_run(
     Raises:
       ValueError: the folder holds no run of a training experiment, or no checkpoint.
     """
-    stored = _runs.stored_config(folder)
+    stored = folders.stored_config(folder)
     shared = {field.name for field in dataclasses.fields(Config)}
     if "learning_rate" not in stored:
         raise ValueError(f"{str(folder)!r} holds no training run")
@@ -590,7 +589,7 @@ class _Loop:
             tags = {f"{split}/{k}": [v[k] for v in measured] for k in measured[0]}
             _write_events(events, epoch, tags)
         if is_primary():
-            _runs.write_rows(self.folder / METRICS_FILE, self.rows)
+            folders.write_rows(self.folder / METRICS_FILE, self.rows)
             if time.monotonic() - self.drawn > _FIGURE_SECONDS:
                 draw(self.folder, self.rows)
                 self.drawn = time.monotonic()
@@ -659,7 +658,7 @@ def _typed(row: Mapping[str, str]) -> dict[str, Any]:
 
 def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
     """SHA-256 of metrics.csv with these rows."""
-    return hashlib.sha256(_runs.csv_of(rows)).hexdigest()
+    return hashlib.sha256(folders.csv_of(rows)).hexdigest()
 
 
 def columns(rows: Sequence[Mapping[str, Any]], split: str) -> dict[str, np.ndarray]:
@@ -692,10 +691,10 @@ def draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     figure = plotting.figure_over_log_log_epochs(
         epochs, plotting.collapse_panels(of_train), until=zero
     )
-    _runs.write_files(folder / "collapse", plotting.render(figure))
+    folders.write_files(folder / "collapse", plotting.render(figure))
     panels = plotting.training_panels(of_train, of_test)
     figure = plotting.figure_over_log_log_epochs(epochs, panels, until=zero)
-    _runs.write_files(folder / "training", plotting.render(figure))
+    folders.write_files(folder / "training", plotting.render(figure))
 
 
 def _finish(config: Config, setup: Setup, folder: Path, rows, seconds: float) -> None:
@@ -704,7 +703,7 @@ def _finish(config: Config, setup: Setup, folder: Path, rows, seconds: float) ->
     of_train, of_test = columns(rows, "train"), columns(rows, "test")
     zero = zero_error_epoch(of_train)
     table = _table(of_train, of_test, zero)
-    _runs.write_table(folder / "collapse", table)
+    folders.write_table(folder / "collapse", table)
     summary = {
         "parameters": models.count_parameters(
             setup.model, setup.train_set.images.shape[1:]
@@ -714,7 +713,7 @@ def _finish(config: Config, setup: Setup, folder: Path, rows, seconds: float) ->
         "seconds_of_this_process": round(seconds, 1),
         "metrics": {row["metric"]: row for row in table},
     }
-    _runs.write_summary(folder, summary | _runs.provenance(*_PACKAGES), OUTPUTS)
+    folders.write_summary(folder, summary | folders.provenance(*_PACKAGES), OUTPUTS)
     print((folder / "collapse.md").read_text())
     print(_ending(config, folder, zero))
 
@@ -727,7 +726,7 @@ def _ending(config: Config, folder: Path, zero: int | None) -> str:
     if config.schedule != "constant":  # its number of epochs is fixed
         return text
     longer = dataclasses.replace(config, epochs=2 * config.epochs)
-    return f"{text}; train on with: {_runs.resume_command(longer, folder)}"
+    return f"{text}; train on with: {folders.resume_command(longer, folder)}"
 
 
 def _table(of_train, of_test, zero: int | None) -> list[dict[str, Any]]:

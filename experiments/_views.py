@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from experiments import _fits, _runs
+from experiments import _fits
+from experiments._runs import folders
 
 GOOD, BAD, OPEN = "good", "bad", "open"
 _COLOURS = 256
@@ -131,8 +132,8 @@ def kind_of(folder: Path) -> str:
     Raises:
       ValueError: it holds no run, or one of an unknown kind.
     """
-    _runs.stored_config(folder)
-    stored = _runs.read_json(folder / _runs.CONFIG)
+    folders.stored_config(folder)
+    stored = folders.read_json(folder / folders.CONFIG)
     command = stored.get("command", "")
     words = command.split() if isinstance(command, str) else []
     modules = [word for word in words if word.startswith("experiments.")]
@@ -149,7 +150,7 @@ def kind_of(folder: Path) -> str:
 def view(folder: Path) -> Section:
     """The section of one run folder of a known kind."""
     kind = kind_of(folder)
-    stored = _runs.read_json(folder / _runs.CONFIG)
+    stored = folders.read_json(folder / folders.CONFIG)
     notes: list[str] = []
     summary, state, verdict, tables = _read_summary(folder, kind, notes)
     figures = [
@@ -176,16 +177,16 @@ def view(folder: Path) -> Section:
 
 def _read_summary(folder: Path, kind: str, notes: list[str]):
     """Summary, state, verdict and tables of a run; a note of what is amiss."""
-    if not (folder / _runs.SUMMARY).exists():
-        notes.append(f"There is no {_runs.SUMMARY}: the run has not come to its end.")
+    if not (folder / folders.SUMMARY).exists():
+        notes.append(f"There is no {folders.SUMMARY}: the run has not come to its end.")
         return {}, OPEN, "unfinished", []
     try:
-        summary = _runs.read_json(folder / _runs.SUMMARY)
+        summary = folders.read_json(folder / folders.SUMMARY)
         state, verdict, tables = KINDS[kind].show(summary)
     except (*_DAMAGED, OSError):
-        notes.append(f"{_runs.SUMMARY} is damaged, or not of a run of {kind}.")
+        notes.append(f"{folders.SUMMARY} is damaged, or not of a run of {kind}.")
         return {}, BAD, "cannot be read", []
-    for name in _runs.changed_files(folder, summary):
+    for name in folders.changed_files(folder, summary):
         notes.append(f"{name} is missing or damaged: not as the run has written it.")
     return summary, state, verdict, tables
 

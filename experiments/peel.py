@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import ncjax
-from experiments import _cli, _legs, _runs, _training
+from experiments import _legs, _training
+from experiments._runs import cli, folders
 from ncjax import plotting
-from ncjax.flow import SUCCESS
+from ncjax.flow.solve import SUCCESS
 
 NAME = "peel"
 # Residual of the least curvature; its error is of the square of this.
@@ -27,33 +28,33 @@ class Config:
     Example: python -m experiments.peel --run=runs/train_resnet/20261124-120000
     """
 
-    run: str = _cli.flag(
-        "", "run folder of a network, with its checkpoints; needed", _cli.DATA
+    run: str = cli.flag(
+        "", "run folder of a network, with its checkpoints; needed", cli.DATA
     )
-    index: int = _cli.flag(0, "number of the network, of a run of several seeds", _cli.DATA)
-    per_class: int = _cli.flag(
-        20, "n, first training images of each class; 0 for all", _cli.DATA
+    index: int = cli.flag(0, "number of the network, of a run of several seeds", cli.DATA)
+    per_class: int = cli.flag(
+        20, "n, first training images of each class; 0 for all", cli.DATA
     )
-    balance: bool = _cli.flag(
-        True, "start from W and H of equal norms, no logit changed", _cli.MODEL
+    balance: bool = cli.flag(
+        True, "start from W and H of equal norms, no logit changed", cli.MODEL
     )
-    log_t_max: float = _cli.flag(
-        1000.0, "time of the flow from there, as natural log of physical time t", _cli.TIME
+    log_t_max: float = cli.flag(
+        1000.0, "time of the flow from there, as natural log of physical time t", cli.TIME
     )
-    num_times: int = _cli.flag(
-        100, f"times measured, rounded up to a multiple of {_legs.LEGS}", _cli.TIME
+    num_times: int = cli.flag(
+        100, f"times measured, rounded up to a multiple of {_legs.LEGS}", cli.TIME
     )
-    data_dir: str = _cli.flag(
-        "", "folder of TFDS; if empty, TFDS_DATA_DIR or its default", _cli.DATA
+    data_dir: str = cli.flag(
+        "", "folder of TFDS; if empty, TFDS_DATA_DIR or its default", cli.DATA
     )
-    cpu_devices: int = _cli.flag(
-        1, "JAX devices that a CPU is split into; 1 is fastest", _cli.MACHINE
+    cpu_devices: int = cli.flag(
+        1, "JAX devices that a CPU is split into; 1 is fastest", cli.MACHINE
     )
-    workdir: str = _cli.flag(
-        "", f"run folder; if empty, a new one under runs/{NAME}", _cli.FOLDER
+    workdir: str = cli.flag(
+        "", f"run folder; if empty, a new one under runs/{NAME}", cli.FOLDER
     )
-    overwrite: bool = _cli.flag(False, "replace the run that workdir holds", _cli.FOLDER)
-    resume: bool = _cli.flag(False, "go on with the run that workdir holds", _cli.FOLDER)
+    overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)
+    resume: bool = cli.flag(False, "go on with the run that workdir holds", cli.FOLDER)
 
 
 def run(config: Config) -> Path:
@@ -70,7 +71,7 @@ def run(config: Config) -> Path:
     _check(config)
     source = (Path(config.run), config.data_dir, config.index)
     _training.stored_run(*source)
-    with _runs.open_config(config, NAME, OUTPUTS) as (folder, finished):
+    with folders.open_config(config, NAME, OUTPUTS) as (folder, finished):
         if not finished:
             _run(config, _training.load_trained(*source), folder)
     return folder
@@ -168,15 +169,15 @@ def _write(folder: Path, trained, log_times, columns, points) -> None:
         {"quantity": name} | {title: point[name] for title, point in points.items()}
         for name in names
     ]
-    _runs.write_table(folder / "peel", rows)
-    _runs.write_csv(folder / "metrics.csv", log_times, columns)
+    folders.write_table(folder / "peel", rows)
+    folders.write_csv(folder / "metrics.csv", log_times, columns)
     figure = plotting.figure_over_log_log_t(log_times, plotting.collapse_panels(columns))
-    _runs.write_files(folder / "flow", plotting.render(figure))
-    summary = {"network": trained.title, "points": points} | _runs.provenance("flax")
-    _runs.write_summary(folder, summary, OUTPUTS)
-    _runs.drop_checkpoint(folder)
+    folders.write_files(folder / "flow", plotting.render(figure))
+    summary = {"network": trained.title, "points": points} | folders.provenance("flax")
+    folders.write_summary(folder, summary, OUTPUTS)
+    folders.drop_checkpoint(folder)
     print(f"{trained.title}\n\n{(folder / 'peel.md').read_text()}")
 
 
 if __name__ == "__main__":
-    _cli.main(Config, run, f"experiments.{NAME}")
+    cli.main(Config, run, f"experiments.{NAME}")

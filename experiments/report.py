@@ -5,10 +5,11 @@ from pathlib import Path
 
 import jinja2
 
-from experiments import _cli, _runs, _views
+from experiments import _views
+from experiments._runs import cli, folders
 
 NAME = "report"
-_TEMPLATE = "_report.html"
+_TEMPLATE = "page.html"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +19,14 @@ class Config:
     Example: python -m experiments.report --runs=results --output=report.html
     """
 
-    runs: str = _cli.flag(
-        "runs", "run folders or folders of them, with commas between", _cli.DATA
+    runs: str = cli.flag(
+        "runs", "run folders or folders of them, with commas between", cli.DATA
     )
-    output: str = _cli.flag("report.html", "the page, one HTML file", _cli.OUTPUT)
-    title: str = _cli.flag(
-        "Neural collapse: report of runs", "heading of the page", _cli.OUTPUT
+    output: str = cli.flag("report.html", "the page, one HTML file", cli.OUTPUT)
+    title: str = cli.flag(
+        "Neural collapse: report of runs", "heading of the page", cli.OUTPUT
     )
-    overwrite: bool = _cli.flag(False, "replace the file that output names", _cli.OUTPUT)
+    overwrite: bool = cli.flag(False, "replace the file that output names", cli.OUTPUT)
 
 
 def run(config: Config) -> Path:
@@ -43,8 +44,8 @@ def run(config: Config) -> Path:
     _check_output(output, config.overwrite)
     runs, left_out = find_runs(config.runs)
     page = render(config, [_views.view(folder) for folder in runs], left_out)
-    _runs.write_atomically(output, page.encode())
-    unsound = [str(f) for f in runs if not (f / _runs.SUMMARY).exists()]
+    folders.write_atomically(output, page.encode())
+    unsound = [str(f) for f in runs if not (f / folders.SUMMARY).exists()]
     count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     print(f"{count}, {output.stat().st_size / 1e6:.2g} MB")
     if unsound:
@@ -78,13 +79,13 @@ def find_runs(names: str) -> tuple[list[Path], list[str]]:
         folder = Path(name)
         if not folder.is_dir():
             raise ValueError(f"--runs: there is no folder {name!r}")
-        if (folder / _runs.CONFIG).is_file():
+        if (folder / folders.CONFIG).is_file():
             _views.kind_of(folder)
             found.setdefault(folder.resolve(), folder)
             continue
-        below = sorted(path.parent for path in folder.rglob(_runs.CONFIG))
+        below = sorted(path.parent for path in folder.rglob(folders.CONFIG))
         if not below:
-            raise ValueError(f"--runs: {name!r} is and holds no run: no {_runs.CONFIG}")
+            raise ValueError(f"--runs: {name!r} is and holds no run: no {folders.CONFIG}")
         for path in below:
             try:
                 _views.kind_of(path)
@@ -104,7 +105,7 @@ def find_runs(names: str) -> tuple[list[Path], list[str]]:
 def render(config: Config, sections: list[_views.Section], left_out: list[str]) -> str:
     """The page as HTML, everything escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(folders.__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -120,4 +121,4 @@ def render(config: Config, sections: list[_views.Section], left_out: list[str]) 
 
 
 if __name__ == "__main__":
-    _cli.main(Config, run, f"experiments.{NAME}")
+    cli.main(Config, run, f"experiments.{NAME}")

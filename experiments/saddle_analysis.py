@@ -12,9 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 import ncjax
-from experiments import _cli, _fits, _legs, _runs, _saddles
+from experiments import _fits, _legs, _saddles
+from experiments._runs import cli, folders
 from ncjax import plotting
-from ncjax.separation import GLOBAL_OPTIMUM, NO_ROOM, STRICT_SADDLE
+from ncjax.peeled.separation import GLOBAL_OPTIMUM, NO_ROOM, STRICT_SADDLE
 
 NAME = "saddle_analysis"
 OUTPUTS = (
@@ -39,23 +40,19 @@ class Config:
     Example: python -m experiments.saddle_analysis --max_classes=12
     """
 
-    max_classes: int = _cli.flag(12, "largest K of the block family", _cli.MODEL)
-    scale: float = _cli.flag(
-        30.0, "c, factor of the norm of the saddles, Z = c (W, H)", _cli.MODEL
+    max_classes: int = cli.flag(12, "largest K of the block family", cli.MODEL)
+    scale: float = cli.flag(
+        30.0, "c, factor of the norm of the saddles, Z = c (W, H)", cli.MODEL
     )
-    seeds: int = _cli.flag(
-        16, "flows from random starts, stopped along the way", _cli.SEEDS
+    seeds: int = cli.flag(16, "flows from random starts, stopped along the way", cli.SEEDS)
+    seed: int = cli.flag(0, "seed of all random starts", cli.SEEDS)
+    num_classes: int = cli.flag(4, "K, number of classes of the random starts", cli.MODEL)
+    per_class: int = cli.flag(2, "n, samples of each class of the random starts", cli.MODEL)
+    dim: int = cli.flag(6, "d, feature dimension of the random starts", cli.MODEL)
+    workdir: str = cli.flag(
+        "", f"run folder; if empty, a new one under runs/{NAME}", cli.FOLDER
     )
-    seed: int = _cli.flag(0, "seed of all random starts", _cli.SEEDS)
-    num_classes: int = _cli.flag(4, "K, number of classes of the random starts", _cli.MODEL)
-    per_class: int = _cli.flag(
-        2, "n, samples of each class of the random starts", _cli.MODEL
-    )
-    dim: int = _cli.flag(6, "d, feature dimension of the random starts", _cli.MODEL)
-    workdir: str = _cli.flag(
-        "", f"run folder; if empty, a new one under runs/{NAME}", _cli.FOLDER
-    )
-    overwrite: bool = _cli.flag(False, "replace the run that workdir holds", _cli.FOLDER)
+    overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)
 
 
 def run(config: Config) -> Path:
@@ -69,7 +66,7 @@ def run(config: Config) -> Path:
       OSError: a file cannot be written.
     """
     _check(config)
-    with _runs.open_config(config, NAME, OUTPUTS) as (folder, _):
+    with folders.open_config(config, NAME, OUTPUTS) as (folder, _):
         _run(config, folder)
     return folder
 
@@ -78,19 +75,19 @@ def _run(config: Config, folder: Path) -> None:
     """The run in its folder."""
     with tqdm(_saddles.family(config.max_classes), desc="block family") as blocks:
         family = [family_row(block, config.scale) for block in blocks]
-    _runs.write_table(folder / "family", family)
+    folders.write_table(folder / "family", family)
     directions = _directions(config)
-    _runs.write_csv(folder / "directions.csv", STOPS, directions)
+    folders.write_csv(folder / "directions.csv", STOPS, directions)
     with tqdm(ESCAPES, desc="escape") as blocks:
         escapes = [_escape(block, config) for block in blocks]
-    _runs.write_table(folder / "escape", [row for row, _ in escapes])
+    folders.write_table(folder / "escape", [row for row, _ in escapes])
     with tqdm(ESCAPES, desc="descent") as blocks:
         descents = [_descent(block) for block in blocks]
     _write_descent(folder / "descent.csv", descents)
     figure = _figure(directions, escapes, descents)
-    _runs.write_files(folder / "saddles", plotting.render(figure))
+    folders.write_files(folder / "saddles", plotting.render(figure))
     summary = _summarise(family, directions, [row for row, _ in escapes], descents)
-    _runs.write_summary(folder, summary | _runs.provenance(), OUTPUTS)
+    folders.write_summary(folder, summary | folders.provenance(), OUTPUTS)
     print(_report(summary))
 
 
@@ -209,7 +206,7 @@ def _write_descent(path: Path, descents: Sequence[Mapping[str, Any]]) -> None:
             ANGLES, entry["computed"], entry["predicted"], strict=True
         )
     ]
-    _runs.write_rows(path, rows)
+    folders.write_rows(path, rows)
 
 
 def _figure(directions, escapes, descents):
@@ -311,4 +308,4 @@ def _report(summary: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    _cli.main(Config, run, f"experiments.{NAME}")
+    cli.main(Config, run, f"experiments.{NAME}")

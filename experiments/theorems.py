@@ -12,7 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 import ncjax
-from experiments import _cli, _fits, _legs, _runs, _saddles
+from experiments import _fits, _legs, _saddles
+from experiments._runs import cli, folders
 
 NAME = "theorems"
 OUTPUTS = (f"{NAME}.csv", f"{NAME}.md")
@@ -37,12 +38,12 @@ class Config:
     Example: python -m experiments.theorems
     """
 
-    seeds: int = _cli.flag(8, "random starts of the flow", _cli.SEEDS)
-    seed: int = _cli.flag(0, "seed of everything random", _cli.SEEDS)
-    workdir: str = _cli.flag(
-        "", f"run folder; if empty, a new one under runs/{NAME}", _cli.FOLDER
+    seeds: int = cli.flag(8, "random starts of the flow", cli.SEEDS)
+    seed: int = cli.flag(0, "seed of everything random", cli.SEEDS)
+    workdir: str = cli.flag(
+        "", f"run folder; if empty, a new one under runs/{NAME}", cli.FOLDER
     )
-    overwrite: bool = _cli.flag(False, "replace the run that workdir holds", _cli.FOLDER)
+    overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)
 
 
 class Statement(NamedTuple):
@@ -71,7 +72,7 @@ def run(config: Config) -> Path:
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"--seed must lie in [0, 2**63), got {config.seed}")
     _legs.check_memory(config.seeds, K, N, D, TIMES.size)
-    with _runs.open_config(config, NAME, OUTPUTS) as (folder, _):
+    with folders.open_config(config, NAME, OUTPUTS) as (folder, _):
         _run(config, folder)
     return folder
 
@@ -83,10 +84,10 @@ def _run(config: Config, folder: Path) -> None:
     with tqdm(CHECKS, desc="theorems") as checks:
         found = [check(flow) for check in checks]
     rows = [entry._asdict() for entry in found]
-    _runs.write_table(folder / NAME, rows)
+    folders.write_table(folder / NAME, rows)
     seconds = round(time.perf_counter() - begun, 1)
-    summary = {"seconds": seconds, "statements": rows} | _runs.provenance()
-    _runs.write_summary(folder, summary, OUTPUTS)
+    summary = {"seconds": seconds, "statements": rows} | folders.provenance()
+    folders.write_summary(folder, summary, OUTPUTS)
     print("\n".join(_line(entry) for entry in found))
     failed = [entry.statement for entry in found if not entry.passed]
     print(f"{len(found) - len(failed)} of {len(found)} hold, {seconds} s")
@@ -460,4 +461,4 @@ CHECKS: tuple[Callable[[ncjax.FlowSolution], Statement], ...] = (
 
 
 if __name__ == "__main__":
-    _cli.main(Config, run, f"experiments.{NAME}")
+    cli.main(Config, run, f"experiments.{NAME}")

@@ -3,7 +3,8 @@
 import dataclasses
 from pathlib import Path
 
-from experiments import _cli, _training
+from experiments import _training
+from experiments._runs import cli
 
 NAME = "train_resnet"
 
@@ -15,9 +16,9 @@ class Config(_training.Config):
     Example: python -m experiments.train_resnet --dataset=cifar10
     """
 
-    model: str = _cli.flag("resnet18", "resnet18, resnet34 or resnet50", _cli.MODEL)
-    stem: str = _cli.flag(
-        "cifar", "cifar (3x3) or imagenet (7x7, then a maximum)", _cli.MODEL
+    model: str = cli.flag("resnet18", "resnet18, resnet34 or resnet50", cli.MODEL)
+    stem: str = cli.flag(
+        "cifar", "cifar (3x3) or imagenet (7x7, then a maximum)", cli.MODEL
     )
 
 
@@ -27,4 +28,4 @@ def run(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    _cli.main(Config, run, f"experiments.{NAME}")
+    cli.main(Config, run, f"experiments.{NAME}")

@@ -3,7 +3,8 @@
 import dataclasses
 from pathlib import Path
 
-from experiments import _cli, _training
+from experiments import _training
+from experiments._runs import cli
 
 NAME = "train_small"
 
@@ -15,8 +16,8 @@ class Config(_training.Config):
     Example: python -m experiments.train_small --model=convnet --seeds=8
     """
 
-    model: str = _cli.flag(
-        "mlp", "mlp or convnet; takes every network of ncjax.models", _cli.MODEL
+    model: str = cli.flag(
+        "mlp", "mlp or convnet; takes every network of ncjax.models", cli.MODEL
     )
 
 
@@ -26,4 +27,4 @@ def run(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    _cli.main(Config, run, f"experiments.{NAME}")
+    cli.main(Config, run, f"experiments.{NAME}")

@@ -3,8 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from experiments import _cli, _training
-from ncjax import models
+from experiments import _training
+from experiments._runs import cli
+from ncjax.networks import models
 
 NAME = "train_vgg"
 
@@ -16,14 +17,14 @@ class Config(_training.Config):
     Example: python -m experiments.train_vgg --dataset=kmnist
     """
 
-    model: str = _cli.flag("vgg13", "vgg11, vgg13, vgg16 or vgg19", _cli.MODEL)
-    image_size: int = _cli.flag(
+    model: str = cli.flag("vgg13", "vgg11, vgg13, vgg16 or vgg19", cli.MODEL)
+    image_size: int = cli.flag(
         models.VGG_LEAST_SIZE,
         "pixels that images are padded to with zeros; 0 for as they are",
-        _cli.DATA,
+        cli.DATA,
     )
-    head: str = _cli.flag(
-        "linear", "linear, or mlp: two layers of 4096 units before", _cli.MODEL
+    head: str = cli.flag(
+        "linear", "linear, or mlp: two layers of 4096 units before", cli.MODEL
     )
 
 
@@ -33,4 +34,4 @@ def run(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    _cli.main(Config, run, f"experiments.{NAME}")
+    cli.main(Config, run, f"experiments.{NAME}")

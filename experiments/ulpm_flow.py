@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import ncjax
-from experiments import _cli, _fits, _legs, _runs
+from experiments import _fits, _legs
+from experiments._runs import cli, folders
 from ncjax import plotting
-from ncjax.flow import SOLVERS, SUCCESS
+from ncjax.flow.solve import SOLVERS, SUCCESS
 
 NAME = "ulpm_flow"
 OUTPUTS = ("metrics.csv", "figure2.png", "figure2.pdf")
@@ -42,31 +43,31 @@ class Config:
     Example: python -m experiments.ulpm_flow --seeds=32 --log_t_max=1000
     """
 
-    seeds: int = _cli.flag(32, "number of starts, solved side by side", _cli.SEEDS)
-    seed: int = _cli.flag(0, "seed that all starts are drawn from", _cli.SEEDS)
-    num_classes: int = _cli.flag(10, "K, number of classes", _cli.MODEL)
-    per_class: int = _cli.flag(5, "n, samples of each class", _cli.MODEL)
-    dim: int = _cli.flag(20, "d, feature dimension", _cli.MODEL)
-    init_scale: float = _cli.flag(
-        0.1, "standard deviation of the entries of W and H at t = 0", _cli.MODEL
+    seeds: int = cli.flag(32, "number of starts, solved side by side", cli.SEEDS)
+    seed: int = cli.flag(0, "seed that all starts are drawn from", cli.SEEDS)
+    num_classes: int = cli.flag(10, "K, number of classes", cli.MODEL)
+    per_class: int = cli.flag(5, "n, samples of each class", cli.MODEL)
+    dim: int = cli.flag(20, "d, feature dimension", cli.MODEL)
+    init_scale: float = cli.flag(
+        0.1, "standard deviation of the entries of W and H at t = 0", cli.MODEL
     )
-    log_t_max: float = _cli.flag(
-        1000.0, "last time, as natural log of physical time t", _cli.TIME
+    log_t_max: float = cli.flag(
+        1000.0, "last time, as natural log of physical time t", cli.TIME
     )
-    num_times: int = _cli.flag(
-        200, f"times measured, rounded up to a multiple of {_legs.LEGS}", _cli.TIME
+    num_times: int = cli.flag(
+        200, f"times measured, rounded up to a multiple of {_legs.LEGS}", cli.TIME
     )
-    dtype: str = _cli.flag("float64", "float64 or float32", _cli.TIME)
-    solver: str = _cli.flag(
+    dtype: str = cli.flag("float64", "float64 or float32", cli.TIME)
+    solver: str = cli.flag(
         "auto",
         "explicit, stabilised (log t from 2e3), implicit (from 5e4), or auto",
-        _cli.TIME,
+        cli.TIME,
     )
-    workdir: str = _cli.flag(
-        "", f"run folder; if empty, a new one under runs/{NAME}", _cli.FOLDER
+    workdir: str = cli.flag(
+        "", f"run folder; if empty, a new one under runs/{NAME}", cli.FOLDER
     )
-    overwrite: bool = _cli.flag(False, "replace the run that workdir holds", _cli.FOLDER)
-    resume: bool = _cli.flag(False, "go on with the run that workdir holds", _cli.FOLDER)
+    overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)
+    resume: bool = cli.flag(False, "go on with the run that workdir holds", cli.FOLDER)
 
 
 def run(config: Config) -> Path:
@@ -81,7 +82,7 @@ def run(config: Config) -> Path:
       RuntimeError: every seed failed.
     """
     _check(config)
-    with _runs.open_config(config, NAME, OUTPUTS) as (folder, finished):
+    with folders.open_config(config, NAME, OUTPUTS) as (folder, finished):
         if not finished:
             _run(config, folder)
         _check_reached(config, folder)
@@ -109,7 +110,7 @@ def _run(config: Config, folder: Path) -> None:
 
 def _check_reached(config: Config, folder: Path) -> None:
     """Raise RuntimeError where no seed came to the end, also when that was before."""
-    summary = _runs.read_json(folder / _runs.SUMMARY)
+    summary = folders.read_json(folder / folders.SUMMARY)
     if len(summary["solver"]["failed_seeds"]) == config.seeds:
         raise RuntimeError(
             f"all {config.seeds} seeds failed before log t = {summary['log_t']:g}; "
@@ -195,21 +196,21 @@ def _summarise(config, log_times, columns, stats) -> dict[str, Any]:
             name: _fits.spread(np.nanmax(columns[f"{name}_drift"], axis=1))
             for name in ("balance", "classifier_sum")
         },
-    } | _runs.provenance()
+    } | folders.provenance()
 
 
 def _write(folder: Path, log_times, columns: Mapping[str, np.ndarray], summary) -> None:
     """metrics.csv, the figure and, as the sign of the end, summary.json."""
-    _runs.write_csv(folder / "metrics.csv", log_times, columns)
+    folders.write_csv(folder / "metrics.csv", log_times, columns)
     figure = plotting.figure_over_log_log_t(
         log_times,
         plotting.collapse_panels(columns),
         reach=DESCENT_REACH,
         reach_label="shaded: reached by a million steps of gradient descent of size 0.1",
     )
-    _runs.write_files(folder / "figure2", plotting.render(figure))
-    _runs.write_summary(folder, summary, OUTPUTS)
-    _runs.drop_checkpoint(folder)
+    folders.write_files(folder / "figure2", plotting.render(figure))
+    folders.write_summary(folder, summary, OUTPUTS)
+    folders.drop_checkpoint(folder)
 
 
 def _table(config: Config, summary: Mapping[str, Any]) -> str:
@@ -264,4 +265,4 @@ def _number(value: float | None, form: str) -> str:
 
 
 if __name__ == "__main__":
-    _cli.main(Config, run, f"experiments.{NAME}")
+    cli.main(Config, run, f"experiments.{NAME}")

@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ncjax
 from experiments import _legs
-from ncjax import data, models, statistics, train
+from ncjax import statistics
+from ncjax.networks import data, models, train
 
 DEVICES = (2, 4, 8)
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-[a-z]+"

@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 import ncjax
 from experiments import (
     _legs,
-    _runs,
     _training,
     peel,
     saddle_analysis,
@@ -25,9 +24,11 @@ from experiments import (
     train_small,
     ulpm_flow,
 )
-from ncjax import data, models, plotting, train
-from ncjax.flow import SUCCESS
-from ncjax.peeling import LastLayer
+from experiments._runs import folders
+from ncjax import plotting
+from ncjax.flow.solve import SUCCESS
+from ncjax.metrics.peeling import LastLayer
+from ncjax.networks import data, models, train
 
 RESULTS = Path(__file__).parents[1] / "results"
 MODULES = {
@@ -68,12 +69,12 @@ def stand_in(patch):
 
 def _committed(name, config, folder):
     """The run of `results/`, written again."""
-    summary = _runs.read_json(RESULTS / name / "summary.json")
+    summary = folders.read_json(RESULTS / name / "summary.json")
     for path in (RESULTS / name).iterdir():
         if path.suffix in (".csv", ".md", ".png", ".pdf"):
             content = path.read_bytes() if path.suffix in (".csv", ".md") else b""
-            _runs.write_atomically(folder / path.name, content)
-    _runs.write_summary(folder, summary, MODULES[name].OUTPUTS)
+            folders.write_atomically(folder / path.name, content)
+    folders.write_summary(folder, summary, MODULES[name].OUTPUTS)
 
 
 def _for_flows(patch):

@@ -1,6 +1,7 @@
-"""Imports point up the table; nothing private, nothing set from inside the library."""
+"""Imports point one way; nothing private, nothing set from inside the library."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,43 +9,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = sorted((ROOT / "ncjax").glob("*.py"))
-EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
+LIBRARY = sorted((ROOT / "ncjax").rglob("*.py"))
+EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+ALL = LIBRARY + EXPERIMENTS + BENCHMARKS
 
-MAY_IMPORT = {
+# What the modules of each wing may import from other wings of ncjax.
+BASE = {"types", "checks", "numerics"}
+WINGS = {
     "types": set(),
-    "magnitude": set(),
-    "losses": {"types"},
-    "geometry": {"types", "magnitude"},
-    "measures": {"types", "magnitude"},
-    "statistics": {"types"},
-    "metrics": {"types", "magnitude", "measures", "statistics"},
-    "classifier": {"types", "losses", "measures", "statistics", "metrics"},
-    "variants": {"types", "measures", "statistics", "metrics", "classifier"},
-    "separation": {"types", "magnitude", "losses", "geometry"},
-    "implicit": {"types", "losses"},
-    "rosenbrock": set(),
-    "stabilised": set(),
-    "clock": {"types", "losses", "implicit", "rosenbrock"},
-    "invariants": {"types", "magnitude", "geometry"},
-    "flow": {
-        *("types", "magnitude", "losses", "geometry", "invariants", "clock"),
-        "stabilised",
-    },
-    "lanczos": {"magnitude"},
-    "hessian": {"types"},
-    "landscape": {"types", "hessian", "lanczos"},
-    "peeling": {"types", "magnitude", "losses", "metrics"},
-    "grouping": {"types"},
-    "winograd": {"types", "grouping"},
-    "convolution": {"types", "grouping", "winograd"},
-    "models": {"types", "convolution"},
-    "data": {"types"},
-    "train": {"types", "losses", "metrics", "peeling", "data"},
-    "checkpoint": {"types"},
-    "plotting": set(),
+    "checks": {"types"},
+    "numerics": set(),
+    "peeled": BASE,
+    "flow": BASE | {"peeled"},
+    "metrics": BASE | {"peeled"},
+    "curvature": BASE,
+    "networks": BASE | {"peeled", "metrics"},
+    "plotting": {"checks"},
 }
+
+
+def dotted(path):
+    """Name of a module, `ncjax.flow.solve`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {dotted(path): path for path in ALL}
 
 
 def imported(path):
@@ -58,34 +49,74 @@ def imported(path):
     return names
 
 
-def of_package(names, package):
-    return {name.split(".")[1] for name in names if name.startswith(f"{package}.")}
+def modules_imported(path):
+    """Modules of this project that a file imports."""
+    names = imported(path)
+    found = names & MODULES.keys()
+    rest = {name.rpartition(".")[0] for name in names - found}
+    return found | (rest & MODULES.keys())
 
 
-def ids(path):
-    return path.stem
+def part(name, package):
+    """Second part of the name of a module of `package`, None of others."""
+    first, _, rest = name.partition(".")
+    return rest.partition(".")[0] if first == package and rest else None
 
 
-@pytest.mark.parametrize("path", [p for p in LIBRARY if p.stem != "__init__"], ids=ids)
-def test_library_imports_point_up_the_table(path):
-    assert of_package(imported(path), "ncjax") <= MAY_IMPORT[path.stem]
+def parts_imported(path, package):
+    return {part(name, package) for name in modules_imported(path)} - {None}
 
 
-@pytest.mark.parametrize("path", [p for p in EXPERIMENTS if p.stem[0] != "_"], ids=ids)
+def test_every_wing_is_in_the_table():
+    assert {part(dotted(path), "ncjax") for path in LIBRARY} - {None} == WINGS.keys()
+
+
+@pytest.mark.parametrize("path", [p for p in LIBRARY if dotted(p) != "ncjax"], ids=dotted)
+def test_a_wing_imports_what_the_table_allows(path):
+    wing = part(dotted(path), "ncjax")
+    assert parts_imported(path, "ncjax") <= WINGS[wing] | {wing}
+    assert "ncjax" not in modules_imported(path)
+
+
+def test_there_is_no_circle_of_imports():
+    # A package that lists its own modules depends on them, and they not on it.
+    graph = {name: modules_imported(path) - {name} for name, path in MODULES.items()}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_convolution_is_the_only_door_to_its_algorithms():
+    inner = {"ncjax.networks.winograd", "ncjax.networks.grouping"}
+    users = {name for name, path in MODULES.items() if modules_imported(path) & inner}
+    assert users <= inner | {"ncjax.networks.convolution"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in EXPERIMENTS if p.stem[0] != "_" and len(p.relative_to(ROOT).parts) == 2],
+    ids=dotted,
+)
 def test_experiments_share_only_their_glue(path):
-    shared = of_package(imported(path), "experiments")
-    assert all(name.startswith("_") for name in shared)
+    assert all(name.startswith("_") for name in parts_imported(path, "experiments"))
 
 
-@pytest.mark.parametrize("path", LIBRARY + EXPERIMENTS + BENCHMARKS, ids=ids)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "experiments" / "_runs").glob("*.py")), ids=dotted
+)
+def test_run_folders_know_nothing_of_neural_collapse(path):
+    assert all(name.startswith("experiments._runs") for name in modules_imported(path))
+
+
+@pytest.mark.parametrize("path", ALL, ids=dotted)
 def test_no_private_or_experimental_jax(path):
     private = [n for n in imported(path) if n.startswith(("jax._src", "jax.experimental"))]
     assert private == []
 
 
-@pytest.mark.parametrize("path", LIBRARY + EXPERIMENTS + BENCHMARKS, ids=ids)
+@pytest.mark.parametrize("path", ALL, ids=dotted)
 def test_jax_is_configured_on_the_command_line_only(path):
-    assert path.stem == "_cli" or "config.update(" not in path.read_text().replace(
+    assert dotted(
+        path
+    ) == "experiments._runs.cli" or "config.update(" not in path.read_text().replace(
         "jax.config.update('jax_enable_x64', True)", ""
     )
 

@@ -20,7 +20,7 @@ from benchmarks import (
     startup,
     training_step,
 )
-from ncjax import models
+from ncjax.networks import models
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ncjax.checkpoint import Checkpoints, newest_epoch
+from ncjax.networks.checkpoint import Checkpoints, newest_epoch
 
 few = settings(max_examples=settings.default.max_examples // 5)
 DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16, jnp.int32, jnp.uint8, bool)

@@ -18,9 +18,7 @@ from test_flags import EXPERIMENTS
 from benchmarks import run as benchmarks_run
 from experiments import (
     __main__,
-    _cli,
     _legs,
-    _runs,
     _training,
     peel,
     saddle_analysis,
@@ -28,6 +26,7 @@ from experiments import (
     train_small,
     ulpm_flow,
 )
+from experiments._runs import cli, folders
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {f"experiments.{module.NAME}": module for module in EXPERIMENTS} | {
@@ -38,13 +37,13 @@ TWO_LINES = {"title", "only", "out"}
 
 
 @pytest.fixture
-def cli(monkeypatch):
+def run_here(monkeypatch):
     """The command of an experiment in this process, whose JAX is set up: its exit code."""
-    monkeypatch.setattr(_cli, "set_up_jax", lambda *_: None)
+    monkeypatch.setattr(cli, "set_up_jax", lambda *_: None)
     monkeypatch.setattr(logging, "set_verbosity", lambda _: None)
 
     def call(*flags, run=ulpm_flow.run, config=ulpm_flow.Config):
-        return _cli._main(config, run, "experiments.some", ["some", *flags])
+        return cli._main(config, run, "experiments.some", ["some", *flags])
 
     return call
 
@@ -56,7 +55,7 @@ def only_line(text):
 
 def pages():
     return [
-        pytest.param(module.Config, _cli.usage(module.Config, name), id=name)
+        pytest.param(module.Config, cli.usage(module.Config, name), id=name)
         for name, module in COMMANDS.items()
     ]
 
@@ -82,8 +81,8 @@ def test_the_experiments_are_listed_with_what_they_do():
 @pytest.mark.parametrize(("config", "page"), pages())
 def test_every_flag_stands_in_its_group_with_its_help(config, page):
     parts = dict(part.split("\n", 1) for part in page.split("\n\n") if "\n" in part)
-    groups = [line for line in page.splitlines() if line in _cli.GROUPS]
-    assert groups == [group for group in _cli.GROUPS if group in groups]
+    groups = [line for line in page.splitlines() if line in cli.GROUPS]
+    assert groups == [group for group in cli.GROUPS if group in groups]
     for field in dataclasses.fields(config):
         text, group = field.metadata["help"], field.metadata["group"]
         assert len(text) > 5
@@ -108,21 +107,21 @@ def test_the_help_fits_in_100_columns_and_says_the_manners(config, page):
 def test_the_defaults_shown_are_the_defaults(config, page):
     shown = [flag for flag in shown_flags(page) if "=" in flag]
     assert shown
-    assert _cli.parse(config, ["", *shlex.split(" ".join(shown))]) == config()
+    assert cli.parse(config, ["", *shlex.split(" ".join(shown))]) == config()
 
 
 @pytest.mark.parametrize(("config", "page"), pages())
 def test_the_example_parses(config, page):
     (example,) = re.findall(r"^Example: python -m (\S+)(.*)$", page, re.MULTILINE)
     assert COMMANDS[example[0]].Config is config
-    _cli.parse(config, ["", *shlex.split(example[1])])
+    cli.parse(config, ["", *shlex.split(example[1])])
 
 
 def test_flags_are_parsed_by_type():
     flags = ["", "--seeds=3", "--init_scale=1", "--overwrite"]
-    config = _cli.parse(ulpm_flow.Config, flags)
+    config = cli.parse(ulpm_flow.Config, flags)
     assert (config.seeds, config.init_scale, config.overwrite) == (3, 1.0, True)
-    assert not _cli.parse(ulpm_flow.Config, [*flags, "--nooverwrite"]).overwrite
+    assert not cli.parse(ulpm_flow.Config, [*flags, "--nooverwrite"]).overwrite
 
 
 @pytest.mark.parametrize(
@@ -143,8 +142,8 @@ def test_flags_are_parsed_by_type():
         ("--resume", "--resume needs --workdir"),
     ],
 )
-def test_bad_use_is_one_line_and_exit_code_2(cli, capsys, flag, message):
-    assert cli(flag) == 2
+def test_bad_use_is_one_line_and_exit_code_2(run_here, capsys, flag, message):
+    assert run_here(flag) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert only_line(err).startswith("error: ")
@@ -176,8 +175,8 @@ def out_of_memory(_config):
         (raising(ValueError("of a library")), "ValueError: of a library"),
     ],
 )
-def test_what_no_check_foresaw_is_one_line_with_its_type(cli, capsys, run, message):
-    assert cli(run=run) == 1
+def test_what_no_check_foresaw_is_one_line_with_its_type(run_here, capsys, run, message):
+    assert run_here(run=run) == 1
     line = only_line(capsys.readouterr().err)
     assert line.startswith(f"error: {message}")
     assert line.endswith(" (--traceback shows where)")
@@ -190,8 +189,10 @@ def test_what_no_check_foresaw_is_one_line_with_its_type(cli, capsys, run, messa
         (lambda config: _failed(config), "all 32 seeds failed at once"),
     ],
 )
-def test_a_failure_that_a_check_tells_is_one_line_without_a_type(cli, capsys, run, message):
-    assert cli(run=run) == 1
+def test_a_failure_that_a_check_tells_is_one_line_without_a_type(
+    run_here, capsys, run, message
+):
+    assert run_here(run=run) == 1
     line = only_line(capsys.readouterr().err)
     assert line.startswith(f"error: {message}")
     assert "--traceback" not in line
@@ -210,15 +211,15 @@ def _failed(config):
     ],
 )
 def test_the_traceback_comes_when_asked_for_and_changes_nothing(
-    cli, capsys, flags, run, code
+    run_here, capsys, flags, run, code
 ):
-    assert cli(*flags, run=run) == code
+    assert run_here(*flags, run=run) == code
     line = only_line(capsys.readouterr().err)
-    assert cli(*flags, "--traceback", run=run) == code
+    assert run_here(*flags, "--traceback", run=run) == code
     trace, _, last = capsys.readouterr().err.removesuffix("\n").rpartition("\n")
     assert last == line
     assert trace.startswith("Traceback (most recent call last):")
-    config = _cli.parse(ulpm_flow.Config, ["", "--traceback"])
+    config = cli.parse(ulpm_flow.Config, ["", "--traceback"])
     assert config == ulpm_flow.Config()
 
 
@@ -234,7 +235,7 @@ STOPPED = {
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), KeyError("a bug")], ids=type)
 @pytest.mark.parametrize("module", STOPPED, ids=lambda module: module.NAME)
 def test_a_run_that_is_stopped_ends_with_its_folder(
-    cli, capsys, monkeypatch, tmp_path, module, error
+    run_here, capsys, monkeypatch, tmp_path, module, error
 ):
     def stop(*_args, **_settings):
         raise error
@@ -243,7 +244,7 @@ def test_a_run_that_is_stopped_ends_with_its_folder(
     monkeypatch.setattr(_training, "stored_run", lambda *_: None)
     folder = tmp_path / "my run"
     flags = (f"--workdir={folder}", *(["--run=somewhere"] if module is peel else []))
-    code = cli(*flags, run=module.run, config=module.Config)
+    code = run_here(*flags, run=module.run, config=module.Config)
     out, err = capsys.readouterr()
     assert out.splitlines()[-1] == str(folder)
     if not isinstance(error, KeyboardInterrupt):
@@ -253,7 +254,7 @@ def test_a_run_that_is_stopped_ends_with_its_folder(
     then, command = err.splitlines()[-1].split(" with: ")
     assert then in ("interrupted; go on", "interrupted; start again")
     again = [flag for flag in shlex.split(command) if flag.startswith("--")]
-    config = _cli.parse(module.Config, ["", *again])
+    config = cli.parse(module.Config, ["", *again])
     assert config.workdir == str(folder)
     assert getattr(config, "resume", config.overwrite)
 
@@ -262,7 +263,7 @@ def test_of_several_processes_the_first_alone_speaks(capsys, monkeypatch, tmp_pa
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with (
         pytest.raises(KeyboardInterrupt),
-        _runs._told(train_small.Config(), tmp_path),
+        folders._told(train_small.Config(), tmp_path),
     ):
         raise KeyboardInterrupt
     assert capsys.readouterr() == ("", "")
@@ -274,7 +275,7 @@ def command(*flags, module="report", **streams):
     return subprocess.run(arguments, text=True, **streams)
 
 
-def test_the_command_runs_and_ends_with_its_folder(cli, capsys, tmp_path):
+def test_the_command_runs_and_ends_with_its_folder(run_here, capsys, tmp_path):
     folder = tmp_path / "run"
     flags = ("--seeds=3", "--num_classes=3", "--dim=2", "--log_t_max=5", "--num_times=20")
     flags += (f"--workdir={folder}", "--traceback")
@@ -283,15 +284,16 @@ def test_the_command_runs_and_ends_with_its_folder(cli, capsys, tmp_path):
     assert done.stdout.splitlines()[-1] == str(folder)
     assert "flow: 100%" in done.stderr
     settings = json.loads((folder / "config.json").read_text())["config"]
-    assert settings == _runs.settings(_cli.parse(ulpm_flow.Config, ["", *flags]))
+    assert settings == folders.settings(cli.parse(ulpm_flow.Config, ["", *flags]))
     assert "traceback" not in settings
-    assert cli(*flags, "--resume") == 0
+    assert run_here(*flags, "--resume") == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(folder)
 
 
 ENDLESS = """
 import jax, numpy as np
-from experiments import _cli, train_small
+from experiments import train_small
+from experiments._runs import cli
 
 def run(config):
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("a",))
@@ -302,7 +304,7 @@ def run(config):
     print("at work", flush=True)
     raise KeyboardInterrupt
 
-_cli.main(train_small.Config, run, "endless")
+cli.main(train_small.Config, run, "endless")
 """
 
 

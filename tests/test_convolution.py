@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ncjax import convolution, winograd
-from ncjax.convolution import (
+from ncjax.networks import convolution, winograd
+from ncjax.networks.convolution import (
     convolve,
     convolve_canonical,
     convolve_dense,
@@ -20,7 +20,7 @@ from ncjax.convolution import (
     convolve_winograd,
     max_pool,
 )
-from ncjax.grouping import map_groups, sum_groups
+from ncjax.networks.grouping import map_groups, sum_groups
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "full_precision")
 

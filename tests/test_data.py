@@ -26,7 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from ncjax import data
+from ncjax.networks import data
 
 TRAIN = small_tfds.noise(0, 24, (28, 28, 1))
 TEST = small_tfds.noise(1, 6, (28, 28, 1))
@@ -158,7 +158,7 @@ def test_a_set_of_ones_own(tmp_path):
 def test_the_data_directory_is_that_of_tfds_by_default(prepared):
     """In the environment before TFDS is imported, and with warnings as errors."""
     code = (
-        "import sys; from ncjax import data; "
+        "import sys; from ncjax.networks import data; "
         "n = [len(data.load('mnist', 'test', d).labels) for d in (None, '')]; "
         "print(n, 'tensorflow' in sys.modules)"
     )

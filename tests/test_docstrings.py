@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
-LIBRARY = sorted((Path(__file__).parents[1] / "ncjax").glob("*.py"))
+ROOT = Path(__file__).parents[1]
+LIBRARY = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "ncjax").rglob("*.py"))
+    if path.stem != "__init__"
+]
 
 
-@pytest.mark.parametrize("name", [p.stem for p in LIBRARY if p.stem != "__init__"])
+@pytest.mark.parametrize("name", LIBRARY)
 def test_examples(name):
-    done = doctest.testmod(importlib.import_module(f"ncjax.{name}"))
+    done = doctest.testmod(importlib.import_module(name))
     assert done.failed == 0

@@ -8,16 +8,8 @@ import numpy as np
 import pytest
 
 import ncjax
-from experiments import (
-    _fits,
-    _legs,
-    _runs,
-    _saddles,
-    _views,
-    saddle_analysis,
-    theorems,
-    ulpm_flow,
-)
+from experiments import _fits, _legs, _saddles, _views, saddle_analysis, theorems, ulpm_flow
+from experiments._runs import folders
 
 SMALL = ulpm_flow.Config(
     seeds=2, num_classes=3, per_class=2, dim=4, log_t_max=20.0, num_times=20
@@ -115,7 +107,7 @@ def test_a_folder_that_holds_a_run_is_refused_then_replaced_if_asked(finished):
 def test_a_flag_that_an_experiment_has_not_is_not_named(tmp_path, resume, told):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="give --overwrite") as caught:
-        _runs.open_run(tmp_path, {}, (), overwrite=False, resume=resume)
+        folders.open_run(tmp_path, {}, (), overwrite=False, resume=resume)
     assert ("--resume" in str(caught.value)) == told
 
 
@@ -158,33 +150,33 @@ def test_resume_wants_a_run(tmp_path):
 def test_damaged_files_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is damaged"):
-        _runs.open_run(tmp_path, {}, (), overwrite=False, resume=True)
+        folders.open_run(tmp_path, {}, (), overwrite=False, resume=True)
     for settings in ("null", "[1]"):
         (tmp_path / "config.json").write_text(f'{{"config": {settings}}}')
         with pytest.raises(ValueError, match=r"config.json is damaged"):
-            _runs.open_run(tmp_path, {}, (), overwrite=False, resume=True)
-    (tmp_path / _runs.CHECKPOINT).write_bytes(b"PK not a zip")
+            folders.open_run(tmp_path, {}, (), overwrite=False, resume=True)
+    (tmp_path / folders.CHECKPOINT).write_bytes(b"PK not a zip")
     with pytest.raises(ValueError, match=r"checkpoint.npz is damaged"):
-        _runs.load_checkpoint(tmp_path)
+        folders.load_checkpoint(tmp_path)
     gc.collect()  # no file is left open: that would be a warning, and an error here
 
 
 def test_a_pickle_in_a_checkpoint_is_not_loaded(tmp_path):
-    np.savez(tmp_path / _runs.CHECKPOINT, W=np.array([object()], dtype=object))
+    np.savez(tmp_path / folders.CHECKPOINT, W=np.array([object()], dtype=object))
     with pytest.raises(ValueError, match=r"checkpoint.npz is damaged"):
-        _runs.load_checkpoint(tmp_path)
+        folders.load_checkpoint(tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    _runs.write_atomically(path, b"old")
+    folders.write_atomically(path, b"old")
 
     def full(_descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        _runs.write_atomically(path, b"new")
+        folders.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -222,7 +214,9 @@ def test_a_folder_with_a_file_of_that_name_is_refused(tmp_path):
 def test_overwriting_leaves_nothing_of_the_old_run(tmp_path):
     (tmp_path / "metrics.csv").write_text("old")
     (tmp_path / "notes.txt").write_text("mine")
-    _runs.open_run(tmp_path, {"seeds": 1}, ulpm_flow.OUTPUTS, overwrite=True, resume=False)
+    folders.open_run(
+        tmp_path, {"seeds": 1}, ulpm_flow.OUTPUTS, overwrite=True, resume=False
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "notes.txt"}
 
 
@@ -233,15 +227,15 @@ def test_resume_needs_a_folder():
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"config": {"seed": 0}}')
-    _runs.save_checkpoint(tmp_path, {"W": np.zeros(2)})
+    folders.save_checkpoint(tmp_path, {"W": np.zeros(2)})
     (tmp_path / "config.json").write_text('{"config": {"seed": 1}}')
     with pytest.raises(ValueError, match="belongs to a run of other settings"):
-        _runs.load_checkpoint(tmp_path)
+        folders.load_checkpoint(tmp_path)
 
 
 def test_the_resume_command_names_what_is_not_default():
     config = ulpm_flow.Config(seeds=3, dtype="float32", workdir="here")
-    command = _runs.resume_command(config, "here")
+    command = folders.resume_command(config, "here")
     assert command.endswith("--workdir=here --resume --seeds=3 --dtype=float32")
 
 

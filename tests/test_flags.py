@@ -11,9 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments import (
-    _cli,
-    _memory,
-    _runs,
     peel,
     report,
     saddle_analysis,
@@ -23,6 +20,7 @@ from experiments import (
     train_vgg,
     ulpm_flow,
 )
+from experiments._runs import cli, folders, memory
 
 EXPERIMENTS = (
     *(ulpm_flow, saddle_analysis, theorems, peel, report),
@@ -63,10 +61,10 @@ def nothing_done(monkeypatch, tmp_path):
     """Runs end where their folder would be made; nothing is downloaded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr("ncjax.data._has_network", lambda: False)
-    monkeypatch.setattr(_runs, "open_config", accepted)
-    monkeypatch.setattr(_runs, "write_atomically", accepted)
-    monkeypatch.setattr(_memory, "held", lambda: 2**28)  # what the machine has is not asked
+    monkeypatch.setattr("ncjax.networks.data._has_network", lambda: False)
+    monkeypatch.setattr(folders, "open_config", accepted)
+    monkeypatch.setattr(folders, "write_atomically", accepted)
+    monkeypatch.setattr(memory, "held", lambda: 2**28)  # what the machine has is not asked
     return tmp_path
 
 
@@ -91,7 +89,7 @@ def try_flags(experiment, line):
     """How it ends: the class of the refusal, or `Accepted`."""
     names = [field.name for field in dataclasses.fields(experiment.Config)]
     try:
-        experiment.run(_cli.parse(experiment.Config, line))
+        experiment.run(cli.parse(experiment.Config, line))
     except Accepted:
         return "accepted"
     except (ValueError, OSError, flags.Error) as error:

@@ -10,7 +10,7 @@ from scipy.integrate import solve_ivp
 from test_losses import random_params
 
 import ncjax
-from ncjax.flow import BAD_TIMES, STEP_LIMIT, STEP_TOO_SMALL, SUCCESS, choose_solver
+from ncjax.flow.solve import BAD_TIMES, STEP_LIMIT, STEP_TOO_SMALL, SUCCESS, choose_solver
 
 
 def sine_params(dtype=np.float64):

@@ -14,7 +14,7 @@ from scipy.special import log_expit, logsumexp
 from test_losses import random_params, sizes
 
 import ncjax
-from ncjax.flow import STEP_LIMIT, SUCCESS
+from ncjax.flow.solve import STEP_LIMIT, SUCCESS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_losses import random_params, sizes
 
 import ncjax
-from ncjax.geometry import helmert
+from ncjax.peeled.geometry import helmert
 
 
 def test_simplex_etf_orientations_differ_and_follow_the_key(key):

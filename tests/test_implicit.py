@@ -9,7 +9,8 @@ from jax.flatten_util import ravel_pytree
 from test_losses import random_params
 
 import ncjax
-from ncjax import implicit, losses
+from ncjax.flow import block_solve
+from ncjax.peeled import losses
 
 SHAPES = [(2, 1, 1), (3, 2, 2), (4, 3, 6), (5, 1, 3), (3, 4, 8)]
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @jax.jit
 def solved(params, c, right):
-    return implicit.solve(implicit.factor(params, c), right)
+    return block_solve.solve(block_solve.factor(params, c), right)
 
 
 @jax.jit
@@ -91,7 +92,7 @@ def test_vmap_solves_each():
         np.testing.assert_allclose(together.W[i], alone.W, rtol=1e-12)
 
 
-_inverse = jax.jit(implicit.inverse, static_argnums=1)
+_inverse = jax.jit(block_solve.inverse, static_argnums=1)
 
 
 @given(
@@ -115,7 +116,7 @@ def test_inverse_of_a_positive_definite_matrix(seed, shape, decades, p):
 
 def test_a_block_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="block must divide the size 6, got 4"):
-        implicit.inverse(jnp.eye(6), 4)
+        block_solve.inverse(jnp.eye(6), 4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -77,16 +77,14 @@ def test_the_pins_lie_in_the_ranges(files, extras):
         assert pinned[name] in requirement.specifier, requirement
 
 
-def test_every_file_of_the_packages_is_installed():
-    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    packages = set(lines(SETUP["options"]["packages"]))
-    assert packages == folders - {"benchmarks"}
-    for package in packages:
-        files = [path for path in (ROOT / package).rglob("*") if path.is_file()]
-        files = [path for path in files if path.parent.name != "__pycache__"]
-        assert all(path.parent.name == package for path in files)
-        data = {path.name for path in files if path.suffix != ".py"}
-        assert data == set(SETUP["options.package_data"][package].split())
+def test_the_wheel_holds_every_file_of_the_library_and_nothing_else():
+    include = lines(SETUP["options.packages.find"]["include"].replace(", ", "\n"))
+    assert include == ["ncjax", "ncjax.*"]
+    files = [path for path in (ROOT / "ncjax").rglob("*") if path.is_file()]
+    files = [path for path in files if path.parent.name != "__pycache__"]
+    assert all((path.parent / "__init__.py").exists() for path in files)
+    data = {path.name for path in files if path.suffix != ".py"}
+    assert data == set(SETUP["options.package_data"]["ncjax"].split())
 
 
 def test_the_versions_of_python_are_said_alike():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ncjax
-from ncjax.losses import error_slopes, log_softplus, softmax_cross_entropy
+from ncjax.peeled.losses import error_slopes, log_softplus, softmax_cross_entropy
 
 
 def random_params(seed, num_classes, per_class, dim, scale, dtype=np.float64):

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ncjax
-from ncjax import metrics, statistics
+from ncjax import statistics
+from ncjax.metrics import collapse
 
 FOLDER = Path(__file__).parent / "data"
 VALUES = json.loads((FOLDER / "collapse_values.json").read_text())
@@ -194,7 +195,7 @@ def test_a_trainer_gets_the_same_batch_by_batch_with_a_padded_last_batch():
         second_pass = compare(
             second_pass, first_pass, against, features[row], labels[row], *data[2:4], mask
         )
-    got = metrics.metrics_from_statistics(first_pass, second_pass, data.W)
+    got = collapse.metrics_from_statistics(first_pass, second_pass, data.W)
     assert_same(got, computed(data))
 
 

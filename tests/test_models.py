@@ -19,8 +19,8 @@ from torch_transfer import (
     uniforms,
 )
 
-from ncjax import models
-from ncjax.convolution import convolve
+from ncjax.networks import models
+from ncjax.networks.convolution import convolve
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "full_precision")
 

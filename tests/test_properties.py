@@ -13,7 +13,7 @@ from test_losses import random_params, sizes
 
 import ncjax
 from ncjax import measures, statistics
-from ncjax.magnitude import at_unit_scale, power_of_two
+from ncjax.numerics import at_unit_scale, power_of_two
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "full_precision")
 

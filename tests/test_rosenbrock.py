@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ncjax.rosenbrock import Rodas5P
+from ncjax.flow.rosenbrock import Rodas5P
 
 
 def dense_rodas(jacobian, time_derivative):

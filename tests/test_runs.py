@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 
 import ncjax
-from experiments import _events, _lock, _runs, _training, report
-from ncjax import checkpoint
+from experiments import _training, report
+from experiments._runs import events, folders, lock
+from ncjax.networks import checkpoint
 
 ROOT = Path(__file__).parents[1]
 CODE = sorted(
-    p for d in ("ncjax", "experiments", "benchmarks") for p in (ROOT / d).glob("*.py")
+    p for d in ("ncjax", "experiments", "benchmarks") for p in (ROOT / d).rglob("*.py")
 )
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -43,8 +44,8 @@ def names(folder):
 HOLD = """
 import sys
 from pathlib import Path
-from experiments import _lock
-with _lock.held(Path(sys.argv[1])):
+from experiments._runs import lock
+with lock.held(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -112,17 +113,17 @@ def test_only_the_first_process_locks(quick, tmp_path, holder):
 
 
 def test_a_lock_that_is_removed_while_it_is_awaited_locks_nothing(tmp_path, monkeypatch):
-    lock = _lock._lock
+    unchanged = lock._lock
     tried = []
 
     def remove_first(descriptor, path):
-        lock(descriptor, path)
+        unchanged(descriptor, path)
         if not tried:
             path.unlink()  # as its holder does at the end
         tried.append(descriptor)
 
-    monkeypatch.setattr(_lock, "_lock", remove_first)
-    with _lock.held(tmp_path):
+    monkeypatch.setattr(lock, "_lock", remove_first)
+    with lock.held(tmp_path):
         assert (tmp_path / ".lock").exists()
     assert len(tried) == 2
 
@@ -132,7 +133,7 @@ def test_a_disk_without_locks_is_told(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    with pytest.warns(UserWarning, match="on a disk without locks"), _lock.held(tmp_path):
+    with pytest.warns(UserWarning, match="on a disk without locks"), lock.held(tmp_path):
         pass
 
 
@@ -265,17 +266,17 @@ def test_events_that_cannot_be_written_end_the_run(quick, tmp_path):
     def refuse(self):
         raise FULL
 
-    quick.setattr(_events.RecordWriter, "flush", refuse)
+    quick.setattr(events.RecordWriter, "flush", refuse)
     with pytest.raises(OSError, match=r"cannot write .*tensorboard/events.*No space left"):
         damage.run("train_small", tmp_path)
 
 
 def test_events_are_on_the_disk_at_once(tmp_path):
-    events = _events.Events(tmp_path / "tensorboard", purge_epoch=3)
-    events.add(3, {"loss": 0.5})
+    written = events.Events(tmp_path / "tensorboard", purge_epoch=3)
+    written.add(3, {"loss": 0.5})
     (path,) = (tmp_path / "tensorboard").iterdir()
     content = path.read_bytes()
-    events.close()
+    written.close()
     assert path.read_bytes() == content
     assert b"loss" in content
     assert np.float32(0.5).tobytes() in content
@@ -336,7 +337,7 @@ def test_a_number_that_has_changed_is_noticed(quick, tmp_path, name):
 
 def test_files_of_earlier_versions_have_no_digest():
     for path in (ROOT / "results").rglob("summary.json"):
-        assert _runs.is_finished(path.parent)
+        assert folders.is_finished(path.parent)
 
 
 def test_a_finished_run_says_which_of_its_files_has_changed(quick, tmp_path):
@@ -471,7 +472,7 @@ def test_nothing_is_unpickled_while_a_run_goes_on(quick, tmp_path):
 
 
 def test_a_table_has_a_dash_where_there_is_no_number(tmp_path):
-    _runs.write_table(
+    folders.write_table(
         tmp_path / "table", [{"metric": "a", "at_zero": math.nan, "end": 0.5}]
     )
     assert (tmp_path / "table.md").read_text().splitlines()[-1] == "| a | - | 0.5 |"
@@ -479,8 +480,8 @@ def test_a_table_has_a_dash_where_there_is_no_number(tmp_path):
 
 def test_settings_that_differ_are_named_as_a_shell_wants_them(tmp_path):
     config = {"train_split": "train[:9]", "width": 1.0}
-    _runs.write_json(tmp_path / _runs.CONFIG, {"config": config})
+    folders.write_json(tmp_path / folders.CONFIG, {"config": config})
     with pytest.raises(
         ValueError, match=r"it with '--train_split=train\[:9\]' --width=1\.0"
     ):
-        _runs._reopen(tmp_path, {"train_split": "train", "width": 2.0}, {})
+        folders._reopen(tmp_path, {"train_split": "train", "width": 2.0}, {})

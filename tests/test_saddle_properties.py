@@ -16,7 +16,7 @@ from test_separation import certificate, kkt, separating, tangent_and_slack
 
 import ncjax
 from experiments._saddles import Block, family
-from ncjax.separation import GLOBAL_OPTIMUM, NO_ROOM, STRICT_SADDLE
+from ncjax.peeled.separation import GLOBAL_OPTIMUM, NO_ROOM, STRICT_SADDLE
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "full_precision")
 

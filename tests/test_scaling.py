@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 
 import ncjax
-from ncjax import clock, convolution, implicit, metrics, models, statistics
+from ncjax import statistics
+from ncjax.flow import block_solve, clock
+from ncjax.metrics import collapse
+from ncjax.networks import convolution, models
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "scaling.md").read_text()
@@ -35,22 +38,22 @@ def time_derivative(K, n, d):
 
 
 def factor(K, n, d):
-    return implicit.factor, params(K, n, d), double(())
+    return block_solve.factor, params(K, n, d), double(())
 
 
 def solve(K, n, d):
     factored = jax.eval_shape(*factor(K, n, d))
-    return implicit.solve, factored, params(K, n, d)
+    return block_solve.solve, factored, params(K, n, d)
 
 
 def block_sweep(K, d):
     """XLA counts the body of a loop once: one of K eliminations of d unknowns."""
-    return partial(implicit.inverse, block=d), double((K * d, K * d))
+    return partial(block_solve.inverse, block=d), double((K * d, K * d))
 
 
 def sweep(N, K):
     """One of K eliminations of one unknown, in N matrices."""
-    return implicit.inverse, double((N, K, K))
+    return block_solve.inverse, double((N, K, K))
 
 
 def first_pass(K, d):
@@ -73,7 +76,7 @@ def compare(B, K, d):
 
 def last(K, d):
     made = first_pass(K, d), second_pass(K), single((K, d))
-    return metrics.metrics_from_statistics, *made
+    return collapse.metrics_from_statistics, *made
 
 
 def lowered(case):
@@ -176,7 +179,7 @@ def test_memory_of_the_metrics_is_that_of_a_chunk():
 
     def case(samples):
         def fn(*arrays):
-            return metrics._metrics_in_chunks(*arrays, chunk_size=chunk)
+            return collapse._metrics_in_chunks(*arrays, chunk_size=chunk)
 
         features = single((samples, d)), integer((samples,))
         return fn, *features, single((K, d)), single((K,))

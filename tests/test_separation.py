@@ -9,7 +9,7 @@ from test_losses import random_params
 
 import ncjax
 from experiments._saddles import Block
-from ncjax.separation import (
+from ncjax.peeled.separation import (
     GLOBAL_OPTIMUM,
     NO_ROOM,
     NOT_KKT,

@@ -12,8 +12,8 @@ from scipy.linalg import expm
 from test_losses import random_params
 from test_rosenbrock import dense_rodas
 
-from ncjax import clock as clocks
-from ncjax.stabilised import STABLE_TO, Stabilised4
+from ncjax.flow import clock as clocks
+from ncjax.flow.stabilised import STABLE_TO, Stabilised4
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

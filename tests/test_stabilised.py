@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_rosenbrock import curve, field
 
-from ncjax.stabilised import STABLE_TO, Stabilised4
+from ncjax.flow.stabilised import STABLE_TO, Stabilised4
 
 SOLVER = Stabilised4()
 

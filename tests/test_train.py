@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 import ncjax
-from ncjax import data, models, train
-from ncjax.data import Dataset
-from ncjax.losses import softmax_cross_entropy
+from ncjax.networks import data, models, train
+from ncjax.networks.data import Dataset
+from ncjax.peeled.losses import softmax_cross_entropy
 
 RATE, MOMENTUM = 0.1, 0.9
 

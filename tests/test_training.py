@@ -19,18 +19,10 @@ import oracles
 import pytest
 
 import ncjax
-from experiments import (
-    _cli,
-    _legs,
-    _runs,
-    _training,
-    peel,
-    train_resnet,
-    train_small,
-    train_vgg,
-)
-from ncjax import checkpoint, data, train
-from ncjax.peeling import LastLayer
+from experiments import _legs, _training, peel, train_resnet, train_small, train_vgg
+from experiments._runs import cli, folders
+from ncjax.metrics.peeling import LastLayer
+from ncjax.networks import checkpoint, data, train
 
 SMALL = train_small.Config(
     train_split="train[:200]",
@@ -52,7 +44,7 @@ def small(folder, **changes):
 
 def command(folder, *flags, module="train_small", **changes):
     """The command of `SMALL` with changes, for another process."""
-    settings = _runs.settings(dataclasses.replace(SMALL, **changes))
+    settings = folders.settings(dataclasses.replace(SMALL, **changes))
     default = train_small.Config()
     given = [f"--{k}={v}" for k, v in settings.items() if v != getattr(default, k)]
     start = (sys.executable, "-m", f"experiments.{module}", f"--workdir={folder}")
@@ -61,7 +53,7 @@ def command(folder, *flags, module="train_small", **changes):
 
 def state_of(folder):
     """The newest checkpoint of a run, and its epoch."""
-    settings = _runs.stored_config(folder)
+    settings = folders.stored_config(folder)
     config = train_small.Config(**settings, workdir=str(folder), resume=True)
     loop = _training._Loop(config, _training.set_up(config, {}), folder)
     checkpoints = checkpoint.Checkpoints(folder / _training.CHECKPOINTS, read_only=True)
@@ -69,7 +61,7 @@ def state_of(folder):
         return loop.restore(checkpoints)
 
 
-read_json = _runs.read_json
+read_json = folders.read_json
 
 
 def measured(folder):
@@ -202,12 +194,12 @@ def test_a_second_interrupt_is_met_within_the_epoch():
 
 def test_the_resume_command_is_the_whole_command(tmp_path):
     config = small(tmp_path / "run", data_dir="~/my data", cpu_devices=2)
-    line = _runs.resume_command(config, tmp_path / "run")
+    line = folders.resume_command(config, tmp_path / "run")
     assert "'--data_dir=~/my data'" in line
     assert "--cpu_devices=2" in line
     assert "'--train_split=train[:200]'" in line
     flags = ["", *(flag for flag in shlex.split(line) if flag.startswith("--"))]
-    assert _cli.parse(train_small.Config, flags) == dataclasses.replace(config, resume=True)
+    assert cli.parse(train_small.Config, flags) == dataclasses.replace(config, resume=True)
 
 
 def test_overwriting_spares_folders_that_are_no_run(tmp_path):
@@ -355,7 +347,7 @@ def test_a_kill_within_an_extension_loses_nothing(finished, tmp_path, monkeypatc
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(_runs, step, die)
+        patch.setattr(folders, step, die)
         with pytest.raises(Killed):
             train_small.run(small(folder, epochs=8, resume=True))
     kept = read_json(finished / "summary.json")
@@ -406,7 +398,7 @@ def test_what_cannot_be_extended_is_refused(finished, tmp_path):
     with pytest.raises(ValueError, match=r"resume it with --seed=0$"):
         train_small.run(small(finished, epochs=7, seed=1, resume=True))
     assert (finished / "config.json").read_bytes() == before
-    stepped = _runs.settings(small("", schedule="step", compute_dtype="float32"))
+    stepped = folders.settings(small("", schedule="step", compute_dtype="float32"))
     (tmp_path / "config.json").write_text(json.dumps({"config": stepped}))
     with pytest.raises(
         ValueError, match=r"at thirds of --epochs=6: .* of 9 epochs"
@@ -645,7 +637,7 @@ def test_peel_says_what_it_needs(tmp_path):
         peel.run(peel.Config(run=str(tmp_path)))
     with pytest.raises(ValueError, match="--workdir must be another folder"):
         peel.run(peel.Config(run=str(tmp_path), workdir=f"{tmp_path}/."))
-    config = json.dumps({"config": _runs.settings(SMALL)})
+    config = json.dumps({"config": folders.settings(SMALL)})
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match="holds no checkpoint"):
         peel.run(peel.Config(run=str(tmp_path)))

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from scipy.stats import kstest
 
 import ncjax
-from ncjax import data, models, train
+from ncjax.networks import data, models, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "full_precision")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ncjax
-from ncjax.types import check_params
+from ncjax.checks import check_params
 
 
 def test_init_has_the_shapes_dtype_and_spread_asked_for(key):

@@ -11,7 +11,7 @@ import oracles
 import pytest
 
 from ncjax import measures, statistics, variants
-from ncjax.metrics import (
+from ncjax.metrics.collapse import (
     class_distance_normalised_variance,
     collapse_metrics_from_features,
     within_class_quotient,

@@ -1,4 +1,4 @@
-"""Networks of `ncjax.models` for comparison with torchvision's; no torch is needed here.
+"""Networks of `ncjax.networks` for comparison with torchvision's; needs no torch.
 
 Their variables, drawn from names and shapes so that none need storing, and the same
 variables under torchvision's names and layouts.
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ncjax import models
+from ncjax.networks import models
 
 # Of the means that torchvision's VGG gives to its fully connected layers.
 GRID = 7

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ncjax.geometry import balance, squared_norm
-from ncjax.magnitude import power_of_two
-from ncjax.types import Array, Params, check_params
+from ncjax.checks import check_params
+from ncjax.numerics import power_of_two
+from ncjax.peeled.geometry import balance, squared_norm
+from ncjax.types import Array, Params
 
 # Directions of a share below this are as good as empty.
 _FLOOR = 1e-7

@@ -18,15 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax import measures, statistics
-from ncjax.classifier import SquaredErrorParts as SquaredErrorParts
-from ncjax.classifier import cosine_margins as cosine_margins
-from ncjax.classifier import logit_margins as logit_margins
-from ncjax.classifier import mean_cross_entropy as mean_cross_entropy
-from ncjax.classifier import mean_squared_error as mean_squared_error
-from ncjax.classifier import squared_error_parts as squared_error_parts
-from ncjax.metrics import check_features, check_samples
-from ncjax.statistics import ClassStatistics, Comparison
+from ncjax.metrics import measures, statistics
+from ncjax.metrics.classifier import SquaredErrorParts as SquaredErrorParts
+from ncjax.metrics.classifier import cosine_margins as cosine_margins
+from ncjax.metrics.classifier import logit_margins as logit_margins
+from ncjax.metrics.classifier import mean_cross_entropy as mean_cross_entropy
+from ncjax.metrics.classifier import mean_squared_error as mean_squared_error
+from ncjax.metrics.classifier import squared_error_parts as squared_error_parts
+from ncjax.metrics.inputs import check_features, check_samples
+from ncjax.metrics.statistics import ClassStatistics, Comparison
 from ncjax.types import Array
 
 WEIGHTINGS = ("sample", "class")

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ncjax.types import check_integer
+from ncjax.checks import check_integer
 
 _DIGEST = "sha256"
 _SPACE = "No space left on device"

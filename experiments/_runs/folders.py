@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import _lock
+from experiments._runs import lock
 
 CONFIG = "config.json"
 CHECKPOINT = "checkpoint.npz"
@@ -79,7 +79,7 @@ def open_config(
     if config.overwrite and resume:
         raise ValueError("--overwrite and --resume exclude each other: give one of them")
     folder = _make(workdir(config, name), bool(resume))
-    with _lock.held(folder), _after_a_failed_write(config, folder):
+    with lock.held(folder), _after_a_failed_write(config, folder):
         open_run(
             folder,
             settings(config),

@@ -15,11 +15,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ncjax import data
-from ncjax.data import Dataset
-from ncjax.losses import softmax_cross_entropy
-from ncjax.metrics import collapse_metrics_from_features
-from ncjax.peeling import last_layer
+from ncjax.metrics.collapse import collapse_metrics_from_features
+from ncjax.metrics.peeling import last_layer
+from ncjax.networks import data
+from ncjax.networks.data import Dataset
+from ncjax.peeled.losses import softmax_cross_entropy
 from ncjax.types import Array
 
 AXIS = "data"  # of the mesh: batches are split along it
@@ -111,11 +111,11 @@ def make_epoch(
     The N mod `batch_size` samples left over sit out, others in every epoch.
 
     Args:
-      model: a network of `ncjax.models`.
+      model: a network of `ncjax.networks.models`.
       optimiser: such as `sgd`.
       batch_size: B, a multiple of the number of devices.
       mesh: with the axis `AXIS`; every batch is split along it.
-      augment: shift and mirror images, see `ncjax.data.augment`.
+      augment: shift and mirror images, see `ncjax.networks.data.augment`.
 
     Returns:
       `(state, data, key) -> (state, EpochLog)`, to be jitted with the state donated.

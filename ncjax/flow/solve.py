@@ -1,4 +1,4 @@
-"""Gradient flow of the layer-peeled model at any physical time, and gradient descent."""
+"""Gradient flow of the layer-peeled model at any physical time."""
 
 import math
 from collections.abc import Callable
@@ -10,20 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.clock import LINEARLY_IMPLICIT, clock, field, unscaled
-from ncjax.geometry import squared_norm
-from ncjax.invariants import InvariantDrift, invariant_drift, restore_invariants
-from ncjax.losses import cross_entropy, log_cross_entropy
-from ncjax.magnitude import at_unit_scale, power_of_two
-from ncjax.stabilised import Stabilised4
-from ncjax.types import (
-    Array,
-    Params,
-    check_choice,
-    check_integer,
-    check_params,
-    check_positive,
-)
+from ncjax.checks import check_choice, check_integer, check_params, check_positive
+from ncjax.flow import settle
+from ncjax.flow.clock import LINEARLY_IMPLICIT, clock, field, unscaled
+from ncjax.flow.invariants import InvariantDrift, invariant_drift
+from ncjax.flow.stabilised import Stabilised4
+from ncjax.numerics import at_unit_scale, power_of_two
+from ncjax.peeled.geometry import squared_norm
+from ncjax.peeled.losses import log_cross_entropy
+from ncjax.types import Array, Params
 
 # Values of `result`.
 SUCCESS = 0
@@ -54,11 +49,6 @@ _LARGEST_SYSTEM = 2000
 # Of the stabilised solver, where stability and not accuracy bounds the step: with the last
 # two errors a third as many steps are rejected as with the last error alone.
 _TWO_ERRORS = {"pcoeff": 0.3, "icoeff": 0.4}
-
-# The implicit solver takes two steps over this length of x up to each time asked for.
-_SETTLING = 0.03
-# log t from which the norm can be read off the time to the digits that the flow has.
-_EQUILIBRIUM_FROM = 1e6
 
 
 class FlowSolution(NamedTuple):
@@ -234,7 +224,7 @@ def _integrate(params, log_times, start, rtol, atol, solver, record, max_steps, 
     # compute it at every step.
     x_told = jnp.repeat(x_save, 2) if x_save.size == 1 else x_save
     subs = [diffrax.SubSaveAt(ts=x_told, fn=save), diffrax.SubSaveAt(t1=True)]
-    x_before = jnp.maximum(x_save - _SETTLING, x_start)
+    x_before = jnp.maximum(x_save - settle.SETTLING, x_start)
     if implicit:
         subs.append(diffrax.SubSaveAt(ts=x_before, fn=lambda _x, scaled, _args: scaled))
     solution = diffrax.diffeqsolve(
@@ -248,7 +238,7 @@ def _integrate(params, log_times, start, rtol, atol, solver, record, max_steps, 
         stepsize_controller=diffrax.PIDController(
             rtol=rtol,
             atol=atol,
-            norm=_finite_or_infinite_norm,
+            norm=settle.finite_or_infinite_norm,
             force_dtmin=False,
             dtmin=_least_step(x_start, x_last),
             **(_TWO_ERRORS if isinstance(solver, Stabilised4) else {}),
@@ -264,9 +254,9 @@ def _integrate(params, log_times, start, rtol, atol, solver, record, max_steps, 
     )
     final = unscaled(x_last, jax.tree.map(lambda leaf: leaf[-1], solution.ys[1]))
     if implicit:
-        settle = partial(_settle, rtol=rtol, atol=atol, initial=params)
+        finish = partial(settle.settle, rtol=rtol, atol=atol, initial=params)
         states = jax.lax.map(
-            lambda saved: settle(*saved), (x_before, solution.ys[2], x_save, observed)
+            lambda saved: finish(*saved), (x_before, solution.ys[2], x_save, observed)
         )
         observed = jax.lax.map(observe, states)
         final = jax.tree.map(lambda leaf: leaf[-1], states)
@@ -301,57 +291,6 @@ def _least_step(x_start: Array, x_last: Array) -> Array:
     """Step in x below which the dtype is too coarse; not above the whole way, if any."""
     least = 16 * float(jnp.finfo(x_last.dtype).eps) * jnp.maximum(1, x_last)
     return jnp.where(x_last > x_start, jnp.minimum(least, x_last - x_start), least)
-
-
-def _settle(x_before, before, x, interpolated, *, rtol, atol, initial: Params) -> Params:
-    """State `Z` at `x` from `Y` interpolated there and a little before.
-
-    What the loss holds fast is off by an error of the long step that was interpolated,
-    which grows with log t in a margin. Two short steps damp it out. Where the state
-    itself moves too fast for them the solver has made its own steps short.
-    """
-
-    def step(carry, ends):
-        (scaled, worst), (low, high) = carry, ends
-        scaled, error, *_ = LINEARLY_IMPLICIT.step(
-            diffrax.ODETerm(field), low, high, scaled, None, None, False
-        )
-        error = jax.tree.map(lambda e, y: e / (atol + rtol * jnp.abs(y)), error, scaled)
-        return (scaled, jnp.maximum(worst, _finite_or_infinite_norm(error))), None
-
-    middle = (x_before + x) / 2
-    ends = jnp.stack([x_before, middle]), jnp.stack([middle, x])
-    # A loop, so that the step is compiled once.
-    start = (_on_loss(x_before, before), jnp.zeros((), x.dtype))
-    (scaled, worst), _ = jax.lax.scan(step, start, ends)
-    scaled = jax.tree.map(
-        lambda settled, plain: jnp.where(worst <= 1, settled, plain), scaled, interpolated
-    )
-    return restore_invariants(unscaled(x, scaled), initial)
-
-
-def _on_loss(x: Array, scaled: Params) -> Params:
-    r"""`Y` with the norm at which the loss is in equilibrium, far out only.
-
-    $d(u + \log \mathcal L)/dx = (1 + u)(1 - e^{u + \log \mathcal L} |\nabla \log \mathcal
-    L|^2)$ pulls the bracket to zero at the rate u. Once u exceeds 1e6 the bracket is within
-    1e-6 of it, and an error of the norm in its tenth digit moves it by more: one step of
-    Newton's method in the norm.
-    """
-    u = jnp.expm1(x)
-    params = unscaled(x, scaled)
-    log_loss, slope = jax.value_and_grad(log_cross_entropy)(params)
-    excess = u + log_loss + jnp.log(squared_norm(slope))
-    radial = sum(jnp.sum(p * g) for p, g in zip(params, slope, strict=True))
-    factor = jnp.where(u > _EQUILIBRIUM_FROM, 1 - excess / radial, 1)
-    return jax.tree.map(lambda leaf: factor * leaf, scaled)
-
-
-def _finite_or_infinite_norm(error) -> Array:
-    """Root mean square, with NaN as infinity: a trial step that overflows is rejected."""
-    mean = squared_norm(error) / sum(leaf.size for leaf in error)
-    norm = jnp.where(mean > 0, jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
-    return jnp.where(jnp.isnan(mean), jnp.inf, norm)
 
 
 def _nan_unless(reached: Array, leaf: Array, like) -> Array:
@@ -402,100 +341,3 @@ def _check_log_times(log_times, start_log_time: float, dtype) -> Array:
                 f"got {values[0]}"
             )
     return cast
-
-
-class DescentSolution(NamedTuple):
-    """Gradient descent at the T step counts asked for."""
-
-    steps: Array  # (T,)    number of steps taken (int32)
-    log_times: Array  # (T,)    log of steps x step size, the flow's log t
-    params: Params | None  # (T, ...) state, None where `record` was given
-    recorded: Any  # (T, ...) record(params), None where it was not given
-    log_loss: Array  # (T,)    log L
-    final: Params  # state after the last step
-
-
-def gradient_descent(
-    params: Params,
-    step_size: float,
-    num_steps: int,
-    *,
-    save_steps=None,
-    record: Callable[[Params], Any] | None = None,
-) -> DescentSolution:
-    r"""Gradient descent $Z_{s+1} = Z_s - \eta \nabla \mathcal L(Z_s)$, one compiled loop.
-
-    The explicit Euler discretisation of `gradient_flow`, with $t = s \eta$: what the
-    paper's own simulations run. To come as far as log t = 20 it needs $e^{20} / \eta$
-    steps.
-
-    Args:
-      params: start, `W` (K, d) and `H` (K, n, d).
-      step_size: eta, positive.
-      num_steps: number of steps, at least 1.
-      save_steps: (T,) strictly increasing step counts in [0, num_steps] at which the state
-        is saved; about 200 spaced evenly in the logarithm, `num_steps` the last, if None.
-      record: function of the state whose value is saved instead of the state.
-
-    Returns:
-      `DescentSolution`.
-
-    Raises:
-      ValueError: shapes or dtypes do not fit, a number is out of range, save_steps do not
-        increase, or (outside jit) params hold NaN or infinity.
-
-    Source: Ji et al. (ICLR 2022), Section 3 (simulations).
-
-    >>> import jax, ncjax
-    >>> start = ncjax.init_params(jax.random.key(0), num_classes=3, per_class=2, dim=4)
-    >>> ncjax.gradient_descent(start, 0.1, 1000).params.H.shape[1:]
-    (3, 2, 4)
-    """
-    params = check_params(params, finite=True)
-    check_integer("num_steps", num_steps, least=1)
-    if num_steps >= 2**31:
-        raise ValueError(f"num_steps must be below 2**31, got {num_steps}")
-    check_positive("step_size", step_size)
-    if save_steps is None:
-        save_steps = np.unique(np.geomspace(1, num_steps, 200).round().astype(np.int32))
-    steps = np.asarray(save_steps)
-    increasing = steps.ndim == 1 and steps.size and np.all(steps[1:] > steps[:-1])
-    if not increasing or steps.dtype.kind not in "iu":
-        raise ValueError(
-            f"save_steps must be strictly increasing integers (T,), got {steps}"
-        )
-    if steps[0] < 0 or steps[-1] > num_steps:
-        raise ValueError(
-            f"save_steps must lie in [0, num_steps = {num_steps}], got {steps}"
-        )
-    return _descend(
-        params,
-        jnp.asarray(step_size, params.W.dtype),
-        jnp.asarray(steps, jnp.int32),
-        jnp.asarray(num_steps, jnp.int32),
-        record,
-    )
-
-
-@partial(jax.jit, static_argnums=4)
-def _descend(params, step_size, steps, num_steps, record):
-    def step(_index, state):
-        gradient = jax.grad(cross_entropy)(state)
-        return jax.tree.map(lambda leaf, g: leaf - step_size * g, state, gradient)
-
-    def until_saved(carry, target):
-        state, done = carry
-        state = jax.lax.fori_loop(done, target, step, state)
-        recorded = state if record is None else record(state)
-        return (state, target), (recorded, log_cross_entropy(state))
-
-    start = (params, jnp.zeros((), jnp.int32))
-    (state, done), (recorded, log_loss) = jax.lax.scan(until_saved, start, steps)
-    return DescentSolution(
-        steps=steps,
-        log_times=jnp.log(steps.astype(step_size.dtype)) + jnp.log(step_size),
-        params=recorded if record is None else None,
-        recorded=None if record is None else recorded,
-        log_loss=log_loss,
-        final=jax.lax.fori_loop(done, num_steps, step, state),
-    )

@@ -13,9 +13,9 @@ cancel and the Jacobian is exactly $-s\, \nabla^2 \mathcal L / \mathcal L - I/2$
 import jax
 import jax.numpy as jnp
 
-from ncjax import implicit
-from ncjax.losses import error_slopes, log_cross_entropy
-from ncjax.rosenbrock import Rodas5P
+from ncjax.flow import block_solve
+from ncjax.flow.rosenbrock import Rodas5P
+from ncjax.peeled.losses import error_slopes, log_cross_entropy
 from ncjax.types import Array, Params
 
 
@@ -50,12 +50,12 @@ def _factor(x, scaled, _args, c):
     params = unscaled(x, scaled)
     outer = 1 + c / 2
     inner = c / outer * speed(x, log_cross_entropy(params))
-    return outer, implicit.factor(params, inner)
+    return outer, block_solve.factor(params, inner)
 
 
 def _solve(factored, right):
     outer, inner = factored
-    return implicit.solve(inner, jax.tree.map(lambda leaf: leaf / outer, right))
+    return block_solve.solve(inner, jax.tree.map(lambda leaf: leaf / outer, right))
 
 
 def _time_derivative(x, scaled, _args):

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.hessian import (
+from ncjax.checks import check_integer
+from ncjax.curvature.hessian import (
     Flat,
     check_floating,
     check_fn,
@@ -18,8 +19,8 @@ from ncjax.hessian import (
     hashable,
     tangent_operator,
 )
-from ncjax.lanczos import EigenPairs, eigh_ends, gauss_quadrature, rayleigh
-from ncjax.types import Array, check_integer
+from ncjax.curvature.lanczos import EigenPairs, eigh_ends, gauss_quadrature, rayleigh
+from ncjax.types import Array
 
 # Up to this dimension method="auto" forms the Hessian and calls LAPACK or cuSOLVER.
 DENSE_LIMIT = 1000

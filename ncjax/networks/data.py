@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ncjax.types import Array, check_integer
+from ncjax.checks import check_integer
+from ncjax.types import Array
 
 DIGITS = "digits"
 _DIGITS_TRAIN = 1437  # of 1797, the others are the split "test"
@@ -68,7 +69,7 @@ def load(
 
     Source: Wiesner et al., TensorFlow Datasets; Alpaydin, Kaynak (1998) for the digits.
 
-    >>> from ncjax import data
+    >>> from ncjax.networks import data
     >>> digits = data.load("digits", "train[:100]")
     >>> digits.images.shape, digits.num_classes
     ((100, 8, 8, 1), 10)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.magnitude import power_of_two
+from ncjax.numerics import power_of_two
 
 Array = jax.Array
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ncjax import measures, statistics
-from ncjax.losses import softmax_cross_entropy
-from ncjax.metrics import check_features
+from ncjax.metrics import measures, statistics
+from ncjax.metrics.inputs import check_features
+from ncjax.peeled.losses import softmax_cross_entropy
 from ncjax.types import Array
 
 

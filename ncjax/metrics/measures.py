@@ -10,7 +10,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.magnitude import at_unit_scale
+from ncjax.numerics import at_unit_scale
 from ncjax.types import Array
 
 

@@ -4,7 +4,7 @@ All compute the same sums. On accelerators they are XLA's own. On CPU some of XL
 to a hundred times slower than the same arithmetic written as matrix products and shifted
 slices: convolutions of 1x1 and 2x2 maps, the gradient of the window maximum, and, within
 the body of a loop, the gradient of a convolution by its kernel (jax-ml/jax#12868). Most
-3x3 convolutions take a quarter of the arithmetic, see `ncjax.winograd`.
+3x3 convolutions take a quarter of the arithmetic, see `ncjax.networks.winograd`.
 """
 
 import math
@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax import winograd
-from ncjax.grouping import map_groups, sum_groups
-from ncjax.types import Array, check_integer
+from ncjax.checks import check_integer
+from ncjax.networks import winograd
+from ncjax.networks.grouping import map_groups, sum_groups
+from ncjax.types import Array
 
 # Up to so many input positions, every one meets every output: one matrix product.
 _DENSE_POSITIONS = 4
@@ -157,7 +158,7 @@ def _images_at_once(out_shape, window, channels: int) -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve_winograd(x: Array, kernel: Array, stride: int = 1, padding: int = 1) -> Array:
-    """`convolve` of 3x3, stride 1 and padding 1, by `ncjax.winograd`."""
+    """`convolve` of 3x3, stride 1 and padding 1, by `ncjax.networks.winograd`."""
     return winograd.correlate(x, kernel)
 
 

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.losses import log_softplus
-from ncjax.magnitude import at_unit_scale, power_of_two
-from ncjax.metrics import check_features
-from ncjax.types import Array, Params, check_integer, check_params
+from ncjax.checks import check_integer, check_params
+from ncjax.metrics.inputs import check_features
+from ncjax.numerics import at_unit_scale, power_of_two
+from ncjax.peeled.losses import log_softplus
+from ncjax.types import Array, Params
 
 
 class LastLayer(NamedTuple):

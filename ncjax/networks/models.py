@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.convolution import convolve, max_pool
-from ncjax.types import Array, check_choice, check_integer, check_positive
+from ncjax.checks import check_choice, check_integer, check_positive
+from ncjax.networks.convolution import convolve, max_pool
+from ncjax.types import Array
 
 STEMS = ("cifar", "imagenet")
 HEADS = ("linear", "mlp")
@@ -325,7 +326,7 @@ def build(name: str, num_classes: int, **options) -> nn.Module:
     Raises:
       ValueError: no network of that name, no such option, or one out of range.
 
-    >>> from ncjax import models
+    >>> from ncjax.networks import models
     >>> models.count_parameters(models.build("resnet18", 10), (32, 32, 3))
     11173962
     """

@@ -1,13 +1,64 @@
 """Shapes that the theory speaks of: simplex ETF, margins, balance, block saddles."""
 
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.magnitude import at_unit_scale
-from ncjax.types import Array, Params, check_integer, check_params, check_sizes, float_dtype
+from ncjax.checks import check_integer, check_params, check_sizes, float_dtype
+from ncjax.numerics import at_unit_scale
+from ncjax.types import Array, Params
+
+
+def init_params(
+    key: Array,
+    num_classes: int,
+    per_class: int,
+    dim: int,
+    scale: float = 0.1,
+    dtype=None,
+) -> Params:
+    """Draw every entry of `W` and `H` from `N(0, scale²)`, independently.
+
+    Args:
+      key: PRNG key; `jax.vmap` over an array of keys gives one start per seed.
+      num_classes: `K`, at least 2.
+      per_class: `n`, samples of each class, at least 1.
+      dim: `d`, feature dimension, at least 1.
+      scale: standard deviation of an entry, not negative.
+      dtype: floating dtype; JAX's default one if None.
+
+    Returns:
+      `Params` with `W` (K, d) and `H` (K, n, d).
+
+    Raises:
+      ValueError: a size or the scale is out of range, dtype is not floating, or key is a
+        plain integer.
+
+    Warns:
+      UserWarning: `dim < num_classes - 1`, where no simplex ETF fits and neural
+        collapse can therefore not be reached.
+    """
+    check_sizes(num_classes=num_classes, per_class=per_class, dim=dim)
+    if isinstance(key, int | np.integer):
+        raise ValueError(f"key must be a PRNG key, such as jax.random.key({key})")
+    dtype = float_dtype(dtype)
+    if not 0 <= scale <= float(jnp.finfo(dtype).max):
+        raise ValueError(f"scale must be finite and not negative in {dtype}, got {scale}")
+    if dim < num_classes - 1:
+        warnings.warn(
+            f"dim={dim} is below num_classes - 1 = {num_classes - 1}: no simplex ETF "
+            "fits, so the flow cannot reach neural collapse",
+            stacklevel=2,
+        )
+    key_W, key_H = jax.random.split(key)
+    deviation = jnp.asarray(scale, dtype)
+    return Params(
+        W=deviation * jax.random.normal(key_W, (num_classes, dim), dtype),
+        H=deviation * jax.random.normal(key_H, (num_classes, per_class, dim), dtype),
+    )
 
 
 def simplex_etf(num_classes: int, dim: int, key: Array | None = None, dtype=None) -> Array:

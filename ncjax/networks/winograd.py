@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.grouping import map_groups, sum_groups
+from ncjax.networks.grouping import map_groups, sum_groups
 from ncjax.types import Array
 
 WINDOW = 3

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.geometry import block_saddle, margins, squared_norm
-from ncjax.losses import log_cross_entropy
-from ncjax.magnitude import at_unit_scale
-from ncjax.types import Array, Params, check_choice, check_params, check_sizes
+from ncjax.checks import check_choice, check_params, check_sizes
+from ncjax.numerics import at_unit_scale
+from ncjax.peeled.geometry import block_saddle, margins, squared_norm
+from ncjax.peeled.losses import log_cross_entropy
+from ncjax.types import Array, Params
 
 # Values of `Certificate.verdict`, and what they say.
 GLOBAL_OPTIMUM = 0

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ncjax.types import Array, Params, check_params
+from ncjax.checks import check_params
+from ncjax.types import Array, Params
 
 # Below this the next term of log log1p(e^a) = a - e^a/2 + ... is under one rounding
 # of `a` in float32 and float64 alike, and e^a is far from underflow in both. In float16

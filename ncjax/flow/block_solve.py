@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ncjax.losses import error_slopes
+from ncjax.peeled.losses import error_slopes
 from ncjax.types import Array, Params
 
 

@@ -1,0 +1,115 @@
+"""Checks of arguments: each raises ValueError with what was given and what is expected."""
+
+import importlib.util
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ncjax.types import Array, Params
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError unless every size is an integer in range (`num_classes >= 2`)."""
+    for name, size in sizes.items():
+        check_integer(name, size, least=2 if name == "num_classes" else 1)
+
+
+def check_integer(name: str, value: int, *, least: int) -> None:
+    """Raise ValueError unless `value` is an integer of at least `least`."""
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_integer or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_positive(name: str, value) -> None:
+    """Raise ValueError if `value` is known and not a positive, finite number."""
+    if not isinstance(value, jax.core.Tracer) and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_params(params: Params, *, finite: bool = False) -> Params:
+    """Return `params` as JAX arrays once shapes, dtypes and (if asked) values are sound.
+
+    Args:
+      params: `W` (K, d) and `H` (K, n, d) with K >= 2, floating, of one dtype.
+      finite: also refuse NaN and infinity, where the values are known: under `jax.jit`
+        or `jax.vmap` they are not, and the check is left out.
+
+    Raises:
+      ValueError: says what was given and what is expected.
+    """
+    if not (isinstance(params, tuple) and len(params) == 2):
+        raise ValueError(f"expected ncjax.Params(W, H), got {type(params).__name__}")
+    W, H = (jnp.asarray(leaf) for leaf in params)
+    if W.ndim != 2 or H.ndim != 3 or (H.shape[0], H.shape[2]) != W.shape:
+        raise ValueError(
+            f"expected W (K, d) and H (K, n, d), got W {W.shape} and H {H.shape}"
+            + _advice(W, H)
+        )
+    num_classes, per_class, dim = H.shape
+    check_sizes(num_classes=num_classes, per_class=per_class, dim=dim)
+    if not jnp.issubdtype(W.dtype, jnp.floating) or W.dtype != H.dtype:
+        raise ValueError(
+            f"expected W and H of one floating dtype, got W {W.dtype} and H {H.dtype}"
+        )
+    if finite:
+        for name, leaf in (("W", W), ("H", H)):
+            check_finite(name, leaf)
+    return Params(W, H)
+
+
+def _advice(W: Array, H: Array) -> str:
+    """What to do with shapes that are usual and wrong."""
+    if W.ndim == 3 and H.ndim == 4 and len(W) == len(H):
+        return f": for {len(W)} models on a leading axis use jax.vmap"
+    if W.ndim == 2 and H.ndim == 2 and H.shape[1] == W.shape[1]:
+        return ": ncjax.peel sorts features (N, d) by their labels"
+    return ""
+
+
+def check_finite(name: str, array: Array) -> None:
+    """Raise ValueError if a concrete `array` holds NaN or infinity."""
+    if isinstance(array, jax.core.Tracer):
+        return
+    bad = int(np.count_nonzero(~np.isfinite(np.asarray(array))))
+    if bad:
+        raise ValueError(
+            f"{name} must be finite, got {bad} of {array.size} entries NaN or infinite"
+        )
+
+
+def float_dtype(dtype) -> jnp.dtype:
+    """The default floating dtype for None, else `dtype`, refused if not floating."""
+    resolved = jnp.zeros((), float).dtype if dtype is None else jnp.dtype(dtype)
+    if not jnp.issubdtype(resolved, jnp.floating):
+        raise ValueError(f"dtype must be floating, got {resolved}")
+    if jax.dtypes.canonicalize_dtype(resolved) != resolved:
+        raise ValueError(
+            f"dtype {resolved} needs jax.config.update('jax_enable_x64', True)"
+        )
+    return resolved
+
+
+def check_installed(extra: str, *modules: str) -> None:
+    """Raise ModuleNotFoundError with the extra to install if a module is missing."""
+    missing = [name for name in modules if not _is_installed(name)]
+    if missing:
+        raise ModuleNotFoundError(
+            f"{', '.join(missing)} not found: pip install 'ncjax[{extra}]'", name=missing[0]
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package is missing
+        return False

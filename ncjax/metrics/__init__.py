@@ -1,0 +1,14 @@
+"""Neural collapse in numbers: of the layer-peeled model, of features, of a last layer."""
+
+from ncjax.metrics import measures as measures
+from ncjax.metrics import statistics as statistics
+from ncjax.metrics import variants as variants
+from ncjax.metrics.collapse import CollapseMetrics as CollapseMetrics
+from ncjax.metrics.collapse import collapse_metrics as collapse_metrics
+from ncjax.metrics.collapse import (
+    collapse_metrics_from_features as collapse_metrics_from_features,
+)
+from ncjax.metrics.peeling import LastLayer as LastLayer
+from ncjax.metrics.peeling import balance_norms as balance_norms
+from ncjax.metrics.peeling import last_layer as last_layer
+from ncjax.metrics.peeling import peel as peel

@@ -1,0 +1,18 @@
+"""The layer-peeled model: its shapes, its losses, its minimum-norm separation problem."""
+
+from ncjax.peeled.geometry import balance as balance
+from ncjax.peeled.geometry import block_saddle as block_saddle
+from ncjax.peeled.geometry import init_params as init_params
+from ncjax.peeled.geometry import margin_ratio as margin_ratio
+from ncjax.peeled.geometry import margins as margins
+from ncjax.peeled.geometry import simplex_etf as simplex_etf
+from ncjax.peeled.geometry import squared_norm as squared_norm
+from ncjax.peeled.losses import cross_entropy as cross_entropy
+from ncjax.peeled.losses import log_cross_entropy as log_cross_entropy
+from ncjax.peeled.separation import KKT as KKT
+from ncjax.peeled.separation import VERDICTS as VERDICTS
+from ncjax.peeled.separation import Certificate as Certificate
+from ncjax.peeled.separation import certificate as certificate
+from ncjax.peeled.separation import kkt as kkt
+from ncjax.peeled.separation import kkt_angle as kkt_angle
+from ncjax.peeled.separation import solve_separation as solve_separation
