@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.numerics import dot
 from ncjax.types import Array
 
 
@@ -98,7 +99,7 @@ def tangent_operator(fn, params, batches, sphere: bool) -> tuple[Callable, Calla
     mirror = mirror / jnp.linalg.norm(mirror)
 
     def reflect(v):
-        return v - 2 * jnp.dot(mirror, v, precision="highest") * mirror
+        return v - 2 * dot(mirror, v) * mirror
 
     def embed(v):
         return reflect(jnp.concatenate([jnp.zeros(1, v.dtype), v]))
@@ -120,10 +121,10 @@ def _hessian(fn, params, batches, sphere: bool) -> Callable[[Array], Array]:
     unit, length = _direction(flat.ravel(params))
     with jax.default_matmul_precision("highest"):
         slope = flat.ravel(gradient(params))
-    radial = jnp.dot(slope, unit, precision="highest") / length
+    radial = dot(slope, unit) / length
 
     def project(v):
-        return v - jnp.dot(unit, v, precision="highest") * unit
+        return v - dot(unit, v) * unit
 
     def riemannian(v):
         v = project(v)

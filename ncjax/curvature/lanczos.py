@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.numerics import power_of_two
+from ncjax.numerics import dot, matmul, power_of_two
 
 Array = jax.Array
 
@@ -159,7 +159,7 @@ def rayleigh(matvec, vectors: Array, tolerance: Array) -> EigenPairs:
     def pair(v):
         v = v / jnp.linalg.norm(v)
         product = matvec(v)
-        value = jnp.dot(v, product, precision="highest")
+        value = dot(v, product)
         return value, v, _norm(product - value * v)
 
     values, vectors, residuals = jax.lax.map(pair, vectors)
@@ -277,7 +277,7 @@ def _restart(krylov: _Krylov, theta, rotation, count: int, fresh) -> tuple[_Kryl
     most = min(count + (size - count) // 2, max(size - 1, count))
     kept = jnp.where(fresh, count, most).astype(jnp.int32)
     within = jnp.arange(size, dtype=jnp.int32) < kept
-    rows = jnp.matmul(rotation[:, :most].T, krylov.basis, precision="highest")
+    rows = matmul(rotation[:, :most].T, krylov.basis)
     rows = jnp.where(within[:most, None], rows, 0.0)
     restarted = krylov._replace(
         basis=jnp.zeros_like(krylov.basis).at[:most].set(rows),
@@ -299,11 +299,11 @@ def _orthogonalise(basis: Array, vector: Array) -> tuple[Array, Array]:
     by_row = vector.dtype == jnp.float32 and len(vector) > _WIDE
     for _ in range(2):
         if by_row:
-            row_dot = partial(jnp.dot, vector, precision="highest")
+            row_dot = partial(dot, vector)
             change = jax.lax.map(row_dot, basis)
         else:
-            change = jnp.matmul(basis, vector, precision="highest")
-        vector = vector - jnp.matmul(change, basis, precision="highest")
+            change = matmul(basis, vector)
+        vector = vector - matmul(change, basis)
         coefficients = coefficients + change
     return vector, coefficients
 

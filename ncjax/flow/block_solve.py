@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ncjax.numerics import matmul
 from ncjax.peeled.losses import error_slopes
 from ncjax.types import Array, Params
 
@@ -50,17 +51,17 @@ def factor(params: Params, c: Array) -> Factored:
     # Sums over samples as products of matrices with the samples in the middle.
     samples = h.shape[0]
     h_P = (h[:, :, None] * P[:, None, :]).reshape(samples, -1)
-    EW = _mul(E, W)
-    WEW = _mul(W.T, EW)
+    EW = matmul(E, W)
+    WEW = matmul(W.T, EW)
     size = num_classes * dim
 
     def kron(left, right):
         """Sum over samples of left (K, K) and right (d, d), as (K d, K d)."""
-        product = _mul(left.reshape(samples, -1).T, right.reshape(samples, -1))
+        product = matmul(left.reshape(samples, -1).T, right.reshape(samples, -1))
         product = product.reshape(num_classes, num_classes, dim, dim)
         return product.transpose(0, 2, 1, 3).reshape(size, size)
 
-    cross = _mul(EW.reshape(samples, -1).T, h_P)  # (i f, e l)
+    cross = matmul(EW.reshape(samples, -1).T, h_P)  # (i f, e l)
     cross = cross.reshape(num_classes, dim, dim, num_classes)
     cross = cross.transpose(0, 2, 3, 1).reshape(size, size)  # (i e, l f)
     outer_h = h[:, :, None] * h[:, None, :]
@@ -85,12 +86,14 @@ def solve(factored: Factored, right: Params) -> Params:
     h = H.reshape(-1, W.shape[1])
     r = right.H.reshape(h.shape)
     # What the features answer to the right-hand side alone.
-    p = _mul(E, _mul(r, W.T)[..., None])[..., 0]
-    rest = right.W - c * _mul(P.T, r) - c * (_mul(p.T, h) - c * _mul(_mul(P.T, p), W))
-    dW = _mul(schur, rest.reshape(-1)).reshape(W.shape)
-    pulled = _mul(P, dW)
-    p = p + _mul(E, (_mul(h, dW.T) - c * _mul(pulled, W.T))[..., None])[..., 0]
-    dh = r - c * pulled - c * _mul(p, W)
+    p = matmul(E, matmul(r, W.T)[..., None])[..., 0]
+    rest = (
+        right.W - c * matmul(P.T, r) - c * (matmul(p.T, h) - c * matmul(matmul(P.T, p), W))
+    )
+    dW = matmul(schur, rest.reshape(-1)).reshape(W.shape)
+    pulled = matmul(P, dW)
+    p = p + matmul(E, (matmul(h, dW.T) - c * matmul(pulled, W.T))[..., None])[..., 0]
+    dh = r - c * pulled - c * matmul(p, W)
     return Params(dW, dh.reshape(H.shape))
 
 
@@ -120,7 +123,7 @@ def _slopes_and_eliminated_curvatures(params: Params, c: Array) -> tuple[Array, 
         return matrix - crossed - jnp.swapaxes(crossed, -1, -2)
 
     differences = params.W[None] - params.W[:, None]  # (K, K, d)
-    gram = _mul(differences, jnp.swapaxes(differences, -1, -2))[:, None]
+    gram = matmul(differences, jnp.swapaxes(differences, -1, -2))[:, None]
     eye = jnp.eye(num_classes, dtype=gram.dtype)[None, None]
     E = scale(deflate(inverse(eye + c * deflate(scale(gram)))))
     # What one logit gains all others lose: rows and columns sum to zero.
@@ -129,10 +132,6 @@ def _slopes_and_eliminated_curvatures(params: Params, c: Array) -> tuple[Array, 
     E = jnp.where(own[..., None, :], -jnp.sum(E, axis=-1, keepdims=True), E)
     shape = (-1, num_classes)
     return slopes.P.reshape(shape), E.reshape(*shape, num_classes)
-
-
-def _mul(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision="highest")
 
 
 def inverse(matrix: Array, block: int = 1) -> Array:
@@ -176,4 +175,4 @@ def inverse(matrix: Array, block: int = 1) -> Array:
 
 def _product(left: Array, right: Array) -> Array:
     """Matrix product; an outer one elementwise."""
-    return left * right if left.shape[-1] == 1 else _mul(left, right)
+    return left * right if left.shape[-1] == 1 else matmul(left, right)

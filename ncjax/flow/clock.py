@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from ncjax.flow import block_solve
 from ncjax.flow.rosenbrock import Rodas5P
+from ncjax.numerics import einsum
 from ncjax.peeled.losses import error_slopes, log_cross_entropy
 from ncjax.types import Array, Params
 
@@ -34,8 +35,8 @@ def field(x, scaled: Params, _args=None) -> Params:
     W, H = scaled
     slopes = error_slopes(Params(jnp.exp(x) * W, H))
     P = speed(x, slopes.log_loss) * slopes.P
-    dW = jnp.einsum("kij,kid->jd", P, H, precision="highest")
-    dH = jnp.einsum("kij,jd->kid", P, W, precision="highest")
+    dW = einsum("kij,kid->jd", P, H)
+    dH = einsum("kij,jd->kid", P, W)
     return Params(-dW - W / 2, -dH - H / 2)
 
 

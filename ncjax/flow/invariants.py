@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ncjax.checks import check_params
-from ncjax.numerics import power_of_two
+from ncjax.numerics import matmul, power_of_two
 from ncjax.peeled.geometry import balance, squared_norm
 from ncjax.types import Array, Params
 
@@ -92,8 +92,8 @@ def restore_invariants(params: Params, start: Params) -> Params:
     W, H = params.W - jnp.mean(params.W, axis=0, keepdims=True), params.H
     for _ in range(2):  # Newton's method: each leaves the square of the error
         h = H.reshape(-1, H.shape[-1])
-        gram = jnp.matmul(W.T, W, precision="highest")
-        gram += jnp.matmul(h.T, h, precision="highest")
+        gram = matmul(W.T, W)
+        gram += matmul(h.T, h)
         size = jnp.trace(gram)
         # Directions that no row has cannot be put right, nor need they.
         gram += _FLOOR * size * jnp.eye(gram.shape[0], dtype=gram.dtype)
@@ -103,13 +103,11 @@ def restore_invariants(params: Params, start: Params) -> Params:
             atol=float(jnp.finfo(gram.dtype).eps) * size,
             maxiter=50,
         )
-        W = W + jnp.matmul(W, X, precision="highest")
-        H = H - jnp.matmul(H, X, precision="highest")
+        W = W + matmul(W, X)
+        H = H - matmul(H, X)
     return Params(W + mean, H)
 
 
 def _lyapunov(gram: Array, X: Array) -> Array:
     """`G X + X G`."""
-    return jnp.matmul(gram, X, precision="highest") + jnp.matmul(
-        X, gram, precision="highest"
-    )
+    return matmul(gram, X) + matmul(X, gram)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.numerics import tensordot
+
 # Steinebach (2023), Tables 3 and 4, in the transformed variables of Hairer and Wanner
 # (Solving ODEs II, equation (IV.7.25)), where no product with the Jacobian is left.
 _GAMMA = 0.21193756319429014
@@ -158,11 +160,11 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
         y1 = jax.tree.map(lambda leaf, u: leaf + _weigh(a[-1], u) + u[-1], y0, u)
         error = jax.tree.map(lambda u: u[-1], u)
         dense = jnp.asarray(_DENSE, dtype)
-        k = jax.tree.map(lambda u: jnp.tensordot(dense, u, 1, precision="highest"), u)
+        k = jax.tree.map(lambda u: tensordot(dense, u, 1), u)
         info = {"y0": y0, "y1": y1, "k": k}
         return y1, error, info, None, diffrax.RESULTS.successful
 
 
 def _weigh(weights, u):
     """Sum over stages of weight times u, leaves (8, ...)."""
-    return jnp.tensordot(weights, u, 1, precision="highest")
+    return tensordot(weights, u, 1)

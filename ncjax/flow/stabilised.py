@@ -6,6 +6,8 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
+from ncjax.numerics import tensordot
+
 # Euler steps before and after the four stages of `_FINISH`, in units of the step: the
 # reciprocals of the real zeros of the stability polynomial.
 # fmt: off
@@ -121,4 +123,4 @@ def _scale(factor, slope):
 
 def _weigh(weights, slopes):
     """Sum over stages of weight times slope, leaves (4, ...)."""
-    return jnp.tensordot(weights, slopes, 1, precision="highest")
+    return tensordot(weights, slopes, 1)

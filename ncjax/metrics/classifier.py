@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from ncjax.metrics import measures, statistics
 from ncjax.metrics.inputs import check_features
+from ncjax.numerics import matmul
 from ncjax.peeled.losses import softmax_cross_entropy
 from ncjax.types import Array
 
@@ -114,13 +115,13 @@ def squared_error_parts(
     factor = [jnp.pad(deviation, ((0, 0), (0, 1))), means / math.sqrt(size), ridge]
     root = jnp.linalg.qr(jnp.concatenate(factor), mode="r")
     least = jax.scipy.linalg.cho_solve((root, False), means.T / size).T
-    noise = jnp.matmul(least[:, :-1], deviation.T, precision="highest")
-    fit = jnp.matmul(means, least.T, precision="highest") - jnp.eye(size, dtype=W.dtype)
+    noise = matmul(least[:, :-1], deviation.T)
+    fit = matmul(means, least.T) - jnp.eye(size, dtype=W.dtype)
     gap = jnp.concatenate([W, b[:, None]], axis=1) - least
     return SquaredErrorParts(
         nc1=(jnp.sum(noise**2) + decay * jnp.sum(least**2)) / 2,
         nc23=jnp.sum(fit**2) / (2 * size),
-        perpendicular=jnp.sum(jnp.matmul(gap, root.T, precision="highest") ** 2) / 2,
+        perpendicular=jnp.sum(matmul(gap, root.T) ** 2) / 2,
     )
 
 
@@ -131,7 +132,7 @@ def _classified(features, labels, W, b=None):
 
 
 def _logits(features, W, b=None):
-    product = jnp.matmul(features, W.T, precision="highest")
+    product = matmul(features, W.T)
     return product if b is None else product + b[None]
 
 

@@ -10,7 +10,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.numerics import at_unit_scale
+from ncjax.numerics import at_unit_scale, matmul
 from ncjax.types import Array
 
 
@@ -42,7 +42,7 @@ def norm_variation(rows: Array, ddof: int = 1) -> Array:
 def pair_cosines(rows: Array) -> Array:
     r"""Cosines $\cos(v_j, v_k)$ of the K(K-1)/2 pairs j < k of `rows` (K, d)."""
     unit = unit_rows(rows)
-    gram = jnp.matmul(unit, unit.T, precision="highest")
+    gram = matmul(unit, unit.T)
     return gram[np.triu_indices(rows.shape[0], k=1)]
 
 
@@ -70,7 +70,7 @@ def product_etf_error(rows: Array, others: Array) -> Array:
     """
     size = rows.shape[0]
     rows, others = at_unit_scale(rows), at_unit_scale(others)
-    product = at_unit_scale(jnp.matmul(rows, others.T, precision="highest"))
+    product = at_unit_scale(matmul(rows, others.T))
     etf = (jnp.eye(size, dtype=rows.dtype) - 1 / size) / math.sqrt(size - 1)
     return jnp.linalg.norm(product / jnp.linalg.norm(product) - etf)
 

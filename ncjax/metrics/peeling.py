@@ -14,7 +14,7 @@ import numpy as np
 
 from ncjax.checks import check_integer, check_params
 from ncjax.metrics.inputs import check_features
-from ncjax.numerics import at_unit_scale, power_of_two
+from ncjax.numerics import at_unit_scale, matmul, power_of_two
 from ncjax.peeled.losses import log_softplus
 from ncjax.types import Array, Params
 
@@ -79,7 +79,7 @@ def _last_layer(features, labels, W, b) -> LastLayer:
     num_classes, (samples, _) = W.shape[0], features.shape
     others = labels[:, None] != jnp.arange(num_classes, dtype=labels.dtype)[None]
     # A common offset of the rows of W, which no margin sees, would cost digits.
-    logits = jnp.matmul(features, (W - W[:1]).T, precision="highest")
+    logits = matmul(features, (W - W[:1]).T)
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     excess = logits - own  # minus the margins
     log_odds = jax.nn.logsumexp(excess, axis=1, where=others)
@@ -92,8 +92,8 @@ def _last_layer(features, labels, W, b) -> LastLayer:
     total = jnp.sum(weights, axis=1, keepdims=True)
     by_logits = jnp.where(others, weights, -total)
     gradient = (
-        jnp.matmul(by_logits.T, features, precision="highest"),
-        jnp.matmul(by_logits, W, precision="highest"),
+        matmul(by_logits.T, features),
+        matmul(by_logits, W),
     )
     norm_W, norm_H = jnp.linalg.norm(W), jnp.linalg.norm(features)
     norm = jnp.hypot(norm_W, norm_H)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ncjax.numerics import matmul
 from ncjax.types import Array
 
 CENTRINGS = ("class_mean", "sample_mean")
@@ -112,7 +113,7 @@ def _class_sums(rows: Array, labels: Array, members: Array) -> Array:
     if jax.default_backend() == "cpu":
         labels = jnp.where(jnp.any(members, axis=1), labels, num_classes)
         return jax.ops.segment_sum(rows, labels, num_classes)
-    return jnp.matmul(members.T.astype(rows.dtype), rows, precision="highest")
+    return matmul(members.T.astype(rows.dtype), rows)
 
 
 def merge(first: ClassStatistics, second: ClassStatistics) -> ClassStatistics:
@@ -185,7 +186,7 @@ def centred_means(statistics: ClassStatistics, centring: str = "class_mean") -> 
     """
     relative = (statistics.anchor - statistics.anchor[:1]) + statistics.offset
     share = _shares(statistics, centring)
-    return relative - jnp.matmul(share, relative, precision="highest")[None]
+    return relative - matmul(share, relative)[None]
 
 
 def deviations(statistics: ClassStatistics, features: Array, labels: Array) -> Array:
@@ -210,7 +211,7 @@ def reference(statistics: ClassStatistics, centring: str = "class_mean") -> Refe
     # The rows of M, weighted by the shares, sum to zero: M loses one dimension. It is taken
     # off exactly, so that no singular value left is rounding in disguise.
     basis = _complement(_shares(statistics, centring))
-    rows = jnp.matmul(basis, centred, precision="highest")
+    rows = matmul(basis, centred)
     _, singular, right = jnp.linalg.svd(rows, full_matrices=False)
     cutoff = num_classes * jnp.finfo(dtype).eps * jnp.max(singular)
     kept = singular > cutoff
@@ -270,15 +271,15 @@ def compare(
     num_classes, dtype = statistics.counts.shape[0], statistics.anchor.dtype
     members, features, labels = _members(features, labels, mask, num_classes, dtype)
     deviation = deviations(statistics, features, labels)
-    projected = jnp.matmul(deviation, against.centred.T, precision="highest")
+    projected = matmul(deviation, against.centred.T)
     own = jnp.take_along_axis(projected, labels[:, None], axis=1)
     to_centres = 2 * (own - projected) + against.distances[labels]
     nearest = jax.lax.argmin(to_centres, 1, jnp.int32)
-    logits = jnp.matmul(features, W.T.astype(dtype), precision="highest")
+    logits = matmul(features, W.T.astype(dtype))
     if b is not None:
         logits = logits + b[None].astype(dtype)
     decided = jax.lax.argmax(logits, 1, jnp.int32)
-    whitened = jnp.matmul(deviation, against.whitening.T, precision="highest")
+    whitened = matmul(deviation, against.whitening.T)
     squares = jnp.sum(whitened**2, axis=1)
 
     def total(which):

@@ -27,6 +27,7 @@ from ncjax.metrics.classifier import mean_squared_error as mean_squared_error
 from ncjax.metrics.classifier import squared_error_parts as squared_error_parts
 from ncjax.metrics.inputs import check_features, check_samples
 from ncjax.metrics.statistics import ClassStatistics, Comparison
+from ncjax.numerics import matmul
 from ncjax.types import Array
 
 WEIGHTINGS = ("sample", "class")
@@ -210,7 +211,7 @@ def mean_logits_norm(
     Source: Zhu et al. (2021), NC3; `W` (K, d), `b` (K,), a scalar.
     """
     centre = statistics.global_mean(first_pass, centring)
-    product = jnp.matmul(W.astype(centre.dtype), centre, precision="highest")
+    product = matmul(W.astype(centre.dtype), centre)
     return jnp.linalg.norm(product + b.astype(centre.dtype))
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from ncjax.checks import check_choice, check_integer, check_positive
 from ncjax.networks.convolution import convolve, max_pool
+from ncjax.numerics import einsum
 from ncjax.types import Array
 
 STEMS = ("cifar", "imagenet")
@@ -277,7 +278,7 @@ def adaptive_mean(x: Array, grid: int) -> Array:
       (B, grid, grid, C).
     """
     rows, columns = (jnp.asarray(_window_means(n, grid), x.dtype) for n in x.shape[1:3])
-    return jnp.einsum("ph,bhwc,qw->bpqc", rows, x, columns, precision="highest")
+    return einsum("ph,bhwc,qw->bpqc", rows, x, columns)
 
 
 def _window_means(size: int, grid: int) -> np.ndarray:

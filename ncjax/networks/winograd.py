@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.networks.grouping import map_groups, sum_groups
+from ncjax.numerics import matmul
 from ncjax.types import Array
 
 WINDOW = 3
@@ -71,7 +72,7 @@ def correlate(x: Array, kernel: Array) -> Array:
     points = _product(_TAPS, taps).reshape(-1, *channels)
 
     def of_images(images):
-        at_points = jnp.matmul(_evaluate(images), points, precision="highest")
+        at_points = matmul(_evaluate(images), points)
         tiles = _product(_OUTPUTS, at_points.reshape(len(points), -1))
         return _assemble(tiles.reshape(-1, channels[1]), len(images), size)
 
@@ -114,7 +115,7 @@ def _tiles_at_once(channels: int, elements: int) -> int:
 
 
 def _product(matrix: np.ndarray, rows: Array) -> Array:
-    return jnp.matmul(matrix.astype(rows.dtype), rows, precision="highest")
+    return matmul(matrix.astype(rows.dtype), rows)
 
 
 def _grid(size) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_integer, check_params, check_sizes, float_dtype
-from ncjax.numerics import at_unit_scale
+from ncjax.numerics import at_unit_scale, einsum, matmul
 from ncjax.types import Array, Params
 
 
@@ -101,7 +101,7 @@ def simplex_etf(num_classes: int, dim: int, key: Array | None = None, dtype=None
         wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
         frame = jax.random.orthogonal(key, dim, dtype=wide, m=num_classes - 1)
         rows = jnp.asarray(helmert(num_classes).T, wide)
-        unit = jnp.matmul(rows, frame.T, precision="highest").astype(dtype)
+        unit = matmul(rows, frame.T).astype(dtype)
     elif dim >= num_classes:
         centring = np.eye(num_classes) - 1 / num_classes
         unit = jnp.asarray(np.pad(centring, ((0, 0), (0, dim - num_classes))), dtype)
@@ -146,8 +146,8 @@ def margins(params: Params) -> Array:
     W, H = check_params(params)
     # A common offset of the rows of W, which no margin sees, would cost digits.
     W = W - W[:1]
-    logits = jnp.einsum("kid,jd->kij", H, W, precision="highest")
-    own = jnp.einsum("kid,kd->ki", H, W, precision="highest")
+    logits = einsum("kid,jd->kij", H, W)
+    own = einsum("kid,kd->ki", H, W)
     same = jnp.eye(W.shape[0], dtype=bool)[:, None, :]
     return jnp.where(same, jnp.inf, own[..., None] - logits)
 
@@ -191,8 +191,8 @@ def balance(params: Params) -> Array:
       ValueError: shapes or dtypes do not fit.
     """
     W, H = check_params(params)
-    gram = jnp.einsum("kid,kie->de", H, H, precision="highest")
-    return jnp.matmul(W.T, W, precision="highest") - gram
+    gram = einsum("kid,kie->de", H, H)
+    return matmul(W.T, W) - gram
 
 
 def block_saddle(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ncjax.checks import check_params
+from ncjax.numerics import einsum
 from ncjax.types import Array, Params
 
 # Below this the next term of log log1p(e^a) = a - e^a/2 + ... is under one rounding
@@ -149,8 +150,8 @@ def _logit_differences(params: Params) -> tuple[Array, Array]:
     transposed = W.T
     if W.size >= _LARGE:
         transposed = jax.lax.optimization_barrier(transposed)
-    logits = jnp.einsum("kid,dj->kij", H, transposed, precision="highest")
-    own = jnp.einsum("kid,kd->ki", H, W, precision="highest")
+    logits = einsum("kid,dj->kij", H, transposed)
+    own = einsum("kid,kd->ki", H, W)
     others = ~jnp.eye(W.shape[0], dtype=bool)[:, None, :]
     return logits - own[..., None], others
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_choice, check_params, check_sizes
-from ncjax.numerics import at_unit_scale
+from ncjax.numerics import at_unit_scale, matmul
 from ncjax.peeled.geometry import block_saddle, margins, squared_norm
 from ncjax.peeled.losses import log_cross_entropy
 from ncjax.types import Array, Params
@@ -333,8 +333,8 @@ def _combination(multipliers: Array, params: Params) -> Params:
     W, H = params
     features = H.reshape(-1, H.shape[-1])
     return Params(
-        W=jnp.matmul(dual, features, precision="highest"),
-        H=jnp.matmul(dual.T, W, precision="highest").reshape(H.shape),
+        W=matmul(dual, features),
+        H=matmul(dual.T, W).reshape(H.shape),
     )
 
 
@@ -342,7 +342,7 @@ def _descent_direction(params: Params, u: Array, v: Array, tolerance: Array) -> 
     """`(u aᵀ, v aᵀ) / √2` with a unit a orthogonal to every row, to the tolerance."""
     W, H = params
     rows = jnp.concatenate([W, H.reshape(-1, H.shape[-1])])
-    values, vectors = jnp.linalg.eigh(jnp.matmul(rows.T, rows, precision="highest"))
+    values, vectors = jnp.linalg.eigh(matmul(rows.T, rows))
     room = values[0] <= tolerance**2 * values[-1]
     a = jnp.where(room, vectors[:, 0], jnp.nan) / 2**0.5
     return Params(W=jnp.outer(u, a), H=jnp.outer(v, a).reshape(H.shape))
