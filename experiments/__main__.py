@@ -3,18 +3,20 @@
 import ast
 from pathlib import Path
 
+from experiments import COMMANDS
+
 
 def listing() -> str:
-    """A line for each experiment: its command, what it does. Imports none of them."""
-    paths = sorted(Path(__file__).parent.glob("[!_]*.py"))
-    width = max(len(path.stem) for path in paths) + 2
+    """A line for each command: its name, what it does. Imports none of them."""
+    width = max(map(len, COMMANDS)) + 2
     lines = [
         "Usage: python -m experiments.NAME [--flag=value ...]; --help lists the flags",
         "",
     ]
-    for path in paths:
-        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        lines.append(f"  {path.stem:<{width}}{text.splitlines()[0]}")
+    for name in COMMANDS:
+        source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+        text = ast.get_docstring(ast.parse(source)) or ""
+        lines.append(f"  {name:<{width}}{text.splitlines()[0]}")
     return "\n".join(lines)
 
 

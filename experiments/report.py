@@ -1,15 +1,13 @@
 """One page of any set of runs: figures, tables, verdicts, settings, versions."""
 
 import dataclasses
+import importlib
 from pathlib import Path
 
-import jinja2
-
-from experiments import _views
-from experiments._runs import cli, folders
+from experiments import EXPERIMENTS
+from experiments._runs import cli, folders, page
 
 NAME = "report"
-_TEMPLATE = "page.html"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +41,9 @@ def run(config: Config) -> Path:
     output = Path(config.output)
     _check_output(output, config.overwrite)
     runs, left_out = find_runs(config.runs)
-    page = render(config, [_views.view(folder) for folder in runs], left_out)
-    folders.write_atomically(output, page.encode())
+    sections = [_section(folder) for folder in runs]
+    text = page.render(config.title, config.runs, sections, left_out)
+    folders.write_atomically(output, text.encode())
     unsound = [str(f) for f in runs if not (f / folders.SUMMARY).exists()]
     count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     print(f"{count}, {output.stat().st_size / 1e6:.2g} MB")
@@ -80,7 +79,7 @@ def find_runs(names: str) -> tuple[list[Path], list[str]]:
         if not folder.is_dir():
             raise ValueError(f"--runs: there is no folder {name!r}")
         if (folder / folders.CONFIG).is_file():
-            _views.kind_of(folder)
+            kind_of(folder)
             found.setdefault(folder.resolve(), folder)
             continue
         below = sorted(path.parent for path in folder.rglob(folders.CONFIG))
@@ -88,7 +87,7 @@ def find_runs(names: str) -> tuple[list[Path], list[str]]:
             raise ValueError(f"--runs: {name!r} is and holds no run: no {folders.CONFIG}")
         for path in below:
             try:
-                _views.kind_of(path)
+                kind_of(path)
             except ValueError as error:
                 left_out.append(str(error))
             else:
@@ -97,27 +96,40 @@ def find_runs(names: str) -> tuple[list[Path], list[str]]:
         raise ValueError(
             f"--runs={names}: no run to show" + "".join(f"; {e}" for e in left_out)
         )
-    order = {kind: number for number, kind in enumerate(_views.KINDS)}
-    runs = sorted(found.values(), key=lambda path: (order[_views.kind_of(path)], str(path)))
+    runs = sorted(
+        found.values(), key=lambda path: (EXPERIMENTS.index(kind_of(path)), str(path))
+    )
     return runs, left_out
 
 
-def render(config: Config, sections: list[_views.Section], left_out: list[str]) -> str:
-    """The page as HTML, everything escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(folders.__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(_TEMPLATE).render(
-        title=config.title,
-        runs=config.runs,
-        sections=sections,
-        side_by_side=_views.side_by_side(sections),
-        left_out=left_out,
-    )
+def kind_of(folder: Path) -> str:
+    """The experiment that a run folder is of, one of `EXPERIMENTS`.
+
+    Raises:
+      ValueError: it holds no run, or one of an unknown kind.
+    """
+    folders.stored_config(folder)
+    stored = folders.read_json(folder / folders.CONFIG)
+    # Runs of earlier versions hold the command alone.
+    command = stored.get("command", "")
+    words = command.split() if isinstance(command, str) else []
+    modules = [word for word in words if word.startswith("experiments.")]
+    started = "".join(modules[:1]).removeprefix("experiments.")
+    name = str(stored.get("experiment", started))
+    if name not in EXPERIMENTS:
+        raise ValueError(
+            f"{str(folder)!r} is a run of an unknown kind, {name!r}: expected one of "
+            f"{', '.join(EXPERIMENTS)}"
+        )
+    return name
+
+
+def _section(folder: Path) -> page.Section:
+    """The section of a run, as its experiment shows it."""
+    kind = kind_of(folder)
+    # Here and by name: a page of flows alone needs no network library.
+    experiment = importlib.import_module(f"experiments.{kind}")
+    return page.section(folder, kind, experiment.PAGE)
 
 
 if __name__ == "__main__":

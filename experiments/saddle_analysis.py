@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import ncjax
 from experiments import _fits, _legs, _saddles
-from experiments._runs import cli, folders
+from experiments._runs import cli, folders, page
 from ncjax import plotting
 from ncjax.peeled.separation import GLOBAL_OPTIMUM, NO_ROOM, STRICT_SADDLE
 
@@ -305,6 +305,79 @@ def _report(summary: Mapping[str, Any]) -> str:
         for row in summary["descent"]
     ]
     return "\n".join(lines)
+
+
+def _findings(summary: Mapping[str, Any]) -> page.Findings:
+    """The block family, certificates of flows, escapes and descents."""
+    family, flow = summary["family"], summary["directions"]
+    wrong, optimal = family["wrong_multiplicity_or_verdict"], flow["globally_optimal"]
+    sound = not wrong and optimal == flow["seeds"]
+    verdict = (
+        f"{family['members']} members, {len(wrong)} wrong; {optimal} of {flow['seeds']} "
+        "flows certified optimal"
+    )
+    tables = [
+        _counts(family, flow),
+        _found_and_predicted(
+            "Escape off a saddle: exponent of log t",
+            summary["escape"],
+            ("fitted_exponent", "predicted_exponent"),
+        ),
+        _found_and_predicted(
+            "Descent on the sphere: curvature",
+            summary["descent"],
+            ("curvature", "predicted"),
+        ),
+    ]
+    return page.Findings(page.GOOD if sound else page.BAD, verdict, tables)
+
+
+def _counts(family: Mapping[str, Any], flow: Mapping[str, Any]) -> page.Table:
+    """Errors at the block family, certificates of the flows."""
+    rows = [
+        ["members of the block family", page.number(family["members"])],
+        ["largest error of an eigenvalue", page.number(family["largest_eigenvalue_error"])],
+        ["largest error of σ_max", page.number(family["largest_sigma_max_error"])],
+        [
+            "wrong multiplicities or verdicts",
+            page.number(len(family["wrong_multiplicity_or_verdict"])),
+        ],
+        [
+            "collapsed points where the plain Hessian has negative eigenvalues too",
+            f"{family['collapsed_with_negative_plain_hessian']} of {family['collapsed']}",
+        ],
+        [
+            f"flows certified optimal at log t = {page.number(flow['log_t'])}",
+            f"{flow['globally_optimal']} of {flow['seeds']}",
+        ],
+        ["their σ_max, median", page.number(flow["sigma_max"]["median"])],
+        ["their KKT residual, median", page.number(flow["stationarity"]["median"])],
+    ]
+    return page.Table("Closed forms against computation", ["quantity", "value"], rows)
+
+
+def _found_and_predicted(
+    caption: str, rows: Sequence[Mapping[str, Any]], columns: tuple[str, str]
+) -> page.Table:
+    """A row for each saddle."""
+    cells = [
+        [
+            f"{_label(row)} classes, n = {row['per_class']}, d = {row['dim']}",
+            *(page.number(row[column]) for column in columns),
+        ]
+        for row in rows
+    ]
+    return page.Table(caption, ["saddle", "found", "predicted"], cells)
+
+
+PAGE = page.Page(
+    title="Saddles, certificates, escapes",
+    figures={
+        "saddles.png": "(a) certificates along flows from random starts, (b) escapes from "
+        "saddles, (c) the loss along the certified direction of descent. Dotted: predicted."
+    },
+    show=_findings,
+)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import ncjax
 from experiments import _fits, _legs, _saddles
-from experiments._runs import cli, folders
+from experiments._runs import cli, folders, page
 
 NAME = "theorems"
 OUTPUTS = (f"{NAME}.csv", f"{NAME}.md")
@@ -458,6 +458,30 @@ CHECKS: tuple[Callable[[ncjax.FlowSolution], Statement], ...] = (
     _plain_hessian,
     _escape,
 )
+
+
+def _findings(summary: Mapping[str, Any]) -> page.Findings:
+    """A row for each statement."""
+    statements = summary["statements"]
+    held = sum(entry["passed"] is True for entry in statements)
+    table = page.Table(
+        "Every statement, what it was checked on, the number found and its bound. Source "
+        "ncjax: a result of this software, not of the paper",
+        ["source", "statement", "checked on", "found", "at most", "verdict"],
+        [
+            [
+                *(entry["source"], entry["statement"], entry["on"]),
+                *(page.number(entry["number"]), page.number(entry["bound"])),
+                "holds" if entry["passed"] is True else "FAILS",
+            ]
+            for entry in statements
+        ],
+    )
+    state = page.GOOD if held == len(statements) else page.BAD
+    return page.Findings(state, f"{held} of {len(statements)} statements hold", [table])
+
+
+PAGE = page.Page(title="Every statement of the theory", figures={}, show=_findings)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import numpy as np
 
 import ncjax
 from experiments import _fits, _legs
-from experiments._runs import cli, folders
+from experiments._labels import LABELS
+from experiments._runs import cli, folders, page
 from ncjax import plotting
 from ncjax.flow.solve import SOLVERS, SUCCESS
 
@@ -262,6 +263,70 @@ def _failures(config: Config, summary: Mapping[str, Any]) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _findings(summary: Mapping[str, Any]) -> page.Findings:
+    """Final medians with quartiles, exponents against the theory, constants, drift."""
+    solver, failed = summary["solver"], summary["solver"]["failed_seeds"]
+    verdict = (
+        f"{summary['final']['log_loss']['seeds']} starts to log t = "
+        f"{page.number(summary['log_t'])}, {solver['steps_per_seed']} solver steps each, "
+        f"{page.number(solver['seconds'])} s"
+    )
+    if failed:
+        verdict += f"; failed seeds: {', '.join(map(str, failed))}"
+    tables = [_metrics_table(summary), _constants_table(summary)]
+    return page.Findings(page.BAD if failed else page.GOOD, verdict, tables)
+
+
+def _metrics_table(summary: Mapping[str, Any]) -> page.Table:
+    """A row for each metric, with its exponents in the two last windows."""
+    final, fitted = summary["final"], summary["exponents"]
+    windows = list(fitted)[-2:]
+    limits = _fits.PREDICTED if _fits.collapses(summary) else {}
+    rows = []
+    for name in filter(final.__contains__, LABELS):
+        medians = [fitted[window].get(name, {}).get("median") for window in windows]
+        powers = [page.number(None if p is None else round(p, 3)) for p in medians]
+        values = [page.number(final[name][q]) for q in ("median", "q25", "q75")]
+        rows.append([LABELS[name], *values, *powers, limits.get(name, "–")])
+    return page.Table(
+        f"At log t = {page.number(summary['log_t'])}, over seeds; exponents p of "
+        "(log t)^-p fitted in two windows, and predicted",
+        [
+            *("metric", "median", "lower quartile", "upper quartile"),
+            *(f"p, {window}" for window in windows),
+            "p predicted",
+        ],
+        rows,
+    )
+
+
+def _constants_table(summary: Mapping[str, Any]) -> page.Table:
+    """Sharp constants and conserved quantities."""
+    constants = [
+        [name, page.number(entry["median"]), page.number(entry["predicted"])]
+        for name, entry in summary["sharp_constants"].items()
+    ]
+    drifts = [
+        [f"{name.replace('_', ' ')}, largest drift", page.number(entry["median"]), "0"]
+        for name, entry in summary["largest_drift"].items()
+    ]
+    return page.Table(
+        "Sharp constants, and drift of what the flow conserves, the solver's own error",
+        ["quantity", "median over seeds", "predicted limit"],
+        constants + drifts,
+    )
+
+
+PAGE = page.Page(
+    title="Gradient flow of the layer-peeled model",
+    figures={
+        "figure2.png": "Collapse along the exact flow: medians and quartiles over starts, "
+        "against log log t. Dotted: the predicted slope."
+    },
+    show=_findings,
+)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ncjax
-from experiments import _fits, _legs, _saddles, _views, saddle_analysis, theorems, ulpm_flow
+from experiments import _fits, _legs, _saddles, saddle_analysis, theorems, ulpm_flow
 from experiments._runs import folders
 
 SMALL = ulpm_flow.Config(
@@ -81,7 +81,7 @@ def test_no_limit_is_shown_where_no_simplex_etf_fits(finished):
         config = dataclasses.replace(SMALL, dim=dim)
         summary = ulpm_flow._summarise(config, log_times, columns, stats)
         assert ("tends to" in ulpm_flow._table(config, summary)) == limits
-        _, _, (metrics, constants) = _views._flow(summary)
+        _, _, (metrics, constants) = ulpm_flow.PAGE.show(summary)
         assert ({row[-1] for row in metrics.rows} != {"–"}) == limits
         assert (constants.rows[0][-1] != "–") == limits
 

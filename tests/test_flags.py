@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import importlib
 import math
 
 import pytest
@@ -10,22 +11,10 @@ from absl import flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments import (
-    peel,
-    report,
-    saddle_analysis,
-    theorems,
-    train_resnet,
-    train_small,
-    train_vgg,
-    ulpm_flow,
-)
+from experiments import COMMANDS, train_small, ulpm_flow
 from experiments._runs import cli, folders, memory
 
-EXPERIMENTS = (
-    *(ulpm_flow, saddle_analysis, theorems, peel, report),
-    *(train_small, train_resnet, train_vgg),
-)
+EXPERIMENTS = [importlib.import_module(f"experiments.{name}") for name in COMMANDS]
 # Of the device and the processes: looked at before the experiment begins.
 OF_THE_MACHINE = ("cpu_devices", "coordinator", "num_processes", "process_id")
 INTEGERS = st.one_of(

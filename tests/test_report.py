@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import _views, report
+from experiments import report
+from experiments._labels import LABELS
+from experiments._runs import page as pages
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -96,7 +98,7 @@ def test_every_statement_is_on_the_page_with_its_number(page):
     ]
     for entry in statements:
         assert " ".join(entry["statement"].split()) in page.text
-        assert _views.number(entry["number"]) in " ".join(page.words)
+        assert pages.number(entry["number"]) in " ".join(page.words)
     assert page.words.count("holds") == len(statements)
     assert f"{len(statements)} of {len(statements)} statements hold" in page.text
 
@@ -104,11 +106,11 @@ def test_every_statement_is_on_the_page_with_its_number(page):
 def test_medians_and_exponents_are_those_of_the_summary(page):
     summary = json.loads((RESULTS / "ulpm_flow" / "summary.json").read_text())
     fitted = list(summary["exponents"].values())[-1]
-    start = page.words.index(_views.label("centred_self_duality"))
+    start = page.words.index(LABELS["centred_self_duality"])
     row = [word for word in page.words[start : start + 14] if word.strip()][:7]
     final = summary["final"]["centred_self_duality"]
     expected = [final["median"], final["q25"], final["q75"]]
-    assert row[1:4] == [_views.number(value) for value in expected]
+    assert row[1:4] == [pages.number(value) for value in expected]
     assert float(row[5]) == pytest.approx(
         fitted["centred_self_duality"]["median"], abs=1e-3
     )
@@ -190,7 +192,7 @@ def test_a_run_says_which_experiment_it_is_of(tmp_path):
     (tmp_path / "config.json").write_text(
         '{"experiment": "theorems", "config": {}, "command": "python -m pytest"}'
     )
-    assert _views.kind_of(tmp_path) == "theorems"
+    assert report.kind_of(tmp_path) == "theorems"
 
 
 @pytest.mark.parametrize(
@@ -276,7 +278,7 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path):
     ],
 )
 def test_numbers_as_printed(value, text):
-    assert _views.number(value) == text
+    assert pages.number(value) == text
 
 
 def test_the_committed_page_is_small_and_whole():

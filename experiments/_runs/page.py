@@ -1,0 +1,195 @@
+"""Run folders as sections of one HTML page: figures, tables, verdicts, provenance."""
+
+import base64
+import collections
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from PIL import Image
+
+from experiments._runs import folders
+
+GOOD, BAD, OPEN = "good", "bad", "open"
+_TEMPLATE = "page.html"
+_COLOURS = 256
+_MOST_PIXELS = 50_000_000
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+# What reading a summary of another shape raises.
+_DAMAGED = (LookupError, TypeError, ValueError, AttributeError, OSError)
+
+
+class Figure(NamedTuple):
+    """A picture, inlined."""
+
+    source: str  # data URI
+    width: int  # pixels
+    height: int
+    caption: str
+
+
+class Table(NamedTuple):
+    """Cells as text; the first column names the row."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+class Findings(NamedTuple):
+    """What a run has found."""
+
+    state: str  # GOOD, BAD or OPEN
+    verdict: str  # one line
+    tables: Sequence[Table]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Page:
+    """How the runs of an experiment are shown: each experiment has one, `PAGE`."""
+
+    title: str  # {name} stands for that setting of the run
+    figures: Mapping[str, str]  # file name to caption
+    show: Callable[[Mapping[str, Any]], Findings]  # of summary.json
+    # One table of several finished runs, at the head of the page.
+    compare: Callable[[Sequence["Section"]], Table] | None = None
+
+
+class Section(NamedTuple):
+    """One run on the page."""
+
+    page: Page
+    anchor: str
+    title: str
+    folder: str
+    state: str  # GOOD, BAD or OPEN
+    verdict: str  # one line
+    notes: Sequence[str]  # what could not be read
+    figures: Sequence[Figure]
+    tables: Sequence[Table]
+    settings: Mapping[str, str]
+    provenance: Mapping[str, str]
+    summary: Mapping[str, Any]  # as read; empty if the run is unfinished or damaged
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A number to some digits; as a power of ten, or less than 1, where that says more."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or (value.is_integer() and abs(value) < 1e6):
+        return f"{value:.0f}".replace("-", "−")
+    if 0.999 < value < 1:
+        return f"1\u00a0−\u00a0{number(1 - value, digits)}"
+    if 1e-3 <= abs(value) < 1e5:
+        places = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
+        return f"{value:.{places}f}".replace("-", "−")
+    mantissa, exponent = f"{value:.2e}".split("e")
+    power = str(int(exponent)).translate(_SUPERSCRIPTS)
+    return f"{mantissa}\u00a0×\u00a010{power}".replace("-", "−")
+
+
+def section(folder: Path, kind: str, page: Page) -> Section:
+    """The section of one run folder, of the experiment `kind`."""
+    stored = folders.read_json(folder / folders.CONFIG)
+    notes: list[str] = []
+    summary, findings = _read_summary(folder, kind, page, notes)
+    figures = [
+        figure
+        for name, caption in page.figures.items()
+        if (figure := _figure(folder / name, caption, notes))
+    ]
+    return Section(
+        page=page,
+        anchor="run-" + "".join(c if c.isalnum() else "-" for c in str(folder)).strip("-"),
+        title=page.title.format_map(collections.defaultdict(lambda: "?", stored["config"])),
+        folder=str(folder),
+        **findings._asdict(),
+        notes=notes,
+        figures=figures,
+        settings={name: str(value) for name, value in stored["config"].items()},
+        provenance=_provenance(summary or stored),
+        summary=summary,
+    )
+
+
+def _read_summary(
+    folder: Path, kind: str, page: Page, notes: list[str]
+) -> tuple[Mapping[str, Any], Findings]:
+    """Summary and findings of a run; a note of what is amiss."""
+    if not (folder / folders.SUMMARY).exists():
+        notes.append(f"There is no {folders.SUMMARY}: the run has not come to its end.")
+        return {}, Findings(OPEN, "unfinished", [])
+    try:
+        summary = folders.read_json(folder / folders.SUMMARY)
+        findings = page.show(summary)
+    except _DAMAGED:
+        notes.append(f"{folders.SUMMARY} is damaged, or not of a run of {kind}.")
+        return {}, Findings(BAD, "cannot be read", [])
+    for name in folders.changed_files(folder, summary):
+        notes.append(f"{name} is missing or damaged: not as the run has written it.")
+    return summary, findings
+
+
+def _figure(path: Path, caption: str, notes: list[str]) -> Figure | None:
+    """A PNG inlined, in a palette, a third of its size; None and a note without it."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise ValueError("too many pixels")
+            reduced = image.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE)
+    except FileNotFoundError:
+        notes.append(f"There is no {path.name}.")
+        return None
+    except Exception:  # whatever a damaged picture raises
+        notes.append(f"{path.name} is damaged.")
+        return None
+    buffer = io.BytesIO()
+    reduced.save(buffer, "PNG", optimize=True)
+    text = base64.b64encode(buffer.getvalue()).decode()
+    return Figure(f"data:image/png;base64,{text}", *reduced.size, caption)
+
+
+def _provenance(source: Mapping[str, Any]) -> dict[str, str]:
+    """Command, date, device and versions, as far as they are stored."""
+    versions = source.get("versions", {})
+    listed = versions.items() if isinstance(versions, Mapping) else ()
+    known = {
+        name: str(source[name])
+        for name in ("command", "date", "device", "platform")
+        if name in source
+    }
+    return known | {"versions": ", ".join(f"{name} {version}" for name, version in listed)}
+
+
+def comparisons(sections: Sequence[Section]) -> list[Table]:
+    """The table of each `Page.compare`, where two of its runs or more are finished."""
+    tables = []
+    for page in dict.fromkeys(section.page for section in sections):
+        finished = [s for s in sections if s.page is page and s.summary]
+        if page.compare and len(finished) > 1:
+            tables.append(page.compare(finished))
+    return tables
+
+
+def render(title: str, runs: str, sections: Sequence[Section], left_out: list[str]) -> str:
+    """The page as HTML, everything escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(_TEMPLATE).render(
+        title=title,
+        runs=runs,
+        sections=sections,
+        comparisons=comparisons(sections),
+        left_out=left_out,
+    )
