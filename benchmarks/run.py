@@ -37,7 +37,7 @@ from benchmarks import (
     startup,
     training_step,
 )
-from experiments._runs import cli, folders
+from experiments._runs import cli, files
 
 NAME = "run"
 SECTIONS: dict[str, Callable[[int], tuple[list[dict[str, Any]], list[str]]]] = {
@@ -102,9 +102,9 @@ def run(config: Config) -> dict[str, Any]:
         section = {"rows": measured, "notes": notes} | _timing.provenance()
         # Read again and after each: an interrupted run, and one beside it, lose nothing.
         sections = stored(path) | {name: section}
-        folders.write_json(path, sections)
+        files.write_json(path, sections)
         text = "\n".join(table(*item) for item in sections.items())
-        folders.write_atomically(path.with_suffix(".md"), text.encode())
+        files.write_atomically(path.with_suffix(".md"), text.encode())
         print(table(name, section))
     print(path)
     return stored(path)

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import ncjax
-from experiments._runs import cli, folders, memory
+from experiments._runs import cli, files, folders, memory
 from experiments._runs.events import Events
 from ncjax import plotting
 from ncjax.metrics.peeling import LastLayer
@@ -589,7 +589,7 @@ class _Loop:
             tags = {f"{split}/{k}": [v[k] for v in measured] for k in measured[0]}
             _write_events(events, epoch, tags)
         if is_primary():
-            folders.write_rows(self.folder / METRICS_FILE, self.rows)
+            files.write_rows(self.folder / METRICS_FILE, self.rows)
             if time.monotonic() - self.drawn > _FIGURE_SECONDS:
                 draw(self.folder, self.rows)
                 self.drawn = time.monotonic()
@@ -658,7 +658,7 @@ def _typed(row: Mapping[str, str]) -> dict[str, Any]:
 
 def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
     """SHA-256 of metrics.csv with these rows."""
-    return hashlib.sha256(folders.csv_of(rows)).hexdigest()
+    return hashlib.sha256(files.csv_of(rows)).hexdigest()
 
 
 def columns(rows: Sequence[Mapping[str, Any]], split: str) -> dict[str, np.ndarray]:
@@ -691,10 +691,10 @@ def draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     figure = plotting.figure_over_log_log_epochs(
         epochs, plotting.collapse_panels(of_train), until=zero
     )
-    folders.write_files(folder / "collapse", plotting.render(figure))
+    files.write_files(folder / "collapse", plotting.render(figure))
     panels = plotting.training_panels(of_train, of_test)
     figure = plotting.figure_over_log_log_epochs(epochs, panels, until=zero)
-    folders.write_files(folder / "training", plotting.render(figure))
+    files.write_files(folder / "training", plotting.render(figure))
 
 
 def _finish(config: Config, setup: Setup, folder: Path, rows, seconds: float) -> None:
@@ -703,7 +703,7 @@ def _finish(config: Config, setup: Setup, folder: Path, rows, seconds: float) ->
     of_train, of_test = columns(rows, "train"), columns(rows, "test")
     zero = zero_error_epoch(of_train)
     table = _table(of_train, of_test, zero)
-    folders.write_table(folder / "collapse", table)
+    files.write_table(folder / "collapse", table)
     summary = {
         "parameters": models.count_parameters(
             setup.model, setup.train_set.images.shape[1:]

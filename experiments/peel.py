@@ -13,7 +13,7 @@ from tqdm import tqdm
 import ncjax
 from experiments import _legs, _training
 from experiments._labels import LABELS
-from experiments._runs import cli, folders, page
+from experiments._runs import cli, files, folders, page
 from ncjax import plotting
 from ncjax.flow.solve import SUCCESS
 
@@ -171,10 +171,10 @@ def _write(folder: Path, trained, log_times, columns, points) -> None:
         {"quantity": name} | {title: point[name] for title, point in points.items()}
         for name in names
     ]
-    folders.write_table(folder / "peel", rows)
-    folders.write_csv(folder / "metrics.csv", log_times, columns)
+    files.write_table(folder / "peel", rows)
+    files.write_csv(folder / "metrics.csv", log_times, columns)
     figure = plotting.figure_over_log_log_t(log_times, plotting.collapse_panels(columns))
-    folders.write_files(folder / "flow", plotting.render(figure))
+    files.write_files(folder / "flow", plotting.render(figure))
     summary = {"network": trained.title, "points": points} | folders.provenance("flax")
     folders.write_summary(folder, summary, OUTPUTS)
     folders.drop_checkpoint(folder)

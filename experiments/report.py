@@ -5,7 +5,7 @@ import importlib
 from pathlib import Path
 
 from experiments import EXPERIMENTS
-from experiments._runs import cli, folders, page
+from experiments._runs import cli, files, folders, page
 
 NAME = "report"
 
@@ -43,7 +43,7 @@ def run(config: Config) -> Path:
     runs, left_out = find_runs(config.runs)
     sections = [_section(folder) for folder in runs]
     text = page.render(config.title, config.runs, sections, left_out)
-    folders.write_atomically(output, text.encode())
+    files.write_atomically(output, text.encode())
     unsound = [str(f) for f in runs if not (f / folders.SUMMARY).exists()]
     count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     print(f"{count}, {output.stat().st_size / 1e6:.2g} MB")
@@ -109,7 +109,7 @@ def kind_of(folder: Path) -> str:
       ValueError: it holds no run, or one of an unknown kind.
     """
     folders.stored_config(folder)
-    stored = folders.read_json(folder / folders.CONFIG)
+    stored = files.read_json(folder / folders.CONFIG)
     # Runs of earlier versions hold the command alone.
     command = stored.get("command", "")
     words = command.split() if isinstance(command, str) else []

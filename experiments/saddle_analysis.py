@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import ncjax
 from experiments import _fits, _legs, _saddles
-from experiments._runs import cli, folders, page
+from experiments._runs import cli, files, folders, page
 from ncjax import plotting
 from ncjax.peeled.separation import GLOBAL_OPTIMUM, NO_ROOM, STRICT_SADDLE
 
@@ -75,17 +75,17 @@ def _run(config: Config, folder: Path) -> None:
     """The run in its folder."""
     with tqdm(_saddles.family(config.max_classes), desc="block family") as blocks:
         family = [family_row(block, config.scale) for block in blocks]
-    folders.write_table(folder / "family", family)
+    files.write_table(folder / "family", family)
     directions = _directions(config)
-    folders.write_csv(folder / "directions.csv", STOPS, directions)
+    files.write_csv(folder / "directions.csv", STOPS, directions)
     with tqdm(ESCAPES, desc="escape") as blocks:
         escapes = [_escape(block, config) for block in blocks]
-    folders.write_table(folder / "escape", [row for row, _ in escapes])
+    files.write_table(folder / "escape", [row for row, _ in escapes])
     with tqdm(ESCAPES, desc="descent") as blocks:
         descents = [_descent(block) for block in blocks]
     _write_descent(folder / "descent.csv", descents)
     figure = _figure(directions, escapes, descents)
-    folders.write_files(folder / "saddles", plotting.render(figure))
+    files.write_files(folder / "saddles", plotting.render(figure))
     summary = _summarise(family, directions, [row for row, _ in escapes], descents)
     folders.write_summary(folder, summary | folders.provenance(), OUTPUTS)
     print(_report(summary))
@@ -206,7 +206,7 @@ def _write_descent(path: Path, descents: Sequence[Mapping[str, Any]]) -> None:
             ANGLES, entry["computed"], entry["predicted"], strict=True
         )
     ]
-    folders.write_rows(path, rows)
+    files.write_rows(path, rows)
 
 
 def _figure(directions, escapes, descents):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import ncjax
 from experiments import _fits, _legs, _saddles
-from experiments._runs import cli, folders, page
+from experiments._runs import cli, files, folders, page
 
 NAME = "theorems"
 OUTPUTS = (f"{NAME}.csv", f"{NAME}.md")
@@ -84,7 +84,7 @@ def _run(config: Config, folder: Path) -> None:
     with tqdm(CHECKS, desc="theorems") as checks:
         found = [check(flow) for check in checks]
     rows = [entry._asdict() for entry in found]
-    folders.write_table(folder / NAME, rows)
+    files.write_table(folder / NAME, rows)
     seconds = round(time.perf_counter() - begun, 1)
     summary = {"seconds": seconds, "statements": rows} | folders.provenance()
     folders.write_summary(folder, summary, OUTPUTS)

@@ -14,7 +14,7 @@ import numpy as np
 import ncjax
 from experiments import _fits, _legs
 from experiments._labels import LABELS
-from experiments._runs import cli, folders, page
+from experiments._runs import cli, files, folders, page
 from ncjax import plotting
 from ncjax.flow.solve import SOLVERS, SUCCESS
 
@@ -111,7 +111,7 @@ def _run(config: Config, folder: Path) -> None:
 
 def _check_reached(config: Config, folder: Path) -> None:
     """Raise RuntimeError where no seed came to the end, also when that was before."""
-    summary = folders.read_json(folder / folders.SUMMARY)
+    summary = files.read_json(folder / folders.SUMMARY)
     if len(summary["solver"]["failed_seeds"]) == config.seeds:
         raise RuntimeError(
             f"all {config.seeds} seeds failed before log t = {summary['log_t']:g}; "
@@ -202,14 +202,14 @@ def _summarise(config, log_times, columns, stats) -> dict[str, Any]:
 
 def _write(folder: Path, log_times, columns: Mapping[str, np.ndarray], summary) -> None:
     """metrics.csv, the figure and, as the sign of the end, summary.json."""
-    folders.write_csv(folder / "metrics.csv", log_times, columns)
+    files.write_csv(folder / "metrics.csv", log_times, columns)
     figure = plotting.figure_over_log_log_t(
         log_times,
         plotting.collapse_panels(columns),
         reach=DESCENT_REACH,
         reach_label="shaded: reached by a million steps of gradient descent of size 0.1",
     )
-    folders.write_files(folder / "figure2", plotting.render(figure))
+    files.write_files(folder / "figure2", plotting.render(figure))
     folders.write_summary(folder, summary, OUTPUTS)
     folders.drop_checkpoint(folder)
 

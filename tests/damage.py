@@ -24,7 +24,7 @@ from experiments import (
     train_small,
     ulpm_flow,
 )
-from experiments._runs import folders
+from experiments._runs import files, folders
 from ncjax import plotting
 from ncjax.flow.solve import SUCCESS
 from ncjax.metrics.peeling import LastLayer
@@ -69,11 +69,11 @@ def stand_in(patch):
 
 def _committed(name, config, folder):
     """The run of `results/`, written again."""
-    summary = folders.read_json(RESULTS / name / "summary.json")
+    summary = files.read_json(RESULTS / name / "summary.json")
     for path in (RESULTS / name).iterdir():
         if path.suffix in (".csv", ".md", ".png", ".pdf"):
             content = path.read_bytes() if path.suffix in (".csv", ".md") else b""
-            folders.write_atomically(folder / path.name, content)
+            files.write_atomically(folder / path.name, content)
     folders.write_summary(folder, summary, MODULES[name].OUTPUTS)
 
 

@@ -39,7 +39,7 @@ def content(folder):
     found = {
         path.name: path.read_bytes() for path in folder.glob("*") if path.suffix == ".csv"
     }
-    summary = damage.folders.read_json(folder / "summary.json")
+    summary = damage.files.read_json(folder / "summary.json")
     keys = ("final", "metrics", "points", "statements", "family", "network", "directions")
     return found | {key: summary.get(key) for key in keys}
 

@@ -9,7 +9,7 @@ import pytest
 
 import ncjax
 from experiments import _fits, _legs, _saddles, saddle_analysis, theorems, ulpm_flow
-from experiments._runs import folders
+from experiments._runs import files, folders
 
 SMALL = ulpm_flow.Config(
     seeds=2, num_classes=3, per_class=2, dim=4, log_t_max=20.0, num_times=20
@@ -169,14 +169,14 @@ def test_a_pickle_in_a_checkpoint_is_not_loaded(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    folders.write_atomically(path, b"old")
+    files.write_atomically(path, b"old")
 
     def full(_descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        folders.write_atomically(path, b"new")
+        files.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

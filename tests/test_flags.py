@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments import COMMANDS, train_small, ulpm_flow
-from experiments._runs import cli, folders, memory
+from experiments._runs import cli, files, folders, memory
 
 EXPERIMENTS = [importlib.import_module(f"experiments.{name}") for name in COMMANDS]
 # Of the device and the processes: looked at before the experiment begins.
@@ -52,7 +52,7 @@ def nothing_done(monkeypatch, tmp_path):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     monkeypatch.setattr("ncjax.networks.data._has_network", lambda: False)
     monkeypatch.setattr(folders, "open_config", accepted)
-    monkeypatch.setattr(folders, "write_atomically", accepted)
+    monkeypatch.setattr(files, "write_atomically", accepted)
     monkeypatch.setattr(memory, "held", lambda: 2**28)  # what the machine has is not asked
     return tmp_path
 

@@ -18,7 +18,7 @@ import pytest
 
 import ncjax
 from experiments import _training, report
-from experiments._runs import events, folders, lock
+from experiments._runs import events, files, folders, lock
 from ncjax.networks import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -472,7 +472,7 @@ def test_nothing_is_unpickled_while_a_run_goes_on(quick, tmp_path):
 
 
 def test_a_table_has_a_dash_where_there_is_no_number(tmp_path):
-    folders.write_table(
+    files.write_table(
         tmp_path / "table", [{"metric": "a", "at_zero": math.nan, "end": 0.5}]
     )
     assert (tmp_path / "table.md").read_text().splitlines()[-1] == "| a | - | 0.5 |"
@@ -480,7 +480,7 @@ def test_a_table_has_a_dash_where_there_is_no_number(tmp_path):
 
 def test_settings_that_differ_are_named_as_a_shell_wants_them(tmp_path):
     config = {"train_split": "train[:9]", "width": 1.0}
-    folders.write_json(tmp_path / folders.CONFIG, {"config": config})
+    files.write_json(tmp_path / folders.CONFIG, {"config": config})
     with pytest.raises(
         ValueError, match=r"it with '--train_split=train\[:9\]' --width=1\.0"
     ):

@@ -20,7 +20,7 @@ import pytest
 
 import ncjax
 from experiments import _legs, _training, peel, train_resnet, train_small, train_vgg
-from experiments._runs import cli, folders
+from experiments._runs import cli, files, folders
 from ncjax.metrics.peeling import LastLayer
 from ncjax.networks import checkpoint, data, train
 
@@ -61,7 +61,7 @@ def state_of(folder):
         return loop.restore(checkpoints)
 
 
-read_json = folders.read_json
+read_json = files.read_json
 
 
 def measured(folder):
@@ -335,8 +335,12 @@ def test_an_extended_run_is_the_longer_one_bit_for_bit(tmp_path, capsys):
     assert "the run is finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("step", ["write_json", "_drop_earlier_summary"])
-def test_a_kill_within_an_extension_loses_nothing(finished, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize(
+    ("module", "step"), [(files, "write_json"), (folders, "_drop_earlier_summary")]
+)
+def test_a_kill_within_an_extension_loses_nothing(
+    finished, tmp_path, monkeypatch, module, step
+):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
 
@@ -347,7 +351,7 @@ def test_a_kill_within_an_extension_loses_nothing(finished, tmp_path, monkeypatc
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders, step, die)
+        patch.setattr(module, step, die)
         with pytest.raises(Killed):
             train_small.run(small(folder, epochs=8, resume=True))
     kept = read_json(finished / "summary.json")

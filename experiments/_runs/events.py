@@ -10,7 +10,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
-from experiments._runs import folders
+from experiments._runs import files
 
 
 class Events:
@@ -36,7 +36,7 @@ class Events:
             folder.mkdir(exist_ok=True)
             self._writer = RecordWriter(str(self._path))
         except OSError as error:
-            raise folders.write_error(self._path, error) from error
+            raise files.write_error(self._path, error) from error
         begin = SessionLog(status=SessionLog.START)
         self._write(
             Event(file_version="brain.Event:2"), Event(step=purge_epoch, session_log=begin)
@@ -59,7 +59,7 @@ class Events:
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._writer.close()
-            raise folders.write_error(self._path, error) from error
+            raise files.write_error(self._path, error) from error
 
     def close(self) -> None:
         """Close the file.
@@ -70,4 +70,4 @@ class Events:
         try:
             self._writer.close()
         except OSError as error:
-            raise folders.write_error(self._path, error) from error
+            raise files.write_error(self._path, error) from error

@@ -1,17 +1,10 @@
 """Run folders: nothing is overwritten unasked, and nothing is half written."""
 
 import contextlib
-import csv
 import dataclasses
 import datetime
-import errno
-import hashlib
-import importlib.metadata
 import io
 import json
-import math
-import os
-import platform
 import shlex
 import shutil
 import sys
@@ -23,7 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments._runs import lock
+from experiments._runs import files, lock
+from experiments._runs.provenance import module_name
+from experiments._runs.provenance import provenance as provenance
 
 CONFIG = "config.json"
 CHECKPOINT = "checkpoint.npz"
@@ -36,10 +31,7 @@ _HANDLING = (
 SUMMARY = "summary.json"  # written last: a folder that holds it holds a finished run
 _EXPERIMENT = "experiment"  # in config.json: its name
 _EARLIER = "earlier"  # in config.json: what it said before a setting was changed
-_DIGEST = "sha256"  # in config.json and summary.json: of all that stands beside it
 _FILES = "files"  # in summary.json: the SHA-256 of each output
-_PART = ".part"  # ends the names of files that are being written
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _ANEW = f"remove its {SUMMARY} and give --resume, or --overwrite, to have all written anew"
 
@@ -139,7 +131,7 @@ def is_finished(folder: Path) -> bool:
     if not path.exists():
         return False
     try:
-        damaged = changed_files(folder, read_json(path))
+        damaged = changed_files(folder, files.read_json(path))
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}: {_ANEW}") from None
     if damaged:
@@ -150,13 +142,12 @@ def is_finished(folder: Path) -> bool:
 
 def changed_files(folder: Path, summary: Mapping[str, Any]) -> list[str]:
     """Outputs that are no longer there or not as the run has written them."""
-    files = summary.get(_FILES, {})  # not in summaries of earlier versions
-    return [name for name, digest in files.items() if _file_digest(folder / name) != digest]
-
-
-def _file_digest(path: Path) -> str | None:
-    """SHA-256 of a file, None without one."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    digests = summary.get(_FILES, {})  # not in summaries of earlier versions
+    return [
+        name
+        for name, digest in digests.items()
+        if files.file_digest(folder / name) != digest
+    ]
 
 
 def _make(workdir: str, resume: bool) -> Path:
@@ -219,15 +210,8 @@ def open_run(
     else:
         _clear(folder, held)
         named = {_EXPERIMENT: name} if name else {}
-        _seal(folder / CONFIG, named | {"config": dict(config)} | provenance())
-    _sweep(folder, names)
-
-
-def _sweep(folder: Path, names: Sequence[str]) -> None:
-    """Remove what runs killed in the middle of a write have left behind."""
-    for name in names:
-        for path in folder.glob(f".{name}.*{_PART}"):
-            path.unlink()
+        files.write_sealed(folder / CONFIG, named | {"config": dict(config)} | provenance())
+    files.sweep(folder, names)
 
 
 def _clear(folder: Path, held: Sequence[str]) -> None:
@@ -279,24 +263,24 @@ def _reopen(folder: Path, config: Mapping[str, Any], changes: Changes) -> None:
 
 def _change(folder: Path, config: Mapping[str, Any], old: Mapping[str, Any]) -> None:
     """Put new settings into config.json; what it and summary.json said is kept there."""
-    said = read_json(folder / CONFIG)
+    said = files.read_json(folder / CONFIG)
     earlier = said.pop(_EARLIER, [])
     named = {k: said.pop(k) for k in (_EXPERIMENT,) if k in said}
     entry: dict[str, Any] = {"changed": old} | {k: said[k] for k in said if k != "config"}
     if (folder / SUMMARY).exists():
-        entry[SUMMARY] = read_json(folder / SUMMARY)
+        entry[SUMMARY] = files.read_json(folder / SUMMARY)
     new = {"config": dict(config)} | provenance() | {_EARLIER: [*earlier, entry]}
-    _seal(folder / CONFIG, named | new)
+    files.write_sealed(folder / CONFIG, named | new)
     told = ", ".join(f"--{name}={config.get(name)} instead of {old[name]}" for name in old)
     print(f"the run in {folder} goes on with {told}")
 
 
 def _drop_earlier_summary(folder: Path) -> None:
     """Remove a summary that config.json keeps: it is not of the run as it is now."""
-    earlier = read_json(folder / CONFIG).get(_EARLIER)
+    earlier = files.read_json(folder / CONFIG).get(_EARLIER)
     if not earlier or not (folder / SUMMARY).exists():
         return
-    if read_json(folder / SUMMARY) == earlier[-1].get(SUMMARY):
+    if files.read_json(folder / SUMMARY) == earlier[-1].get(SUMMARY):
         (folder / SUMMARY).unlink()
 
 
@@ -308,7 +292,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        stored = read_json(path).get("config")
+        stored = files.read_json(path).get("config")
     except FileNotFoundError:
         raise ValueError(f"{str(folder)!r} holds no run: no {CONFIG}") from None
     except OSError as error:
@@ -316,31 +300,6 @@ def stored_config(folder: Path) -> dict[str, Any]:
     if not isinstance(stored, dict):
         raise ValueError(f"{path} is damaged")
     return stored
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, less its digest.
-
-    Raises:
-      ValueError: it holds none, or not the one that was written.
-      OSError: there is no such file.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged")
-    # Files of earlier versions have no digest.
-    if _DIGEST in content and content.pop(_DIGEST) != _digest(content):
-        raise ValueError(
-            f"{path} is damaged: its {_DIGEST} does not fit (if you edited it, remove that)"
-        )
-    return content
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def resume_command(config: Any, folder: Path, begun: bool = True) -> str:
@@ -351,137 +310,14 @@ def resume_command(config: Any, folder: Path, begun: bool = True) -> str:
         value = getattr(config, field.name)
         if field.name not in ("workdir", "overwrite", "resume") and value != field.default:
             flags.append(f"--{field.name}={value}")
-    return " ".join(["python -m", _module_name(), *map(shlex.quote, flags)])
-
-
-def provenance(*others: str) -> dict[str, Any]:
-    """Command, date, versions (of `others` too) and device of a run."""
-    packages = ("ncjax", "jax", "jaxlib", "diffrax", "numpy", *others)
-    return {
-        "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()}
-        | {package: _version(package) for package in packages},
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-    }
-
-
-def _module_name() -> str:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).stem
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a kill at any moment leaves the old one or the new one.
-
-    Raises:
-      OSError: it cannot be written; the old one stays.
-    """
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=_PART, delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException as error:
-        if temporary:
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise write_error(path, error) from error
-        raise
-
-
-def write_error(path: Path, error: OSError) -> OSError:
-    """What to raise where a file could not be written: which one, why, what to do."""
-    cure = "; free some space" if error.errno in _FULL else ""
-    return OSError(f"cannot write {path}: {error.strerror or error}{cure}")
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` as indented JSON, numbers that are not finite as null."""
-    text = json.dumps(_finite(content), indent=1, allow_nan=False)
-    write_atomically(path, (text + "\n").encode())
+    return " ".join(["python -m", module_name(), *map(shlex.quote, flags)])
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any], outputs: Sequence[str]) -> None:
     """Write summary.json, as the sign of the end, with the SHA-256 of each output."""
-    digests = {name: _file_digest(folder / name) for name in outputs}
-    files = {name: digest for name, digest in digests.items() if digest}
-    _seal(folder / SUMMARY, {**summary, _FILES: files})
-
-
-def _seal(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` as JSON with its digest, for `read_json`."""
-    stored = json.loads(json.dumps(_finite(content), allow_nan=False))
-    write_json(path, stored | {_DIGEST: _digest(stored)})
-
-
-def write_files(stem: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files that are called `stem` but for their suffix, as of `plotting.render`."""
-    for suffix, content in contents.items():
-        write_atomically(stem.with_suffix(suffix), content)
-
-
-def _finite(content: Any) -> Any:
-    """`content` with None for every float that JSON cannot hold."""
-    if isinstance(content, Mapping):
-        return {name: _finite(value) for name, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    return content
-
-
-def write_csv(path: Path, log_times: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
-    """Write columns (S, T) as rows of seed, log_t and values to nine digits."""
-    rows = [
-        {"seed": seed, "log_t": log_t} | dict(zip(columns, values, strict=True))
-        for seed, series in enumerate(zip(*columns.values(), strict=True))
-        for log_t, values in zip(log_times, zip(*series, strict=True), strict=True)
-    ]
-    write_rows(path, rows)
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as CSV, floats to nine digits."""
-    write_atomically(path, csv_of(rows))
-
-
-def csv_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows as the content of a CSV file."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
-    return text.getvalue().encode()
-
-
-def write_table(stem: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as `stem`.csv and, for reading, as the Markdown table `stem`.md."""
-    lines = [[name.replace("_", " ") for name in rows[0]], ["---"] * len(rows[0])]
-    cells = [[_cell(value) for value in row.values()] for row in rows]
-    # NaN says in the CSV what it is; to a reader that there is no number.
-    lines += [["-" if cell == "nan" else cell for cell in row] for row in cells]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    write_files(stem, {".csv": csv_of(rows), ".md": text.encode()})
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.9g}" if isinstance(value, float | np.floating) else str(value)
+    digests = {name: files.file_digest(folder / name) for name in outputs}
+    found = {name: digest for name, digest in digests.items() if digest}
+    files.write_sealed(folder / SUMMARY, {**summary, _FILES: found})
 
 
 def save_checkpoint(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -489,7 +325,7 @@ def save_checkpoint(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     of_run = {_SETTINGS: np.asarray(json.dumps(stored_config(folder)))}
     np.savez(buffer, **of_run, **arrays)  # type: ignore[arg-type]
-    write_atomically(folder / CHECKPOINT, buffer.getvalue())
+    files.write_atomically(folder / CHECKPOINT, buffer.getvalue())
 
 
 def drop_checkpoint(folder: Path) -> None:

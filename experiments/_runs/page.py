@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jinja2
 from PIL import Image
 
-from experiments._runs import folders
+from experiments._runs import files, folders
 
 GOOD, BAD, OPEN = "good", "bad", "open"
 _TEMPLATE = "page.html"
@@ -96,7 +96,7 @@ def number(value: Any, digits: int = 4) -> str:
 
 def section(folder: Path, kind: str, page: Page) -> Section:
     """The section of one run folder, of the experiment `kind`."""
-    stored = folders.read_json(folder / folders.CONFIG)
+    stored = files.read_json(folder / folders.CONFIG)
     notes: list[str] = []
     summary, findings = _read_summary(folder, kind, page, notes)
     figures = [
@@ -126,7 +126,7 @@ def _read_summary(
         notes.append(f"There is no {folders.SUMMARY}: the run has not come to its end.")
         return {}, Findings(OPEN, "unfinished", [])
     try:
-        summary = folders.read_json(folder / folders.SUMMARY)
+        summary = files.read_json(folder / folders.SUMMARY)
         findings = page.show(summary)
     except _DAMAGED:
         notes.append(f"{folders.SUMMARY} is damaged, or not of a run of {kind}.")

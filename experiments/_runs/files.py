@@ -1,0 +1,154 @@
+"""Files written whole or not at all: JSON with its digest, CSV, tables."""
+
+import csv
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_DIGEST = "sha256"  # in a sealed file: of all that stands beside it
+_PART = ".part"  # ends the names of files that are being written
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a kill at any moment leaves the old one or the new one.
+
+    Raises:
+      OSError: it cannot be written; the old one stays.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=_PART, delete=False
+        ) as file:
+            temporary = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException as error:
+        if temporary:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise write_error(path, error) from error
+        raise
+
+
+def write_error(path: Path, error: OSError) -> OSError:
+    """What to raise where a file could not be written: which one, why, what to do."""
+    cure = "; free some space" if error.errno in _FULL else ""
+    return OSError(f"cannot write {path}: {error.strerror or error}{cure}")
+
+
+def sweep(folder: Path, names: Sequence[str]) -> None:
+    """Remove what runs killed in the middle of a write have left behind."""
+    for name in names:
+        for path in folder.glob(f".{name}.*{_PART}"):
+            path.unlink()
+
+
+def write_files(stem: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files that are called `stem` but for their suffix, as of `plotting.render`."""
+    for suffix, content in contents.items():
+        write_atomically(stem.with_suffix(suffix), content)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as indented JSON, numbers that are not finite as null."""
+    text = json.dumps(_finite(content), indent=1, allow_nan=False)
+    write_atomically(path, (text + "\n").encode())
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as JSON with its digest, for `read_json`."""
+    stored = json.loads(json.dumps(_finite(content), allow_nan=False))
+    write_json(path, stored | {_DIGEST: _digest(stored)})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, less its digest.
+
+    Raises:
+      ValueError: it holds none, or not the one that was written.
+      OSError: there is no such file.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged")
+    # Files of earlier versions have no digest.
+    if _DIGEST in content and content.pop(_DIGEST) != _digest(content):
+        raise ValueError(
+            f"{path} is damaged: its {_DIGEST} does not fit (if you edited it, remove that)"
+        )
+    return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _finite(content: Any) -> Any:
+    """`content` with None for every float that JSON cannot hold."""
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
+
+
+def file_digest(path: Path) -> str | None:
+    """SHA-256 of a file, None without one."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def write_csv(path: Path, log_times: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
+    """Write columns (S, T) as rows of seed, log_t and values to nine digits."""
+    rows = [
+        {"seed": seed, "log_t": log_t} | dict(zip(columns, values, strict=True))
+        for seed, series in enumerate(zip(*columns.values(), strict=True))
+        for log_t, values in zip(log_times, zip(*series, strict=True), strict=True)
+    ]
+    write_rows(path, rows)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV, floats to nine digits."""
+    write_atomically(path, csv_of(rows))
+
+
+def csv_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows as the content of a CSV file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    return text.getvalue().encode()
+
+
+def write_table(stem: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as `stem`.csv and, for reading, as the Markdown table `stem`.md."""
+    lines = [[name.replace("_", " ") for name in rows[0]], ["---"] * len(rows[0])]
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    # NaN says in the CSV what it is; to a reader that there is no number.
+    lines += [["-" if cell == "nan" else cell for cell in row] for row in cells]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    write_files(stem, {".csv": csv_of(rows), ".md": text.encode()})
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.9g}" if isinstance(value, float | np.floating) else str(value)
