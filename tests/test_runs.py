@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import errno
+import importlib.metadata
 import io
 import math
 import os
@@ -18,7 +19,7 @@ import pytest
 
 import ncjax
 from experiments import _training, report
-from experiments._runs import events, files, folders, lock
+from experiments._runs import events, files, folders, lock, provenance
 from ncjax.networks import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +142,16 @@ def test_a_lock_that_cannot_be_made_is_told(quick, tmp_path):
     (tmp_path / ".lock").mkdir()
     with pytest.raises(ValueError, match=r"cannot lock .*\.lock: Is a directory"):
         damage.run("theorems", tmp_path)
+
+
+def test_a_clone_that_is_not_installed_has_its_version(monkeypatch):
+    def absent(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr("importlib.metadata.version", absent)
+    versions = provenance.provenance("flax")["versions"]
+    assert f"version = {versions['ncjax']}\n" in (ROOT / "setup.cfg").read_text()
+    assert versions["flax"] == "not installed"
 
 
 # Full and read-only disks

@@ -1,6 +1,8 @@
 """Where a result comes from: command, date, versions, device."""
 
+import configparser
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -30,7 +32,22 @@ def module_name() -> str:
 
 
 def _version(package: str) -> str:
+    """The version of an installed package, or of this clone, installed or not."""
+    name, version = _clone()
+    if package == name:
+        return version
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+@functools.cache
+def _clone() -> tuple[str, str]:
+    """Name and version in setup.cfg of the clone that this file is part of."""
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(Path(__file__).parents[2] / "setup.cfg", encoding="utf-8")
+    name, version = (
+        settings.get("metadata", key, fallback="") for key in ("name", "version")
+    )
+    return name, version
