@@ -5,10 +5,8 @@ interruption, the run folder.
 """
 
 import contextlib
-import csv
 import dataclasses
 import functools
-import hashlib
 import math
 import os
 import signal
@@ -25,18 +23,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import ncjax
+from experiments import _record
 from experiments._runs import cli, files, folders, memory
 from experiments._runs.events import Events
-from ncjax import plotting
 from ncjax.metrics.peeling import LastLayer
 from ncjax.networks import checkpoint, data, models, train
 
-METRICS_FILE = "metrics.csv"
 CHECKPOINTS = "checkpoints"
 _TENSORBOARD = "tensorboard"
 _MEASURED = "last measured epoch"  # in the notes of a checkpoint
 OUTPUTS = (
-    *(METRICS_FILE, CHECKPOINTS, _TENSORBOARD, "collapse.csv", "collapse.md"),
+    *(_record.METRICS_FILE, CHECKPOINTS, _TENSORBOARD, "collapse.csv", "collapse.md"),
     *("collapse.png", "collapse.pdf", "training.png", "training.pdf"),
 )
 _PACKAGES = ("flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
@@ -45,11 +42,6 @@ DTYPES = ("auto", "float32", "bfloat16")
 # Figures are drawn anew after so many seconds at the earliest.
 _FIGURE_SECONDS = 20.0
 _POLL_SECONDS = 0.01
-# Measured, but not expected to fall to zero.
-_NOT_FALLING = (
-    *("accuracy", "loss", "log_loss", "least_margin"),
-    *("margin_ratio", "balanced_margin_ratio"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -529,15 +521,14 @@ class _Loop:
         if done is None:
             return state, 0
         state, notes = checkpoints.restore(state)
-        rows = read_rows(self.folder, up_to=done)
+        rows = _record.read_rows(self.folder, up_to=done)
         sealed = int(notes.get(_MEASURED, done))
         self.rows = [row for row in rows if row["epoch"] <= sealed]
-        if not self.rows or notes.get(METRICS_FILE, _digest(self.rows)) != _digest(
-            self.rows
-        ):
+        digest = _record.digest(self.rows)
+        if not self.rows or notes.get(_record.METRICS_FILE, digest) != digest:
             raise ValueError(
-                f"{self.folder / METRICS_FILE} is missing or damaged: give --overwrite to "
-                "start afresh"
+                f"{self.folder / _record.METRICS_FILE} is missing or damaged: give "
+                "--overwrite to start afresh"
             )
         self.measured_since = len(rows) > len(self.rows)
         return state, done
@@ -566,7 +557,8 @@ class _Loop:
 
     def _notes(self) -> dict[str, str]:
         """What a checkpoint says of metrics.csv, which is read again with it."""
-        return {METRICS_FILE: _digest(self.rows), _MEASURED: str(self._last())}
+        digest = _record.digest(self.rows)
+        return {_record.METRICS_FILE: digest, _MEASURED: str(self._last())}
 
     def _check_finite(self, log: train.EpochLog, epoch: int) -> None:
         if not np.isfinite(log.loss).any():
@@ -589,9 +581,9 @@ class _Loop:
             tags = {f"{split}/{k}": [v[k] for v in measured] for k in measured[0]}
             _write_events(events, epoch, tags)
         if is_primary():
-            files.write_rows(self.folder / METRICS_FILE, self.rows)
+            _record.write_rows(self.folder, self.rows)
             if time.monotonic() - self.drawn > _FIGURE_SECONDS:
-                draw(self.folder, self.rows)
+                _record.draw(self.folder, self.rows)
                 self.drawn = time.monotonic()
 
     def _measure_one(self, features, dataset, params, seed: int) -> dict[str, float]:
@@ -634,75 +626,12 @@ def _write_events(events: Events | None, epoch: int, values: Mapping[str, Any]) 
         events.add(epoch, {name: float(np.mean(value)) for name, value in values.items()})
 
 
-def read_rows(folder: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
-    """Rows of metrics.csv, of the epochs up to one; none if there is no such file.
-
-    Raises:
-      ValueError: it is damaged.
-    """
-    path = folder / METRICS_FILE
-    if not path.exists():
-        return []
-    try:
-        with path.open(newline="") as file:
-            rows = [_typed(row) for row in csv.DictReader(file, strict=True)]
-        return [row for row in rows if row["epoch"] <= up_to]
-    except (ValueError, LookupError, TypeError, csv.Error, OSError):
-        raise ValueError(f"{path} is damaged") from None
-
-
-def _typed(row: Mapping[str, str]) -> dict[str, Any]:
-    kinds = {"epoch": int, "seed": int, "split": str}
-    return {name: kinds.get(name, float)(value) for name, value in row.items()}
-
-
-def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 of metrics.csv with these rows."""
-    return hashlib.sha256(files.csv_of(rows)).hexdigest()
-
-
-def columns(rows: Sequence[Mapping[str, Any]], split: str) -> dict[str, np.ndarray]:
-    """Metrics of one split by name, each (S, T) over seeds and measured epochs."""
-    chosen = [row for row in rows if row["split"] == split]
-    seeds = max((row["seed"] for row in chosen), default=-1) + 1
-    names = [name for name in rows[0] if name not in ("split", "seed")]
-    return {
-        name: np.asarray([row[name] for row in chosen], float).reshape(-1, seeds).T
-        for name in names
-        if seeds
-    }
-
-
-def zero_error_epoch(measured: Mapping[str, np.ndarray]) -> int | None:
-    """First measured epoch from which on every seed has no training error."""
-    wrong = np.flatnonzero(~(measured["accuracy"] == 1).all(axis=0))
-    first = wrong[-1] + 1 if wrong.size else 0
-    epochs = measured["epoch"][0]
-    return int(epochs[first]) if first < epochs.size else None
-
-
-def draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The figures of a run: four panels of collapse, and how the training went."""
-    of_train, of_test = columns(rows, "train"), columns(rows, "test")
-    epochs = of_train["epoch"][0]
-    if epochs[-1] < 3:
-        return
-    zero = zero_error_epoch(of_train)
-    figure = plotting.figure_over_log_log_epochs(
-        epochs, plotting.collapse_panels(of_train), until=zero
-    )
-    files.write_files(folder / "collapse", plotting.render(figure))
-    panels = plotting.training_panels(of_train, of_test)
-    figure = plotting.figure_over_log_log_epochs(epochs, panels, until=zero)
-    files.write_files(folder / "training", plotting.render(figure))
-
-
 def _finish(config: Config, setup: Setup, folder: Path, rows, seconds: float) -> None:
     """Figures, table and, as the sign of the end, summary.json."""
-    draw(folder, rows)
-    of_train, of_test = columns(rows, "train"), columns(rows, "test")
-    zero = zero_error_epoch(of_train)
-    table = _table(of_train, of_test, zero)
+    _record.draw(folder, rows)
+    of_train, of_test = _record.columns(rows, "train"), _record.columns(rows, "test")
+    zero = _record.zero_error_epoch(of_train)
+    table = _record.table(of_train, of_test, zero)
     files.write_table(folder / "collapse", table)
     summary = {
         "parameters": models.count_parameters(
@@ -727,32 +656,3 @@ def _ending(config: Config, folder: Path, zero: int | None) -> str:
         return text
     longer = dataclasses.replace(config, epochs=2 * config.epochs)
     return f"{text}; train on with: {folders.resume_command(longer, folder)}"
-
-
-def _table(of_train, of_test, zero: int | None) -> list[dict[str, Any]]:
-    """Each metric at zero training error and at the end: medians over seeds."""
-    epochs = of_train["epoch"][0].astype(int).tolist()
-    at_zero = epochs.index(zero) if zero else None
-    rows = []
-    for name, values in of_train.items():
-        if name == "epoch":
-            continue
-        first = math.nan if at_zero is None else _median(values[:, at_zero])
-        last = _median(values[:, -1])
-        compared = first > 0 and name not in _NOT_FALLING and zero < epochs[-1]
-        row = {
-            "metric": name,
-            "at_zero_error": first,
-            "at_the_end": last,
-            "fell": str(last < first) if compared else "",
-        }
-        if of_test:
-            row["test_at_the_end"] = _median(of_test[name][:, -1])
-        rows.append(row)
-    return rows
-
-
-def _median(values: np.ndarray) -> float:
-    """Median over the seeds that have not diverged."""
-    finite = values[np.isfinite(values)]
-    return float(np.median(finite)) if finite.size else math.nan

@@ -19,7 +19,15 @@ import oracles
 import pytest
 
 import ncjax
-from experiments import _legs, _training, peel, train_resnet, train_small, train_vgg
+from experiments import (
+    _legs,
+    _record,
+    _training,
+    peel,
+    train_resnet,
+    train_small,
+    train_vgg,
+)
 from experiments._runs import cli, files, folders
 from ncjax.metrics.peeling import LastLayer
 from ncjax.networks import checkpoint, data, train
@@ -65,7 +73,7 @@ read_json = files.read_json
 
 
 def measured(folder):
-    return sorted({row["epoch"] for row in _training.read_rows(folder)})
+    return sorted({row["epoch"] for row in _record.read_rows(folder)})
 
 
 def assert_same_run(folder, other, exact=True):
@@ -124,7 +132,7 @@ def test_a_run_writes_its_folder(finished):
 
 
 def test_metrics_have_a_row_for_each_epoch_and_split(finished):
-    rows = _training.read_rows(finished)
+    rows = _record.read_rows(finished)
     keys = [(row["epoch"], row["split"], row["seed"]) for row in rows]
     assert keys == [(e, s, 0) for e in (1, 2, 6) for s in ("train", "test")]
     fields = {*ncjax.CollapseMetrics._fields, *LastLayer._fields}
@@ -147,7 +155,7 @@ def test_metrics_are_the_oracle_on_the_stored_network(finished):
     exact = oracles.Data(
         hidden, digits.labels, np.asarray(trained.weight, float), np.asarray(trained.bias)
     )
-    last = _training.read_rows(finished)[-2]
+    last = _record.read_rows(finished)[-2]
     for field, formula in oracles.FIELDS.items():
         expected = oracles.FORMULAS[formula](exact)
         assert last[field] == pytest.approx(expected, rel=1e-3), field
@@ -418,7 +426,7 @@ def test_divergence_is_an_error(tmp_path):
 
 def test_seeds_train_side_by_side(tmp_path):
     folder = train_small.run(small(tmp_path / "run", seeds=3, test_split="", epochs=3))
-    rows = _training.read_rows(folder)
+    rows = _record.read_rows(folder)
     assert [row["seed"] for row in rows] == [0, 1, 2] * 3
     assert len({row["loss"] for row in rows if row["epoch"] == 3}) == 3
     networks = [_training.load_trained(folder, seed=seed) for seed in range(3)]
@@ -446,7 +454,7 @@ def test_one_diverged_seed_does_not_stop_the_others(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "init_state", broken)
     folder = train_small.run(small(tmp_path / "run", seeds=8, test_split="", epochs=2))
-    losses = [row["loss"] for row in _training.read_rows(folder) if row["epoch"] == 2]
+    losses = [row["loss"] for row in _record.read_rows(folder) if row["epoch"] == 2]
     assert 0 < np.isfinite(losses).sum() < 8
 
 
@@ -464,10 +472,10 @@ def test_zero_error_is_for_good():
         "epoch": np.array([[1.0, 2, 4, 8]] * 2),
         "accuracy": np.array([[0.5, 1, 1, 1], [0.9, 1, 0.99, 1]]),
     }
-    assert _training.zero_error_epoch(measured) == 8
+    assert _record.zero_error_epoch(measured) == 8
     measured["accuracy"][0, -1] = 0.99
-    assert _training.zero_error_epoch(measured) is None
-    assert _training.zero_error_epoch(measured | {"accuracy": np.ones((2, 4))}) == 1
+    assert _record.zero_error_epoch(measured) is None
+    assert _record.zero_error_epoch(measured | {"accuracy": np.ones((2, 4))}) == 1
 
 
 @pytest.mark.parametrize(
@@ -584,7 +592,7 @@ def test_a_hundred_real_images_are_learnt_by_heart(tmp_path, module, settings):
         **settings,
     )
     folder = module.run(config)
-    last = _training.read_rows(folder)[-1]
+    last = _record.read_rows(folder)[-1]
     assert last["accuracy"] == 1
     assert last["least_margin"] > 0
 

@@ -1,0 +1,117 @@
+"""The record of a training run: rows of metrics.csv, its figures, its table."""
+
+import csv
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments._runs import files
+from ncjax import plotting
+
+METRICS_FILE = "metrics.csv"
+# Measured, but not expected to fall to zero.
+_NOT_FALLING = (
+    *("accuracy", "loss", "log_loss", "least_margin"),
+    *("margin_ratio", "balanced_margin_ratio"),
+)
+
+
+def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write metrics.csv, a row for each measured epoch, split and seed."""
+    files.write_rows(folder / METRICS_FILE, rows)
+
+
+def read_rows(folder: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
+    """Rows of metrics.csv, of the epochs up to one; none if there is no such file.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="") as file:
+            rows = [_typed(row) for row in csv.DictReader(file, strict=True)]
+        return [row for row in rows if row["epoch"] <= up_to]
+    except (ValueError, LookupError, TypeError, csv.Error, OSError):
+        raise ValueError(f"{path} is damaged") from None
+
+
+def _typed(row: Mapping[str, str]) -> dict[str, Any]:
+    kinds = {"epoch": int, "seed": int, "split": str}
+    return {name: kinds.get(name, float)(value) for name, value in row.items()}
+
+
+def digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 of metrics.csv with these rows."""
+    return hashlib.sha256(files.csv_of(rows)).hexdigest()
+
+
+def columns(rows: Sequence[Mapping[str, Any]], split: str) -> dict[str, np.ndarray]:
+    """Metrics of one split by name, each (S, T) over seeds and measured epochs."""
+    chosen = [row for row in rows if row["split"] == split]
+    seeds = max((row["seed"] for row in chosen), default=-1) + 1
+    names = [name for name in rows[0] if name not in ("split", "seed")]
+    return {
+        name: np.asarray([row[name] for row in chosen], float).reshape(-1, seeds).T
+        for name in names
+        if seeds
+    }
+
+
+def zero_error_epoch(measured: Mapping[str, np.ndarray]) -> int | None:
+    """First measured epoch from which on every seed has no training error."""
+    wrong = np.flatnonzero(~(measured["accuracy"] == 1).all(axis=0))
+    first = wrong[-1] + 1 if wrong.size else 0
+    epochs = measured["epoch"][0]
+    return int(epochs[first]) if first < epochs.size else None
+
+
+def draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The figures of a run: four panels of collapse, and how the training went."""
+    of_train, of_test = columns(rows, "train"), columns(rows, "test")
+    epochs = of_train["epoch"][0]
+    if epochs[-1] < 3:
+        return
+    zero = zero_error_epoch(of_train)
+    figure = plotting.figure_over_log_log_epochs(
+        epochs, plotting.collapse_panels(of_train), until=zero
+    )
+    files.write_files(folder / "collapse", plotting.render(figure))
+    panels = plotting.training_panels(of_train, of_test)
+    figure = plotting.figure_over_log_log_epochs(epochs, panels, until=zero)
+    files.write_files(folder / "training", plotting.render(figure))
+
+
+def table(of_train, of_test, zero: int | None) -> list[dict[str, Any]]:
+    """Each metric at zero training error and at the end: medians over seeds."""
+    epochs = of_train["epoch"][0].astype(int).tolist()
+    at_zero = epochs.index(zero) if zero else None
+    rows = []
+    for name, values in of_train.items():
+        if name == "epoch":
+            continue
+        first = math.nan if at_zero is None else _median(values[:, at_zero])
+        last = _median(values[:, -1])
+        compared = first > 0 and name not in _NOT_FALLING and zero < epochs[-1]
+        row = {
+            "metric": name,
+            "at_zero_error": first,
+            "at_the_end": last,
+            "fell": str(last < first) if compared else "",
+        }
+        if of_test:
+            row["test_at_the_end"] = _median(of_test[name][:, -1])
+        rows.append(row)
+    return rows
+
+
+def _median(values: np.ndarray) -> float:
+    """Median over the seeds that have not diverged."""
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else math.nan
