@@ -38,6 +38,7 @@ from benchmarks import (
     training_step,
 )
 from experiments._runs import cli, files
+from experiments._runs.errors import BadUse
 
 NAME = "run"
 SECTIONS: dict[str, Callable[[int], tuple[list[dict[str, Any]], list[str]]]] = {
@@ -80,17 +81,17 @@ def run(config: Config) -> dict[str, Any]:
     """Time the sections, print their tables, replace them in the file.
 
     Raises:
-      ValueError: a setting is out of range, or the file holds something else.
+      BadUse: a setting is out of range, or the file holds something else.
     """
     names = config.only.split(",")
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
-        raise ValueError(f"--only must be among {sorted(SECTIONS)}, got {unknown}")
+        raise BadUse(f"--only must be among {sorted(SECTIONS)}, got {unknown}")
     if config.repeats < 1:
-        raise ValueError(f"--repeats must be at least 1, got {config.repeats}")
+        raise BadUse(f"--repeats must be at least 1, got {config.repeats}")
     path = Path(config.out)
     if path.suffix != ".json":
-        raise ValueError(f"--out must end with .json, got {config.out!r}")
+        raise BadUse(f"--out must end with .json, got {config.out!r}")
     stored(path)
     if config.torch_threads and not _timing.missing("torch"):
         import torch
@@ -114,18 +115,18 @@ def stored(path: Path) -> dict[str, Any]:
     """The sections in the file; none if there is no file.
 
     Raises:
-      ValueError: it cannot be read, or is no such file.
+      BadUse: it cannot be read, or is no such file.
     """
     if not path.exists():
         return {}
     try:
         sections = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"--out={path} cannot be read: {error}") from None
+        raise BadUse(f"--out={path} cannot be read: {error}") from None
     if not isinstance(sections, dict) or not all(
         isinstance(section, dict) and "rows" in section for section in sections.values()
     ):
-        raise ValueError(f"--out={path} holds something else than benchmark sections")
+        raise BadUse(f"--out={path} holds something else than benchmark sections")
     return sections
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import ncjax
 from experiments._runs import folders, memory
+from experiments._runs.errors import BadUse
 from ncjax.flow.solve import SUCCESS, choose_solver
 
 LEGS = 20
@@ -45,7 +46,7 @@ def log_times(log_t_max: float, num_times: int) -> np.ndarray:
 def check_memory(
     seeds: int, num_classes: int, per_class: int, dim: int, num_times: int
 ) -> None:
-    """Raise ValueError if the states of a leg alone are more than the memory holds."""
+    """Raise BadUse if the states of a leg alone are more than the memory holds."""
     samples = num_classes * per_class
     numbers = (samples + num_classes) * dim + samples * num_classes
     times = 1 + num_times / LEGS
@@ -202,6 +203,6 @@ def _load(folder: Path) -> Progress | None:
         if name.startswith("column_")
     }
     if not {"W", "H", "legs_done", "steps"} <= stored.keys():
-        raise ValueError(f"{folder / folders.CHECKPOINT} is damaged: arrays are missing")
+        raise BadUse(f"{folder / folders.CHECKPOINT} is damaged: arrays are missing")
     state = ncjax.Params(jnp.asarray(stored["W"]), jnp.asarray(stored["H"]))
     return Progress(int(stored["legs_done"]), state, columns, stored["steps"])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments._runs import files
+from experiments._runs.errors import BadUse
 from ncjax import plotting
 
 METRICS_FILE = "metrics.csv"
@@ -29,7 +30,7 @@ def read_rows(folder: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
     """Rows of metrics.csv, of the epochs up to one; none if there is no such file.
 
     Raises:
-      ValueError: it is damaged.
+      BadUse: it is damaged.
     """
     path = folder / METRICS_FILE
     if not path.exists():
@@ -39,7 +40,7 @@ def read_rows(folder: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
             rows = [_typed(row) for row in csv.DictReader(file, strict=True)]
         return [row for row in rows if row["epoch"] <= up_to]
     except (ValueError, LookupError, TypeError, csv.Error, OSError):
-        raise ValueError(f"{path} is damaged") from None
+        raise BadUse(f"{path} is damaged") from None
 
 
 def _typed(row: Mapping[str, str]) -> dict[str, Any]:

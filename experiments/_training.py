@@ -25,6 +25,7 @@ from tqdm import tqdm
 import ncjax
 from experiments import _record
 from experiments._runs import cli, files, folders, memory
+from experiments._runs.errors import BadUse, RunFailed, checks
 from experiments._runs.events import Events
 from ncjax.metrics.peeling import LastLayer
 from ncjax.networks import checkpoint, data, models, train
@@ -129,10 +130,10 @@ def run(config: Config, name: str, options: Mapping[str, Any]) -> Path:
       options: of the network, beside width, bias and dtype.
 
     Raises:
-      ValueError: a setting is out of range, the data do not fit or the folder cannot be
+      BadUse: a setting is out of range, the data do not fit or the folder cannot be
         used; before anything is compiled.
       OSError: the data cannot be read, or a file not be written.
-      RuntimeError: training diverged.
+      RunFailed: training diverged.
     """
     check(config)
     config = _resolved(config)
@@ -168,22 +169,20 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check(config: Config) -> None:
-    """Raise ValueError for a setting out of range, before any work."""
+    """Raise BadUse for a setting out of range, before any work."""
     for name, (holds, bound) in _RANGES.items():
         value = getattr(config, name)
         if not holds(value):
-            raise ValueError(f"--{name} must {bound}, got {value!r}")
+            raise BadUse(f"--{name} must {bound}, got {value!r}")
     if config.batch_size % jax.device_count():
-        raise ValueError(
+        raise BadUse(
             f"--batch_size must be a multiple of the {jax.device_count()} devices, got "
             f"{config.batch_size}"
         )
     if config.schedule == "step" and config.epochs < 3:
-        raise ValueError(
-            f"--schedule=step needs --epochs of at least 3, got {config.epochs}"
-        )
+        raise BadUse(f"--schedule=step needs --epochs of at least 3, got {config.epochs}")
     if config.num_processes > 1 and not config.workdir:
-        raise ValueError("several processes need one --workdir, on a disk that they share")
+        raise BadUse("several processes need one --workdir, on a disk that they share")
     rows = config.seeds * min(config.epochs, config.measurements)
     memory.check(8.0 * rows * len(LastLayer._fields), "--measurements or --seeds")
 
@@ -196,11 +195,12 @@ def _resolved(config: Config) -> Config:
     return dataclasses.replace(config, compute_dtype=dtype)
 
 
+@checks()
 def set_up(config: Config, options: Mapping[str, Any]) -> Setup:
     """Network and data, once they fit together.
 
     Raises:
-      ValueError: they do not.
+      BadUse: they do not.
       OSError: the data cannot be read.
     """
     model_options = {"width": config.width, "use_bias": config.use_bias, **options}
@@ -208,17 +208,17 @@ def set_up(config: Config, options: Mapping[str, Any]) -> Setup:
     train_set = _load(config, config.train_split, config.per_class)
     test_set = _load(config, config.test_split, 0) if config.test_split else None
     if test_set and test_set.images.shape[1:] != train_set.images.shape[1:]:
-        raise ValueError(
+        raise BadUse(
             f"training images are {train_set.images.shape[1:]} but test images "
             f"{test_set.images.shape[1:]}"
         )
     if test_set and data.overlap(train_set, test_set):
-        raise ValueError(
+        raise BadUse(
             f"--test_split={config.test_split} has images of "
             f"--train_split={config.train_split}: give another one, or --test_split="
         )
     if config.batch_size > len(train_set.labels):
-        raise ValueError(
+        raise BadUse(
             f"--batch_size is {config.batch_size} but --train_split={config.train_split} "
             f"has {len(train_set.labels)} images"
         )
@@ -233,11 +233,11 @@ def set_up(config: Config, options: Mapping[str, Any]) -> Setup:
 
 
 def _check_network(config: Config, model: Any, image_shape: Sequence[int]) -> None:
-    """Raise ValueError unless the network takes the images and fits into memory."""
+    """Raise BadUse unless the network takes the images and fits into memory."""
     try:
         parameters = models.count_parameters(model, image_shape)
     except (ValueError, OverflowError) as error:
-        raise ValueError(
+        raise BadUse(
             f"{error} (--image_size={config.image_size}, --width={config.width})"
         ) from error
     memory.check(4.0 * parameters * config.seeds, "--width or --seeds")
@@ -249,7 +249,7 @@ def _load(config: Config, split: str, per_class: int) -> data.Dataset:
     counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
     if len(counts) > dataset.num_classes or not counts.all():
         missing = np.flatnonzero(counts == 0).tolist()
-        raise ValueError(
+        raise BadUse(
             f"every class needs an image, but {split!r} of {config.dataset} has none of "
             f"{missing}"
         )
@@ -272,34 +272,34 @@ def _open(config: Config, name: str, stack: contextlib.ExitStack) -> tuple[Path,
     The first process opens it, and keeps it until `stack` is closed.
 
     Raises:
-      ValueError: in all processes, it cannot be used.
+      BadUse: in all processes, it cannot be used.
       OSError: in the first process, a file cannot be written.
     """
     folder, finished = Path(config.workdir), False
-    error: ValueError | OSError | None = None
+    error: BadUse | OSError | None = None
     changes = {"epochs": functools.partial(_check_epochs, config)}
     if is_primary():
         try:
             opened = folders.open_config(config, name, OUTPUTS, changes)
             folder, finished = stack.enter_context(opened)
-        except (ValueError, OSError) as refused:
+        except (BadUse, OSError) as refused:
             error = refused
     if any_process(error is not None):
-        raise error or ValueError("process 0 could not open the run folder")
+        raise error or BadUse("process 0 could not open the run folder")
     return folder, any_process(finished)
 
 
 def _check_epochs(config: Config, folder: Path) -> None:
-    """Raise ValueError unless the run in `folder` is the start of one of these epochs."""
+    """Raise BadUse unless the run in `folder` is the start of one of these epochs."""
     if config.schedule == "step":
         stored = folders.stored_config(folder).get("epochs")
-        raise ValueError(
+        raise BadUse(
             f"--schedule=step drops the learning rate at thirds of --epochs={stored}: the "
             f"run in {str(folder)!r} is not the start of one of {config.epochs} epochs"
         )
     done = checkpoint.newest_epoch(folder / CHECKPOINTS) or 0
     if config.epochs < done:
-        raise ValueError(
+        raise BadUse(
             f"the run in {str(folder)!r} has {done} epochs behind it: resume it with at "
             f"least so many, got --epochs={config.epochs}"
         )
@@ -340,19 +340,19 @@ def stored_run(
     """Config and network options of a training run; arguments as `load_trained`.
 
     Raises:
-      ValueError: the folder holds no run of a training experiment, or no checkpoint.
+      BadUse: the folder holds no run of a training experiment, or no checkpoint.
     """
     stored = folders.stored_config(folder)
     shared = {field.name for field in dataclasses.fields(Config)}
     if "learning_rate" not in stored:
-        raise ValueError(f"{str(folder)!r} holds no training run")
+        raise BadUse(f"{str(folder)!r} holds no training run")
     settings = {name: value for name, value in stored.items() if name in shared}
     handling = {"workdir": str(folder), "data_dir": data_dir, "test_split": ""}
     config = Config(**settings | handling)
     if not 0 <= seed < config.seeds:
-        raise ValueError(f"expected a seed in [0, {config.seeds}), got {seed}")
+        raise BadUse(f"expected a seed in [0, {config.seeds}), got {seed}")
     if not (folder / CHECKPOINTS).is_dir():
-        raise ValueError(f"{str(folder)!r} holds no checkpoint")
+        raise BadUse(f"{str(folder)!r} holds no checkpoint")
     return config, {k: v for k, v in stored.items() if k not in shared}
 
 
@@ -365,18 +365,18 @@ def load_trained(folder: Path, data_dir: str = "", seed: int = 0) -> Trained:
       seed: which of several networks.
 
     Raises:
-      ValueError: the folder holds no run of a training experiment, or no checkpoint.
+      BadUse: the folder holds no run of a training experiment, or no checkpoint.
       OSError: the data cannot be read.
     """
     config, options = stored_run(folder, data_dir, seed)
     setup = set_up(config, options)
     loop = _Loop(config, setup, folder)
-    checkpoints = checkpoint.Checkpoints(folder / CHECKPOINTS, read_only=True)
-    with contextlib.closing(checkpoints):
+    with contextlib.closing(_checkpoints(folder, read_only=True)) as checkpoints:
         epoch = checkpoints.newest()
         if epoch is None:
-            raise ValueError(f"{str(folder)!r} holds no checkpoint")
-        state, _ = checkpoints.restore(loop.start())
+            raise BadUse(f"{str(folder)!r} holds no checkpoint")
+        with checks():
+            state, _ = checkpoints.restore(loop.start())
     features = train.extract_features(loop.forward, state, loop.sets["train"])
     params = jax.tree.map(train.first_device, state.params)
     if config.seeds > 1:
@@ -385,6 +385,12 @@ def load_trained(folder: Path, data_dir: str = "", seed: int = 0) -> Trained:
     return Trained(
         features, setup.train_set.labels, *train.classifier(params), epoch, title
     )
+
+
+@checks()
+def _checkpoints(folder: Path, *, read_only: bool = False) -> checkpoint.Checkpoints:
+    """The checkpoints of a run."""
+    return checkpoint.Checkpoints(folder / CHECKPOINTS, read_only=read_only)
 
 
 class _Interruption:
@@ -480,11 +486,11 @@ class _Loop:
 
         Raises:
           KeyboardInterrupt: after saving, where that was wished.
-          RuntimeError: the loss of every seed is NaN or infinite.
+          RunFailed: the loss of every seed is NaN or infinite.
         """
         config = self.config
         with contextlib.ExitStack() as stack:
-            checkpoints = checkpoint.Checkpoints(self.folder / CHECKPOINTS)
+            checkpoints = _checkpoints(self.folder)
             stack.callback(checkpoints.close)
             state, done = self.restore(checkpoints)
             events = self._events(stack, done)
@@ -514,19 +520,20 @@ class _Loop:
         """The state to go on from, and the epochs behind it.
 
         Raises:
-          ValueError: the checkpoint is damaged, or metrics.csv is.
+          BadUse: the checkpoint is damaged, or metrics.csv is.
         """
         state = self.start()
         done = checkpoints.newest() if self.config.resume else None
         if done is None:
             return state, 0
-        state, notes = checkpoints.restore(state)
+        with checks():
+            state, notes = checkpoints.restore(state)
         rows = _record.read_rows(self.folder, up_to=done)
         sealed = int(notes.get(_MEASURED, done))
         self.rows = [row for row in rows if row["epoch"] <= sealed]
         digest = _record.digest(self.rows)
         if not self.rows or notes.get(_record.METRICS_FILE, digest) != digest:
-            raise ValueError(
+            raise BadUse(
                 f"{self.folder / _record.METRICS_FILE} is missing or damaged: give "
                 "--overwrite to start afresh"
             )
@@ -562,7 +569,7 @@ class _Loop:
 
     def _check_finite(self, log: train.EpochLog, epoch: int) -> None:
         if not np.isfinite(log.loss).any():
-            raise RuntimeError(
+            raise RunFailed(
                 f"training diverged in epoch {epoch}: the loss is {log.loss}; try a lower "
                 f"--learning_rate than {self.config.learning_rate}"
             )

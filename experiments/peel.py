@@ -14,6 +14,7 @@ import ncjax
 from experiments import _legs, _training
 from experiments._labels import LABELS
 from experiments._runs import cli, files, folders, page
+from experiments._runs.errors import BadUse, RunFailed, checks
 from ncjax import plotting
 from ncjax.flow.solve import SUCCESS
 
@@ -67,7 +68,7 @@ def run(config: Config) -> Path:
     `jax_enable_x64`.
 
     Raises:
-      ValueError: a setting is out of range, or a folder cannot be used.
+      BadUse: a setting is out of range, or a folder cannot be used.
       OSError: the training set cannot be read, or a file not be written.
     """
     _check(config)
@@ -87,7 +88,7 @@ def _run(config: Config, trained: _training.Trained, folder: Path) -> None:
     starts = jax.tree.map(lambda leaf: leaf[None], start)
     columns, steps, ends = _legs.solve(starts, log_times, _legs.measure_collapse, folder)
     if steps[-1, 0, 2] != SUCCESS:
-        raise RuntimeError(
+        raise RunFailed(
             f"the flow failed in leg {len(steps)} of {_legs.LEGS}, with result code "
             f"{steps[-1, 0, 2]} of ncjax.gradient_flow: give a smaller --log_t_max"
         )
@@ -101,20 +102,21 @@ def _run(config: Config, trained: _training.Trained, folder: Path) -> None:
 
 
 def _check(config: Config) -> None:
-    """Raise ValueError for a setting out of range, before any work."""
+    """Raise BadUse for a setting out of range, before any work."""
     if not config.run:
-        raise ValueError("--run=DIR is needed: the folder of a training run")
+        raise BadUse("--run=DIR is needed: the folder of a training run")
     if config.workdir and Path(config.workdir).resolve() == Path(config.run).resolve():
-        raise ValueError("--workdir must be another folder than that of --run")
+        raise BadUse("--workdir must be another folder than that of --run")
     if config.per_class < 0:
-        raise ValueError(f"--per_class must not be negative, got {config.per_class}")
+        raise BadUse(f"--per_class must not be negative, got {config.per_class}")
     if not (math.isfinite(config.log_t_max) and config.log_t_max > 1):
-        raise ValueError(f"--log_t_max must be above 1 and finite, got {config.log_t_max}")
+        raise BadUse(f"--log_t_max must be above 1 and finite, got {config.log_t_max}")
     if config.num_times < 1:
-        raise ValueError(f"--num_times must be at least 1, got {config.num_times}")
+        raise BadUse(f"--num_times must be at least 1, got {config.num_times}")
     _legs.check_memory(1, 2, 1, 1, config.num_times)
 
 
+@checks()
 def _peel(trained: _training.Trained, per_class: int) -> ncjax.Params:
     """The last layer in float64."""
     bias = None if trained.bias is None else trained.bias.astype(jnp.float64)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from experiments import EXPERIMENTS
 from experiments._runs import cli, files, folders, page
+from experiments._runs.errors import BadUse
 
 NAME = "report"
 
@@ -34,7 +35,7 @@ def run(config: Config) -> Path:
     a run that is unfinished or damaged is on the page with what can be read of it.
 
     Raises:
-      ValueError: a folder is or holds no run, a run is of an unknown kind, or the output
+      BadUse: a folder is or holds no run, a run is of an unknown kind, or the output
         is there already.
       OSError: the output cannot be written.
     """
@@ -54,13 +55,13 @@ def run(config: Config) -> Path:
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    """Raise ValueError unless the page can be written there, before any work."""
+    """Raise BadUse unless the page can be written there, before any work."""
     if output.is_dir() or not output.name:
-        raise ValueError(f"--output must be a file, got the folder {str(output)!r}")
+        raise BadUse(f"--output must be a file, got the folder {str(output)!r}")
     if not output.parent.is_dir():
-        raise ValueError(f"--output={output}: there is no folder {str(output.parent)!r}")
+        raise BadUse(f"--output={output}: there is no folder {str(output.parent)!r}")
     if output.exists() and not overwrite:
-        raise ValueError(f"--output={output} exists: give --overwrite to replace it")
+        raise BadUse(f"--output={output} exists: give --overwrite to replace it")
 
 
 def find_runs(names: str) -> tuple[list[Path], list[str]]:
@@ -70,30 +71,30 @@ def find_runs(names: str) -> tuple[list[Path], list[str]]:
     each with a sentence.
 
     Raises:
-      ValueError: a folder is or holds no run, or a run named is of an unknown kind.
+      BadUse: a folder is or holds no run, or a run named is of an unknown kind.
     """
     found: dict[Path, Path] = {}
     left_out = []
     for name in filter(None, (part.strip() for part in names.split(","))):
         folder = Path(name)
         if not folder.is_dir():
-            raise ValueError(f"--runs: there is no folder {name!r}")
+            raise BadUse(f"--runs: there is no folder {name!r}")
         if (folder / folders.CONFIG).is_file():
             kind_of(folder)
             found.setdefault(folder.resolve(), folder)
             continue
         below = sorted(path.parent for path in folder.rglob(folders.CONFIG))
         if not below:
-            raise ValueError(f"--runs: {name!r} is and holds no run: no {folders.CONFIG}")
+            raise BadUse(f"--runs: {name!r} is and holds no run: no {folders.CONFIG}")
         for path in below:
             try:
                 kind_of(path)
-            except ValueError as error:
+            except BadUse as error:
                 left_out.append(str(error))
             else:
                 found.setdefault(path.resolve(), path)
     if not found:
-        raise ValueError(
+        raise BadUse(
             f"--runs={names}: no run to show" + "".join(f"; {e}" for e in left_out)
         )
     runs = sorted(
@@ -106,7 +107,7 @@ def kind_of(folder: Path) -> str:
     """The experiment that a run folder is of, one of `EXPERIMENTS`.
 
     Raises:
-      ValueError: it holds no run, or one of an unknown kind.
+      BadUse: it holds no run, or one of an unknown kind.
     """
     folders.stored_config(folder)
     stored = files.read_json(folder / folders.CONFIG)
@@ -117,7 +118,7 @@ def kind_of(folder: Path) -> str:
     started = "".join(modules[:1]).removeprefix("experiments.")
     name = str(stored.get("experiment", started))
     if name not in EXPERIMENTS:
-        raise ValueError(
+        raise BadUse(
             f"{str(folder)!r} is a run of an unknown kind, {name!r}: expected one of "
             f"{', '.join(EXPERIMENTS)}"
         )

@@ -14,6 +14,7 @@ from tqdm import tqdm
 import ncjax
 from experiments import _fits, _legs, _saddles
 from experiments._runs import cli, files, folders, page
+from experiments._runs.errors import BadUse
 from ncjax import plotting
 from ncjax.peeled.separation import GLOBAL_OPTIMUM, NO_ROOM, STRICT_SADDLE
 
@@ -62,7 +63,7 @@ def run(config: Config) -> Path:
     summary.json, and saddles.png, saddles.pdf. Needs `jax_enable_x64`.
 
     Raises:
-      ValueError: a setting is out of range or the folder cannot be used.
+      BadUse: a setting is out of range or the folder cannot be used.
       OSError: a file cannot be written.
     """
     _check(config)
@@ -92,17 +93,15 @@ def _run(config: Config, folder: Path) -> None:
 
 
 def _check(config: Config) -> None:
-    """Raise ValueError for a setting out of range, before any work."""
+    """Raise BadUse for a setting out of range, before any work."""
     least = {"max_classes": 2, "num_classes": 2, "seeds": 1, "per_class": 1, "dim": 1}
     for name, bound in least.items():
         if getattr(config, name) < bound:
-            raise ValueError(
-                f"--{name} must be at least {bound}, got {getattr(config, name)}"
-            )
+            raise BadUse(f"--{name} must be at least {bound}, got {getattr(config, name)}")
     if not (math.isfinite(config.scale) and config.scale > 0):
-        raise ValueError(f"--scale must be positive and finite, got {config.scale}")
+        raise BadUse(f"--scale must be positive and finite, got {config.scale}")
     if not 0 <= config.seed < 2**63:
-        raise ValueError(f"--seed must lie in [0, 2**63), got {config.seed}")
+        raise BadUse(f"--seed must lie in [0, 2**63), got {config.seed}")
     sizes = (config.num_classes, config.per_class, config.dim)
     _legs.check_memory(config.seeds, *sizes, STOPS.size)
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 import ncjax
 from experiments import _fits, _legs, _saddles
 from experiments._runs import cli, files, folders, page
+from experiments._runs.errors import BadUse, RunFailed
 
 NAME = "theorems"
 OUTPUTS = (f"{NAME}.csv", f"{NAME}.md")
@@ -63,14 +64,14 @@ def run(config: Config) -> Path:
     Writes theorems.csv, theorems.md and summary.json. Needs `jax_enable_x64`.
 
     Raises:
-      ValueError: a setting is out of range or the folder cannot be used.
+      BadUse: a setting is out of range or the folder cannot be used.
       OSError: a file cannot be written.
-      RuntimeError: a statement failed.
+      RunFailed: a statement failed.
     """
     if config.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {config.seeds}")
+        raise BadUse(f"--seeds must be at least 1, got {config.seeds}")
     if not 0 <= config.seed < 2**63:
-        raise ValueError(f"--seed must lie in [0, 2**63), got {config.seed}")
+        raise BadUse(f"--seed must lie in [0, 2**63), got {config.seed}")
     _legs.check_memory(config.seeds, K, N, D, TIMES.size)
     with folders.open_config(config, NAME, OUTPUTS) as (folder, _):
         _run(config, folder)
@@ -92,7 +93,7 @@ def _run(config: Config, folder: Path) -> None:
     failed = [entry.statement for entry in found if not entry.passed]
     print(f"{len(found) - len(failed)} of {len(found)} hold, {seconds} s")
     if failed:
-        raise RuntimeError(f"{len(failed)} statements failed: {'; '.join(failed)}")
+        raise RunFailed(f"{len(failed)} statements failed: {'; '.join(failed)}")
 
 
 def _line(entry: Statement) -> str:

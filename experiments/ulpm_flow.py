@@ -15,6 +15,7 @@ import ncjax
 from experiments import _fits, _legs
 from experiments._labels import LABELS
 from experiments._runs import cli, files, folders, page
+from experiments._runs.errors import BadUse, RunFailed
 from ncjax import plotting
 from ncjax.flow.solve import SOLVERS, SUCCESS
 
@@ -78,9 +79,9 @@ def run(config: Config) -> Path:
     figure2.png, figure2.pdf. Needs `jax_enable_x64` for float64.
 
     Raises:
-      ValueError: a setting is out of range or the folder cannot be used.
+      BadUse: a setting is out of range or the folder cannot be used.
       OSError: a file cannot be written.
-      RuntimeError: every seed failed.
+      RunFailed: every seed failed.
     """
     _check(config)
     with folders.open_config(config, NAME, OUTPUTS) as (folder, finished):
@@ -110,34 +111,32 @@ def _run(config: Config, folder: Path) -> None:
 
 
 def _check_reached(config: Config, folder: Path) -> None:
-    """Raise RuntimeError where no seed came to the end, also when that was before."""
+    """Raise RunFailed where no seed came to the end, also when that was before."""
     summary = files.read_json(folder / folders.SUMMARY)
     if len(summary["solver"]["failed_seeds"]) == config.seeds:
-        raise RuntimeError(
+        raise RunFailed(
             f"all {config.seeds} seeds failed before log t = {summary['log_t']:g}; "
             f"{folder / 'metrics.csv'} holds what they reached"
         )
 
 
 def _check(config: Config) -> None:
-    """Raise ValueError for a setting out of range, before any work."""
+    """Raise BadUse for a setting out of range, before any work."""
     for name in ("seeds", "num_classes", "per_class", "dim", "num_times"):
         least = 2 if name == "num_classes" else 1
         given = getattr(config, name)
         if given < least:
-            raise ValueError(f"--{name} must be at least {least}, got {given}")
+            raise BadUse(f"--{name} must be at least {least}, got {given}")
     if not (math.isfinite(config.log_t_max) and config.log_t_max > 1):
-        raise ValueError(f"--log_t_max must be above 1 and finite, got {config.log_t_max}")
+        raise BadUse(f"--log_t_max must be above 1 and finite, got {config.log_t_max}")
     if not (math.isfinite(config.init_scale) and config.init_scale > 0):
-        raise ValueError(f"--init_scale must be positive, got {config.init_scale}")
+        raise BadUse(f"--init_scale must be positive, got {config.init_scale}")
     if not 0 <= config.seed < 2**63:
-        raise ValueError(f"--seed must lie in [0, 2**63), got {config.seed}")
+        raise BadUse(f"--seed must lie in [0, 2**63), got {config.seed}")
     if config.dtype not in ("float64", "float32"):
-        raise ValueError(f"--dtype must be float64 or float32, got {config.dtype!r}")
+        raise BadUse(f"--dtype must be float64 or float32, got {config.dtype!r}")
     if config.solver not in SOLVERS:
-        raise ValueError(
-            f"--solver must be one of {', '.join(SOLVERS)}, got {config.solver!r}"
-        )
+        raise BadUse(f"--solver must be one of {', '.join(SOLVERS)}, got {config.solver!r}")
     _legs.check_memory(
         config.seeds, config.num_classes, config.per_class, config.dim, config.num_times
     )
@@ -163,7 +162,7 @@ def _solver_stats(config: Config, steps: np.ndarray) -> dict[str, Any]:
     """Steps and failures from (legs, seeds, 3) counts of steps, rejections and results."""
     failed = np.flatnonzero((steps[:, :, 2] != SUCCESS).any(axis=0)).tolist()
     if (steps[0, :, 2] != SUCCESS).all():
-        raise RuntimeError(
+        raise RunFailed(
             f"all {config.seeds} seeds failed at once: the start or its gradient is too "
             f"large for {config.dtype}"
         )

@@ -17,6 +17,8 @@ from typing import Any
 import jax
 from absl import flags, logging
 
+from experiments._runs.errors import BadUse, RunFailed
+
 # Groups of flags.
 MODEL, DATA, SEEDS, TIME = "Model", "Data", "Seeds", "Time and accuracy"
 TRAINING, FOLDER, OUTPUT, MACHINE = "Training", "Run folder", "Output", "Machine"
@@ -49,7 +51,7 @@ def parse(config_class: type, argv: Sequence[str]):
 
     Raises:
       absl.flags.Error: an unknown flag.
-      ValueError: a value of the wrong type, or an argument that is no flag.
+      BadUse: a value of the wrong type, or an argument that is no flag.
     """
     return _config(config_class, _flags(config_class), argv)
 
@@ -78,15 +80,15 @@ def _config(config_class: type, values: flags.FlagValues, argv: Sequence[str]):
     except flags.UnrecognizedFlagError as error:
         raise _misspelt(error, list(values)) from None
     if rest:
-        raise ValueError(f"expected flags such as --seed=1, got {' '.join(rest)!r}")
+        raise BadUse(f"expected flags such as --seed=1, got {' '.join(rest)!r}")
     return config_class(**{name: values[name].value for name in kinds})
 
 
-def _wrong_type(error: flags.Error, kinds: Mapping[str, Any]) -> ValueError:
+def _wrong_type(error: flags.Error, kinds: Mapping[str, Any]) -> BadUse:
     """What to say instead of absl's "flag --NAME=VALUE: REASON"."""
     text = str(error).removeprefix("flag --").removesuffix(f": {error.__context__}")
     name, _, given = text.partition("=")
-    return ValueError(f"--{name} must be {_KINDS[kinds.get(name, bool)]}, got {given!r}")
+    return BadUse(f"--{name} must be {_KINDS[kinds.get(name, bool)]}, got {given!r}")
 
 
 def _misspelt(error: flags.UnrecognizedFlagError, known: Sequence[str]) -> flags.Error:
@@ -177,29 +179,13 @@ def _fail(error: Exception) -> int:
     message = " ".join(str(error).split())
     if isinstance(error, flags.UnrecognizedFlagError) and "Did you mean" not in message:
         message += "; --help lists the flags"
-    by_check = _is_by_check(error)
-    if not (by_check or isinstance(error, flags.Error | OSError)):
+    if not isinstance(error, BadUse | RunFailed | flags.Error | OSError):
         first = next(iter(str(error).strip().splitlines()), "")[:_LONGEST]
         kind = type(error).__name__
         message = f"{kind}: {first}" if first else kind
         message += " (--traceback shows where)"
     print(f"error: {message}", file=sys.stderr)
-    bad_use = isinstance(error, flags.Error) or (by_check and isinstance(error, ValueError))
-    return 2 if bad_use else 1
-
-
-def _is_by_check(error: Exception) -> bool:
-    """Whether a check of this project raised `error`: no bug, and no library's error."""
-    ours = ("__main__", "ncjax", "experiments", "benchmarks")
-    kind = type(error)
-    if kind not in (ValueError, RuntimeError) and _package(kind.__module__) not in ours:
-        return False
-    *_, (frame, _line_number) = traceback.walk_tb(error.__traceback__)
-    return _package(frame.f_globals.get("__name__", "")) in ours
-
-
-def _package(module: str) -> str:
-    return module.partition(".")[0]
+    return 2 if isinstance(error, BadUse | flags.Error) else 1
 
 
 def set_up_jax(
@@ -215,19 +201,19 @@ def set_up_jax(
       process_id: of this one, from 0.
 
     Raises:
-      ValueError: the settings do not fit together.
+      BadUse: the settings do not fit together.
     """
     if cpu_devices < 0:
-        raise ValueError(f"--cpu_devices must not be negative, got {cpu_devices}")
+        raise BadUse(f"--cpu_devices must not be negative, got {cpu_devices}")
     if not 0 <= process_id < num_processes:
-        raise ValueError(
+        raise BadUse(
             f"--process_id must lie in [0, {num_processes}), the number of processes, got "
             f"{process_id}"
         )
     if (num_processes > 1) != bool(coordinator):
-        raise ValueError("--coordinator=HOST:PORT and --num_processes go together")
+        raise BadUse("--coordinator=HOST:PORT and --num_processes go together")
     jax.config.update("jax_enable_x64", True)
-    # `_is_by_check` and --traceback want the frames of JAX too.
+    # --traceback shows the frames of JAX too.
     jax.config.update("jax_traceback_filtering", "off")
     jax.config.update("jax_num_cpu_devices", cpu_devices or cores())
     if num_processes > 1:

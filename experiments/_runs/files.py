@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments._runs.errors import BadUse
+
 _DIGEST = "sha256"  # in a sealed file: of all that stands beside it
 _PART = ".part"  # ends the names of files that are being written
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -79,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a file, less its digest.
 
     Raises:
-      ValueError: it holds none, or not the one that was written.
+      BadUse: it holds none, or not the one that was written.
       OSError: there is no such file.
     """
     try:
@@ -87,10 +89,10 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged")
+        raise BadUse(f"{path} is damaged")
     # Files of earlier versions have no digest.
     if _DIGEST in content and content.pop(_DIGEST) != _digest(content):
-        raise ValueError(
+        raise BadUse(
             f"{path} is damaged: its {_DIGEST} does not fit (if you edited it, remove that)"
         )
     return content

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from experiments._runs import files, lock
+from experiments._runs.errors import BadUse
 from experiments._runs.provenance import module_name
 from experiments._runs.provenance import provenance as provenance
 
@@ -36,7 +37,7 @@ _FILES = "files"  # in summary.json: the SHA-256 of each output
 _ANEW = f"remove its {SUMMARY} and give --resume, or --overwrite, to have all written anew"
 
 # Settings that a resumed run may change, each with a check of the folder that raises
-# ValueError where it may not.
+# BadUse where it may not.
 Changes = Mapping[str, Callable[[Path], None]]
 
 
@@ -63,13 +64,13 @@ def open_config(
     do is told.
 
     Raises:
-      ValueError: the folder cannot be written, is in use, holds a run and neither
+      BadUse: the folder cannot be written, is in use, holds a run and neither
         --overwrite nor --resume is given, or is to be resumed and holds none or another.
       OSError: from within, with the command to give once the cause is gone.
     """
     resume = getattr(config, "resume", None)
     if config.overwrite and resume:
-        raise ValueError("--overwrite and --resume exclude each other: give one of them")
+        raise BadUse("--overwrite and --resume exclude each other: give one of them")
     folder = _make(workdir(config, name), bool(resume))
     with lock.held(folder), _after_a_failed_write(config, folder):
         open_run(
@@ -125,18 +126,18 @@ def is_finished(folder: Path) -> bool:
     """Whether the run of this folder has come to its end.
 
     Raises:
-      ValueError: it has, but its summary or another file is damaged.
+      BadUse: it has, but its summary or another file is damaged.
     """
     path = folder / SUMMARY
     if not path.exists():
         return False
     try:
         damaged = changed_files(folder, files.read_json(path))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{error}: {_ANEW}") from None
+    except (BadUse, OSError) as error:
+        raise BadUse(f"{error}: {_ANEW}") from None
     if damaged:
         names = ", ".join(str(folder / name) for name in damaged)
-        raise ValueError(f"missing or damaged: {names}; {_ANEW}")
+        raise BadUse(f"missing or damaged: {names}; {_ANEW}")
     return True
 
 
@@ -154,19 +155,19 @@ def _make(workdir: str, resume: bool) -> Path:
     """The folder asked for, made if it is not to be resumed from.
 
     Raises:
-      ValueError: it cannot be written, or is to be resumed from and holds no run.
+      BadUse: it cannot be written, or is to be resumed from and holds no run.
     """
     if resume and not workdir:
-        raise ValueError("--resume needs --workdir, the folder of the run to go on with")
+        raise BadUse("--resume needs --workdir, the folder of the run to go on with")
     folder = Path(workdir)
     try:
         if resume and not (folder / CONFIG).exists():
-            raise ValueError(f"workdir {workdir!r} holds no run to resume")
+            raise BadUse(f"workdir {workdir!r} holds no run to resume")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"cannot write to workdir {workdir!r}: {error.strerror}") from None
+        raise BadUse(f"cannot write to workdir {workdir!r}: {error.strerror}") from None
     return folder
 
 
@@ -194,7 +195,7 @@ def open_run(
       changes: settings that may be other than before; `config.json` then says both.
 
     Raises:
-      ValueError: the folder holds a run and neither flag is given, or is to be resumed and
+      BadUse: the folder holds a run and neither flag is given, or is to be resumed and
         holds another or a damaged one.
     """
     names = (CONFIG, SUMMARY, CHECKPOINT, *outputs)
@@ -203,7 +204,7 @@ def open_run(
         _reopen(folder, config, changes or {})
     elif held and not overwrite:
         go_on = "" if resume is None else "--resume to go on with it, "
-        raise ValueError(
+        raise BadUse(
             f"workdir {str(folder)!r} holds a run already ({', '.join(held)}): give "
             f"--overwrite to replace it, {go_on}or another --workdir"
         )
@@ -218,7 +219,7 @@ def _clear(folder: Path, held: Sequence[str]) -> None:
     """Remove the outputs of the run in `folder`, its config last.
 
     Raises:
-      ValueError: they include folders, and `folder` does not hold a run.
+      BadUse: they include folders, and `folder` does not hold a run.
     """
     is_folder = {
         name: (folder / name).is_dir() and not (folder / name).is_symlink() for name in held
@@ -226,9 +227,9 @@ def _clear(folder: Path, held: Sequence[str]) -> None:
     if any(is_folder.values()):
         try:
             stored_config(folder)
-        except ValueError as error:
+        except BadUse as error:
             names = ", ".join(name for name in held if is_folder[name])
-            raise ValueError(
+            raise BadUse(
                 f"{str(folder)!r} holds {names} but no run that --overwrite could replace: "
                 f"{error}"
             ) from None
@@ -245,13 +246,13 @@ def _reopen(folder: Path, config: Mapping[str, Any], changes: Changes) -> None:
     One atomic write makes the change: before it the run is the old one, after it the new.
 
     Raises:
-      ValueError: the folder holds none, a damaged one or another.
+      BadUse: the folder holds none, a damaged one or another.
     """
     stored = stored_config(folder)
     other = {k for k in {*stored, *config} if stored.get(k) != config.get(k)}
     if refused := sorted(other - {*changes}):
         asked = " ".join(shlex.quote(f"--{name}={stored.get(name)}") for name in refused)
-        raise ValueError(
+        raise BadUse(
             f"the run in {str(folder)!r} has other settings: resume it with {asked}"
         )
     for name in sorted(other):
@@ -288,17 +289,17 @@ def stored_config(folder: Path) -> dict[str, Any]:
     """The settings in config.json.
 
     Raises:
-      ValueError: there is none, or it is damaged.
+      BadUse: there is none, or it is damaged.
     """
     path = folder / CONFIG
     try:
         stored = files.read_json(path).get("config")
     except FileNotFoundError:
-        raise ValueError(f"{str(folder)!r} holds no run: no {CONFIG}") from None
+        raise BadUse(f"{str(folder)!r} holds no run: no {CONFIG}") from None
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        raise BadUse(f"cannot read {path}: {error.strerror}") from None
     if not isinstance(stored, dict):
-        raise ValueError(f"{path} is damaged")
+        raise BadUse(f"{path} is damaged")
     return stored
 
 
@@ -337,7 +338,7 @@ def load_checkpoint(folder: Path) -> dict[str, np.ndarray] | None:
     """The folder's checkpoint, None if it has none.
 
     Raises:
-      ValueError: it cannot be read.
+      BadUse: it cannot be read.
     """
     path = folder / CHECKPOINT
     if not path.exists():
@@ -347,9 +348,9 @@ def load_checkpoint(folder: Path) -> dict[str, np.ndarray] | None:
             arrays = dict(stored)
         settings = json.loads(str(arrays.pop(_SETTINGS)))
     except Exception:
-        raise ValueError(
+        raise BadUse(
             f"{path} is damaged: give --overwrite instead of --resume to start afresh"
         ) from None
     if settings != stored_config(folder):
-        raise ValueError(f"{path} belongs to a run of other settings than {CONFIG} says")
+        raise BadUse(f"{path} belongs to a run of other settings than {CONFIG} says")
     return arrays

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from experiments._runs.errors import BadUse
+
 LOCK = ".lock"
 # What a disk without locks answers.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -23,7 +25,7 @@ def held(folder: Path) -> Iterator[None]:
     server keeps locks; where the disk has none, this warns and goes on.
 
     Raises:
-      ValueError: another run holds it, or the file cannot be made.
+      BadUse: another run holds it, or the file cannot be made.
     """
     path = folder / LOCK
     descriptor = _acquire(path)
@@ -44,7 +46,7 @@ def _acquire(path: Path) -> int:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise ValueError(f"cannot lock {path}: {error.strerror}") from None
+            raise BadUse(f"cannot lock {path}: {error.strerror}") from None
         try:
             _lock(descriptor, path)
             if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
@@ -66,7 +68,7 @@ def _lock(descriptor: int, path: Path) -> None:
             )
         elif error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
-            raise ValueError(
+            raise BadUse(
                 f"{str(path.parent)!r} is in use by another run, {holder or 'just begun'}: "
                 "wait for its end, or give another --workdir"
             ) from None

@@ -2,16 +2,18 @@
 
 import os
 
+from experiments._runs.errors import BadUse
+
 
 def check(needed: float, flags: str) -> None:
-    """Raise ValueError if more bytes are needed than this machine has.
+    """Raise BadUse if more bytes are needed than this machine has.
 
     Args:
       needed: bytes at the very least, so that nothing is refused that would run.
       flags: what to make smaller.
     """
     if needed > held():
-        raise ValueError(
+        raise BadUse(
             f"this needs at least {needed / 1e9:.3g} GB of memory, and the machine has "
             f"{held() / 1e9:.3g} GB: give smaller {flags}"
         )
