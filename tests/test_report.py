@@ -1,6 +1,7 @@
 """The report: one sound page of any runs, whatever their folders hold."""
 
 import html.parser
+import importlib
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import report
+from experiments import EXPERIMENTS, _training, report
 from experiments._labels import LABELS
 from experiments._runs import page as pages
 
@@ -124,6 +125,14 @@ def test_commands_settings_and_versions_are_on_the_page(page):
         for setting, value in stored["config"].items():
             assert f"{setting}={value}".strip() in page.text
     assert "diffrax 0.7.2" in page.text
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_a_page_of_what_it_writes(name):
+    experiment = importlib.import_module(f"experiments.{name}")
+    outputs = getattr(experiment, "OUTPUTS", _training.OUTPUTS)
+    assert isinstance(experiment.PAGE, pages.Page)
+    assert experiment.PAGE.figures.keys() == {n for n in outputs if n.endswith(".png")}
 
 
 def test_networks_stand_side_by_side(tmp_path):
