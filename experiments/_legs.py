@@ -71,7 +71,7 @@ def solve(
       the states (S, ...) at the end.
     """
     legs = times.reshape(LEGS, -1)
-    progress = _load(folder) or _none(starts)
+    progress = _load(folder) or _initial_progress(starts)
     if solver == "auto":  # within a leg the last time is traced
         _, num_classes, dim = starts.W.shape
         solver = choose_solver(num_classes, dim, times[-1], starts.W.dtype)
@@ -167,7 +167,7 @@ def _compile(starts: ncjax.Params, measure: Measure, solver: str, max_steps: int
     return flow, measured
 
 
-def _none(starts: ncjax.Params) -> Progress:
+def _initial_progress(starts: ncjax.Params) -> Progress:
     """Progress before the first leg."""
     return Progress(0, starts, {}, np.zeros((0, starts.W.shape[0], 3), np.int64))
 
@@ -177,12 +177,12 @@ def _extend(progress: Progress, solution: ncjax.FlowSolution, new) -> Progress:
     new = jax.device_get(new)
     old = progress.columns or {name: part[:, :0] for name, part in new.items()}
     counts = (solution.num_steps, solution.num_rejected, solution.result)
-    taken = np.stack(jax.device_get(counts), axis=-1).astype(np.int64)
+    step_counts = np.stack(jax.device_get(counts), axis=-1).astype(np.int64)
     return Progress(
         legs_done=progress.legs_done + 1,
         state=solution.final,
         columns={k: np.concatenate([old[k], new[k]], axis=1) for k in new},
-        steps=np.concatenate([progress.steps, taken[None]]),
+        steps=np.concatenate([progress.steps, step_counts[None]]),
     )
 
 

@@ -26,27 +26,27 @@ def _findings(summary: Mapping[str, Any]) -> page.Findings:
         return page.Findings(page.OPEN, verdict, tables)
     compared = [row for row in rows if row["fell"] and "kkt" not in row["metric"]]
     compared = [row for row in compared if row["at_zero_error"]]
-    fell = sum(row["fell"] == "True" for row in compared)
+    num_fallen = sum(row["fell"] == "True" for row in compared)
     verdict = (
-        f"{size}; no training error from epoch {zero}, and {fell} of {len(compared)} "
+        f"{size}; no training error from epoch {zero}, and {num_fallen} of {len(compared)} "
         "metrics lower at the end"
     )
-    state = page.GOOD if fell == len(compared) else page.OPEN
+    state = page.GOOD if num_fallen == len(compared) else page.OPEN
     return page.Findings(state, verdict, tables)
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> page.Table:
     """A row for each metric, with the test set if there was one."""
-    tested = any("test_at_the_end" in row for row in rows)
+    has_test_set = any("test_at_the_end" in row for row in rows)
     head = ["metric", "at zero error", "at the end"]
     return page.Table(
         "Training set in evaluation mode, medians over seeds",
-        [*head, *(["test set, at the end"] if tested else []), "fell"],
+        [*head, *(["test set, at the end"] if has_test_set else []), "fell"],
         [
             [
                 *(LABELS[row["metric"]], page.number(row["at_zero_error"])),
                 page.number(row["at_the_end"]),
-                *([page.number(row.get("test_at_the_end"))] if tested else []),
+                *([page.number(row.get("test_at_the_end"))] if has_test_set else []),
                 {"True": "yes", "False": "no"}.get(row["fell"], ""),
             ]
             for row in rows

@@ -55,11 +55,11 @@ def digest(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def columns(rows: Sequence[Mapping[str, Any]], split: str) -> dict[str, np.ndarray]:
     """Metrics of one split by name, each (S, T) over seeds and measured epochs."""
-    chosen = [row for row in rows if row["split"] == split]
-    seeds = max((row["seed"] for row in chosen), default=-1) + 1
+    selected = [row for row in rows if row["split"] == split]
+    seeds = max((row["seed"] for row in selected), default=-1) + 1
     names = [name for name in rows[0] if name not in ("split", "seed")]
     return {
-        name: np.asarray([row[name] for row in chosen], float).reshape(-1, seeds).T
+        name: np.asarray([row[name] for row in selected], float).reshape(-1, seeds).T
         for name in names
         if seeds
     }
@@ -67,8 +67,8 @@ def columns(rows: Sequence[Mapping[str, Any]], split: str) -> dict[str, np.ndarr
 
 def zero_error_epoch(measured: Mapping[str, np.ndarray]) -> int | None:
     """First measured epoch from which on every seed has no training error."""
-    wrong = np.flatnonzero(~(measured["accuracy"] == 1).all(axis=0))
-    first = wrong[-1] + 1 if wrong.size else 0
+    errors = np.flatnonzero(~(measured["accuracy"] == 1).all(axis=0))
+    first = errors[-1] + 1 if errors.size else 0
     epochs = measured["epoch"][0]
     return int(epochs[first]) if first < epochs.size else None
 

@@ -129,7 +129,7 @@ def escape(
             lambda z, u: z + size * jnp.tensordot(weights, u, 1), saddle, unstable
         )
         return ncjax.gradient_flow(
-            start, log_times, record=_part(unstable), rtol=1e-10, atol=1e-12
+            start, log_times, record=_unstable_norm(unstable), rtol=1e-10, atol=1e-12
         ).recorded
 
     return Escape(log_times, np.asarray(jax.jit(jax.vmap(one))(coefficients)))
@@ -149,11 +149,11 @@ def unstable_space(block: Block) -> ncjax.Params:
     ).eigenvectors
 
 
-def _part(basis: ncjax.Params):
+def _unstable_norm(basis: ncjax.Params):
     """Function of the state: the norm of the projection of Z/|Z| on `basis`."""
 
-    def part(state):
+    def norm(state):
         products = [jnp.tensordot(u, z, z.ndim) for u, z in zip(basis, state, strict=True)]
         return jnp.linalg.norm(sum(products)) / jnp.sqrt(ncjax.squared_norm(state))
 
-    return part
+    return norm

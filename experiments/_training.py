@@ -32,7 +32,7 @@ from ncjax.networks import checkpoint, data, models, train
 
 CHECKPOINTS = "checkpoints"
 _TENSORBOARD = "tensorboard"
-_MEASURED = "last measured epoch"  # in the notes of a checkpoint
+_LAST_MEASURED = "last measured epoch"  # in the notes of a checkpoint
 OUTPUTS = (
     *(_record.METRICS_FILE, CHECKPOINTS, _TENSORBOARD, "collapse.csv", "collapse.md"),
     *("collapse.png", "collapse.pdf", "training.png", "training.pdf"),
@@ -142,11 +142,11 @@ def run(config: Config, name: str, options: Mapping[str, Any]) -> Path:
         folder, finished = _open(config, name, stack)
         if finished:
             return folder
-        begun = time.perf_counter()
+        start = time.perf_counter()
         with _Interruption() as interruption:
             rows = _Loop(config, setup, folder).run(interruption)
         if is_primary():
-            _finish(config, setup, folder, rows, time.perf_counter() - begun)
+            _finish(config, setup, folder, rows, time.perf_counter() - start)
     return folder
 
 
@@ -280,10 +280,10 @@ def _open(config: Config, name: str, stack: contextlib.ExitStack) -> tuple[Path,
     changes = {"epochs": functools.partial(_check_epochs, config)}
     if is_primary():
         try:
-            opened = folders.open_config(config, name, OUTPUTS, changes)
-            folder, finished = stack.enter_context(opened)
-        except (BadUse, OSError) as refused:
-            error = refused
+            opening = folders.open_config(config, name, OUTPUTS, changes)
+            folder, finished = stack.enter_context(opening)
+        except (BadUse, OSError) as opening_error:
+            error = opening_error
     if any_process(error is not None):
         raise error or BadUse("process 0 could not open the run folder")
     return folder, any_process(finished)
@@ -310,17 +310,17 @@ def _mesh() -> Mesh:
     return Mesh(np.asarray(jax.devices()), (train.AXIS,))
 
 
-def any_process(wish: bool) -> bool:
+def any_process(value: bool) -> bool:
     """Whether any process wishes so; waits for all of them."""
     if jax.process_count() == 1:
-        return wish
+        return value
     mesh = _mesh()
-    split, everywhere = (
+    split, replicated = (
         NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((train.AXIS,), ())
     )
-    wishes = np.full(jax.local_device_count(), wish)
-    array = jax.make_array_from_process_local_data(split, wishes)
-    return bool(_on_host(jax.jit(jnp.any, out_shardings=everywhere)(array)))
+    values = np.full(jax.local_device_count(), value)
+    array = jax.make_array_from_process_local_data(split, values)
+    return bool(_to_host(jax.jit(jnp.any, out_shardings=replicated)(array)))
 
 
 class Trained(NamedTuple):
@@ -402,17 +402,17 @@ class _Interruption:
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
-        self.wished = False
+        self.requested = False
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._wish) for s in self._SIGNALS}
+            self._before = {s: signal.signal(s, self._request) for s in self._SIGNALS}
         return self
 
-    def _wish(self, number, frame):
-        if self.wished:
+    def _request(self, number, frame):
+        if self.requested:
             raise KeyboardInterrupt
-        self.wished = True
+        self.requested = True
         # Not by print: a handler may run in the middle of another write.
         os.write(2, b"\ninterrupted: saving after this epoch; once more to stop now\n")
 
@@ -436,7 +436,7 @@ class _Loop:
     def __init__(self, config: Config, setup: Setup, folder: Path):
         self.config, self.setup, self.folder = config, setup, folder
         self.mesh = _mesh()
-        self.everywhere = NamedSharding(self.mesh, PartitionSpec())
+        self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.optimiser = _optimiser(config, len(setup.train_set.labels))
         self.sets = {
             name: train.on_device(part, setup.mean, setup.deviation, self.mesh)
@@ -446,8 +446,8 @@ class _Loop:
         self.keys = jax.random.split(jax.random.key(config.seed), config.seeds)
         self._compile()
         self.rows: list[dict[str, Any]] = []
-        self.drawn = -math.inf
-        self.measured_since = False  # the newest checkpoint was saved
+        self.last_drawing = -math.inf
+        self.has_later_rows = False  # the newest checkpoint was saved
 
     def _compile(self) -> None:
         """Jitted functions of one network, or of all seeds at once."""
@@ -463,8 +463,8 @@ class _Loop:
         if self.config.seeds > 1:
             epoch = jax.vmap(epoch, in_axes=(0, None, 0))
             forward = jax.vmap(forward, in_axes=(0, None, None))
-        self.epoch = jax.jit(epoch, donate_argnums=0, out_shardings=self.everywhere)
-        self.forward = jax.jit(forward, out_shardings=self.everywhere)
+        self.epoch = jax.jit(epoch, donate_argnums=0, out_shardings=self.replicated)
+        self.forward = jax.jit(forward, out_shardings=self.replicated)
 
     def _keys_of(self, epoch: int) -> jax.Array:
         """The key of an epoch, for each seed where there are several; 0 is the start."""
@@ -479,7 +479,7 @@ class _Loop:
             return train.init_state(self.setup.model, self.optimiser, shape, key)
 
         draw = jax.vmap(one) if self.config.seeds > 1 else one
-        return jax.jit(draw, out_shardings=self.everywhere)(self._keys_of(0))
+        return jax.jit(draw, out_shardings=self.replicated)(self._keys_of(0))
 
     def run(self, interruption: _Interruption) -> list[dict[str, Any]]:
         """All epochs that are left; the rows of metrics.csv.
@@ -496,11 +496,11 @@ class _Loop:
             events = self._events(stack, done)
             bar = stack.enter_context(self._bar(done))
             to_measure = set(measured_epochs(config.epochs, config.measurements))
-            if self.measured_since or (done in to_measure and self._last() < done):
+            if self.has_later_rows or (done in to_measure and self._last() < done):
                 self._measure(state, done, events)  # not of the epochs asked for before
             for epoch in range(done + 1, config.epochs + 1):
                 state, log = self.epoch(state, self.sets["train"], self._keys_of(epoch))
-                log = _on_host(log)
+                log = _to_host(log)
                 self._check_finite(log, epoch)
                 bar.set_postfix(
                     loss=f"{log.loss.mean():.3g}", accuracy=f"{log.accuracy.mean():.4f}"
@@ -509,7 +509,7 @@ class _Loop:
                 _write_events(events, epoch, log._asdict())
                 if epoch in to_measure:
                     self._measure(state, epoch, events)
-                stop = any_process(interruption.wished) and epoch < config.epochs
+                stop = any_process(interruption.requested) and epoch < config.epochs
                 if stop or epoch in to_measure or epoch % config.checkpoint_every == 0:
                     checkpoints.save(epoch, state, self._notes())
                 if stop:
@@ -529,15 +529,15 @@ class _Loop:
         with checks():
             state, notes = checkpoints.restore(state)
         rows = _record.read_rows(self.folder, up_to=done)
-        sealed = int(notes.get(_MEASURED, done))
-        self.rows = [row for row in rows if row["epoch"] <= sealed]
+        last_measured = int(notes.get(_LAST_MEASURED, done))
+        self.rows = [row for row in rows if row["epoch"] <= last_measured]
         digest = _record.digest(self.rows)
         if not self.rows or notes.get(_record.METRICS_FILE, digest) != digest:
             raise BadUse(
                 f"{self.folder / _record.METRICS_FILE} is missing or damaged: give "
                 "--overwrite to start afresh"
             )
-        self.measured_since = len(rows) > len(self.rows)
+        self.has_later_rows = len(rows) > len(self.rows)
         return state, done
 
     def _events(self, stack: contextlib.ExitStack, done: int) -> Events | None:
@@ -565,7 +565,7 @@ class _Loop:
     def _notes(self) -> dict[str, str]:
         """What a checkpoint says of metrics.csv, which is read again with it."""
         digest = _record.digest(self.rows)
-        return {_record.METRICS_FILE: digest, _MEASURED: str(self._last())}
+        return {_record.METRICS_FILE: digest, _LAST_MEASURED: str(self._last())}
 
     def _check_finite(self, log: train.EpochLog, epoch: int) -> None:
         if not np.isfinite(log.loss).any():
@@ -589,9 +589,9 @@ class _Loop:
             _write_events(events, epoch, tags)
         if is_primary():
             _record.write_rows(self.folder, self.rows)
-            if time.monotonic() - self.drawn > _FIGURE_SECONDS:
+            if time.monotonic() - self.last_drawing > _FIGURE_SECONDS:
                 _record.draw(self.folder, self.rows)
-                self.drawn = time.monotonic()
+                self.last_drawing = time.monotonic()
 
     def _measure_one(self, features, dataset, params, seed: int) -> dict[str, float]:
         """Metrics of one seed, to the digits of metrics.csv; NaN where it has diverged."""
@@ -599,7 +599,7 @@ class _Loop:
             features = features[seed]
             params = jax.tree.map(lambda leaf: leaf[seed], params)
         last = (features, *jax.tree.leaves(train.classifier(params)))
-        if not all(np.isfinite(_on_host(leaf)).all() for leaf in last):
+        if not all(np.isfinite(_to_host(leaf)).all() for leaf in last):
             names = (*ncjax.CollapseMetrics._fields, *LastLayer._fields)
             return dict.fromkeys(names, math.nan)
         measured = train.measure(features, dataset.labels, params)
@@ -619,7 +619,7 @@ def _optimiser(config: Config, samples: int):
     )
 
 
-def _on_host(tree):
+def _to_host(tree):
     """What the first local device holds, as NumPy arrays; signals are heard meanwhile."""
     for leaf in jax.tree.leaves(tree):
         while not leaf.is_ready():

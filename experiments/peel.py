@@ -97,8 +97,8 @@ def _run(config: Config, trained: _training.Trained, folder: Path) -> None:
     if not config.balance:
         del points["balanced"]
     with tqdm(points.items(), desc="describe") as progress:
-        described = {title: describe(point) for title, point in progress}
-    _write(folder, trained, log_times, columns, described)
+        descriptions = {title: describe(point) for title, point in progress}
+    _write(folder, trained, log_times, columns, descriptions)
 
 
 def _check(config: Config) -> None:
@@ -135,7 +135,7 @@ def describe(params: ncjax.Params) -> dict[str, Any]:
     labels = jnp.repeat(jnp.arange(num_classes, dtype=jnp.int32), per_class)
     layer = ncjax.last_layer(params.H.reshape(-1, dim), labels, params.W)
     eig = ncjax.hessian_eig(ncjax.log_cross_entropy, params, sphere=True, tol=_CURVATURE)
-    found: dict[str, Any] = {
+    description: dict[str, Any] = {
         "squared_norm": float(ncjax.squared_norm(params)),
         "log_loss": float(layer.log_loss),
         "least_margin": float(layer.least_margin),
@@ -148,7 +148,7 @@ def describe(params: ncjax.Params) -> dict[str, Any]:
     if layer.least_margin > 0:
         certificate = ncjax.certificate(params)
         kkt = ncjax.kkt(params)
-        found |= {
+        description |= {
             "kkt_stationarity": float(kkt.stationarity),
             "kkt_complementarity": float(kkt.complementarity),
             "sigma_max": float(certificate.sigma_max),
@@ -157,10 +157,10 @@ def describe(params: ncjax.Params) -> dict[str, Any]:
             "verdict": ncjax.VERDICTS[int(certificate.verdict)],
         }
     else:
-        unknown = ("kkt_stationarity", "kkt_complementarity", "sigma_max", "duality_gap")
-        found |= dict.fromkeys((*unknown, "excess_over_the_minimum_norm"), math.nan)
-        found["verdict"] = ncjax.VERDICTS[ncjax.separation.NOT_SEPARATED]
-    return found | {
+        undefined = ("kkt_stationarity", "kkt_complementarity", "sigma_max", "duality_gap")
+        description |= dict.fromkeys((*undefined, "excess_over_the_minimum_norm"), math.nan)
+        description["verdict"] = ncjax.VERDICTS[ncjax.separation.NOT_SEPARATED]
+    return description | {
         name: float(value)
         for name, value in ncjax.collapse_metrics(params)._asdict().items()
     }

@@ -41,15 +41,15 @@ def run(config: Config) -> Path:
     """
     output = Path(config.output)
     _check_output(output, config.overwrite)
-    runs, left_out = find_runs(config.runs)
+    runs, omissions = find_runs(config.runs)
     sections = [_section(folder) for folder in runs]
-    text = page.render(config.title, config.runs, sections, left_out)
+    text = page.render(config.title, config.runs, sections, omissions)
     files.write_atomically(output, text.encode())
-    unsound = [str(f) for f in runs if not (f / folders.SUMMARY).exists()]
+    unfinished = [str(f) for f in runs if not (f / folders.SUMMARY).exists()]
     count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     print(f"{count}, {output.stat().st_size / 1e6:.2g} MB")
-    if unsound:
-        print(f"unfinished: {', '.join(unsound)}")
+    if unfinished:
+        print(f"unfinished: {', '.join(unfinished)}")
     print(output)
     return output
 
@@ -73,34 +73,35 @@ def find_runs(names: str) -> tuple[list[Path], list[str]]:
     Raises:
       BadUse: a folder is or holds no run, or a run named is of an unknown kind.
     """
-    found: dict[Path, Path] = {}
-    left_out = []
+    runs_by_path: dict[Path, Path] = {}
+    omissions = []
     for name in filter(None, (part.strip() for part in names.split(","))):
         folder = Path(name)
         if not folder.is_dir():
             raise BadUse(f"--runs: there is no folder {name!r}")
         if (folder / folders.CONFIG).is_file():
             kind_of(folder)
-            found.setdefault(folder.resolve(), folder)
+            runs_by_path.setdefault(folder.resolve(), folder)
             continue
-        below = sorted(path.parent for path in folder.rglob(folders.CONFIG))
-        if not below:
+        nested = sorted(path.parent for path in folder.rglob(folders.CONFIG))
+        if not nested:
             raise BadUse(f"--runs: {name!r} is and holds no run: no {folders.CONFIG}")
-        for path in below:
+        for path in nested:
             try:
                 kind_of(path)
             except BadUse as error:
-                left_out.append(str(error))
+                omissions.append(str(error))
             else:
-                found.setdefault(path.resolve(), path)
-    if not found:
+                runs_by_path.setdefault(path.resolve(), path)
+    if not runs_by_path:
         raise BadUse(
-            f"--runs={names}: no run to show" + "".join(f"; {e}" for e in left_out)
+            f"--runs={names}: no run to show" + "".join(f"; {e}" for e in omissions)
         )
     runs = sorted(
-        found.values(), key=lambda path: (EXPERIMENTS.index(kind_of(path)), str(path))
+        runs_by_path.values(),
+        key=lambda path: (EXPERIMENTS.index(kind_of(path)), str(path)),
     )
-    return runs, left_out
+    return runs, omissions
 
 
 def kind_of(folder: Path) -> str:
@@ -115,8 +116,8 @@ def kind_of(folder: Path) -> str:
     command = stored.get("command", "")
     words = command.split() if isinstance(command, str) else []
     modules = [word for word in words if word.startswith("experiments.")]
-    started = "".join(modules[:1]).removeprefix("experiments.")
-    name = str(stored.get("experiment", started))
+    module_name = "".join(modules[:1]).removeprefix("experiments.")
+    name = str(stored.get("experiment", module_name))
     if name not in EXPERIMENTS:
         raise BadUse(
             f"{str(folder)!r} is a run of an unknown kind, {name!r}: expected one of "

@@ -94,8 +94,8 @@ def _run(config: Config, folder: Path) -> None:
 
 def _check(config: Config) -> None:
     """Raise BadUse for a setting out of range, before any work."""
-    least = {"max_classes": 2, "num_classes": 2, "seeds": 1, "per_class": 1, "dim": 1}
-    for name, bound in least.items():
+    minimums = {"max_classes": 2, "num_classes": 2, "seeds": 1, "per_class": 1, "dim": 1}
+    for name, bound in minimums.items():
         if getattr(config, name) < bound:
             raise BadUse(f"--{name} must be at least {bound}, got {getattr(config, name)}")
     if not (math.isfinite(config.scale) and config.scale > 0):
@@ -116,13 +116,13 @@ def family_row(block: _saddles.Block, scale: float) -> dict[str, Any]:
     certificate = ncjax.certificate(params)
     values, target = np.asarray(eig.eigenvalues), block.eigenvalue(scale)
     is_saddle = block.num_blocks > 1
-    found = np.abs(values - target) < 1e-9 if is_saddle else values < -1e-9
+    matches = np.abs(values - target) < 1e-9 if is_saddle else values < -1e-9
     return block._asdict() | {
         "num_classes": block.num_classes,
         "predicted_eigenvalue": target,
         "computed_eigenvalue": float(values[0]),
         "predicted_multiplicity": block.multiplicity,
-        "computed_multiplicity": int(found.sum()),
+        "computed_multiplicity": int(matches.sum()),
         "plain_eigenvalue": float(plain.eigenvalues[0]),
         "predicted_sigma_max": block.sigma_max,
         "computed_sigma_max": float(certificate.sigma_max),
@@ -180,12 +180,12 @@ def _descent(block: _saddles.Block) -> dict[str, Any]:
     length = math.sqrt(ncjax.squared_norm(direction))
 
     def at(angle):
-        turned = jax.tree.map(
+        rotated = jax.tree.map(
             lambda z, x: jnp.cos(angle) * z + jnp.sin(angle) * size / length * x,
             params,
             direction,
         )
-        return ncjax.log_cross_entropy(turned)
+        return ncjax.log_cross_entropy(rotated)
 
     change = jax.vmap(at)(jnp.asarray(ANGLES)) - at(0.0)
     return {
@@ -232,8 +232,10 @@ def _label(block: Mapping[str, Any]) -> str:
 def _summarise(family, directions, escapes, descents) -> dict[str, Any]:
     """What summary.json holds."""
     # Where `dim` leaves no room for the predicted direction there is nothing to compare.
-    roomy = [r for r in family if r["num_blocks"] == 1 or r["predicted_multiplicity"]]
-    error = [min(r["computed_eigenvalue"], 0) - r["predicted_eigenvalue"] for r in roomy]
+    comparable = [r for r in family if r["num_blocks"] == 1 or r["predicted_multiplicity"]]
+    error = [
+        min(r["computed_eigenvalue"], 0) - r["predicted_eigenvalue"] for r in comparable
+    ]
     sigma = [r["computed_sigma_max"] - r["predicted_sigma_max"] for r in family]
     wrong = [
         r

@@ -18,7 +18,7 @@ from experiments._runs.errors import BadUse, RunFailed
 
 NAME = "theorems"
 OUTPUTS = (f"{NAME}.csv", f"{NAME}.md")
-OURS = "ncjax"
+NCJAX = "ncjax"
 K, N, D = 4, 3, 6
 OPTIMUM = (K - 1) * N**0.5
 TIMES = np.concatenate([[5.0, 10.0, 30.0, 100.0, 300.0], np.geomspace(1e3, 1e4, 12)])
@@ -80,18 +80,18 @@ def run(config: Config) -> Path:
 
 def _run(config: Config, folder: Path) -> None:
     """The run in its folder."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     flow = _flows(config)
     with tqdm(CHECKS, desc="theorems") as checks:
-        found = [check(flow) for check in checks]
-    rows = [entry._asdict() for entry in found]
+        results = [check(flow) for check in checks]
+    rows = [entry._asdict() for entry in results]
     files.write_table(folder / NAME, rows)
-    seconds = round(time.perf_counter() - begun, 1)
+    seconds = round(time.perf_counter() - start, 1)
     summary = {"seconds": seconds, "statements": rows} | folders.provenance()
     folders.write_summary(folder, summary, OUTPUTS)
-    print("\n".join(_line(entry) for entry in found))
-    failed = [entry.statement for entry in found if not entry.passed]
-    print(f"{len(found) - len(failed)} of {len(found)} hold, {seconds} s")
+    print("\n".join(_line(entry) for entry in results))
+    failed = [entry.statement for entry in results if not entry.passed]
+    print(f"{len(results) - len(failed)} of {len(results)} hold, {seconds} s")
     if failed:
         raise RunFailed(f"{len(failed)} statements failed: {'; '.join(failed)}")
 
@@ -127,7 +127,7 @@ def _along(flow: ncjax.FlowSolution, fn: Callable):
     return jax.tree.map(np.asarray, jax.jit(jax.vmap(jax.vmap(fn)))(flow.params))
 
 
-def _where(flow: ncjax.FlowSolution) -> str:
+def _flow_setting(flow: ncjax.FlowSolution) -> str:
     return f"{flow.log_loss.shape[0]} flows, K={K} n={N} d={D}, to log t = {TIMES[-1]:g}"
 
 
@@ -150,7 +150,7 @@ def _theorem_3_1_bound(flow) -> Statement:
     return _below(
         "Theorem 3.1",
         "margin ratio is at most 1",
-        f"2000 random points and {_where(flow)}",
+        f"2000 random points and {_flow_setting(flow)}",
         largest,
         1.0,
     )
@@ -183,7 +183,7 @@ def _theorem_3_2_loss(flow) -> Statement:
     return _below(
         "Theorem 3.2",
         "log L falls below log log 2",
-        _where(flow),
+        _flow_setting(flow),
         highest,
         np.log(np.log(2)),
     )
@@ -191,7 +191,9 @@ def _theorem_3_2_loss(flow) -> Statement:
 
 def _theorem_3_2_kkt(flow) -> Statement:
     residual = _along(flow, lambda p: ncjax.kkt(p).stationarity)[:, -1].max()
-    return _below("Theorem 3.2", "KKT residual tends to 0", _where(flow), residual, 0.02)
+    return _below(
+        "Theorem 3.2", "KKT residual tends to 0", _flow_setting(flow), residual, 0.02
+    )
 
 
 def _theorem_3_2_alignment(flow) -> Statement:
@@ -199,7 +201,7 @@ def _theorem_3_2_alignment(flow) -> Statement:
     return _below(
         "Theorem 3.2",
         "1 - beta tends to 0",
-        _where(flow),
+        _flow_setting(flow),
         angle[:, -1].max() ** 2 / 2,
         1e-4,
     )
@@ -211,7 +213,7 @@ def _corollary_norm(flow) -> Statement:
     return _below(
         "Corollary",
         "|Z|² = Θ(log t): max/min of the quotient, log t ≥ 100",
-        _where(flow),
+        _flow_setting(flow),
         ratio.max() / ratio.min(),
         1.2,
     )
@@ -223,7 +225,7 @@ def _corollary_loss(flow) -> Statement:
     return _below(
         "Corollary",
         "L = Θ(1/(t log t)): max/min of the product, log t ≥ 100",
-        _where(flow),
+        _flow_setting(flow),
         product.max() / product.min(),
         1.2,
     )
@@ -263,7 +265,7 @@ def _theorem_3_3_saddles(_flow) -> Statement:
     return _below(
         "Theorem 3.3",
         "strict descent at KKT directions not collapsed",
-        _on_saddles(),
+        _saddle_setting(),
         worst,
         -0.01,
     )
@@ -274,7 +276,7 @@ def _theorem_3_3_minimiser(_flow) -> Statement:
     return _below(
         "Theorem 3.3",
         "no descent at collapse: minus the least eigenvalue",
-        _on_saddles([COLLAPSE]),
+        _saddle_setting([COLLAPSE]),
         -least,
         1e-10,
     )
@@ -290,26 +292,28 @@ def _clock(_flow) -> Statement:
     final = ncjax.gradient_flow(start, [np.log(1e5)], rtol=1e-11, atol=1e-11).final
     error = abs(float(final.W[0, 0]) / 3.18763475558 - 1)
     return _below(
-        OURS, "the clock log(1 + log(1 + t)) solves the raw flow", "t = 1e5", error, 1e-9
+        NCJAX, "the clock log(1 + log(1 + t)) solves the raw flow", "t = 1e5", error, 1e-9
     )
 
 
 def _invariants(flow) -> Statement:
     drift = max(np.asarray(part).max() for part in flow.drift)
-    return _below(OURS, "WᵀW - Σhhᵀ and Σw are conserved", _where(flow), drift, 1e-7)
+    return _below(
+        NCJAX, "WᵀW - Σhhᵀ and Σw are conserved", _flow_setting(flow), drift, 1e-7
+    )
 
 
 def _sharp_norm(flow) -> Statement:
     ratio = _along(flow, ncjax.squared_norm)[:, -1] / TIMES[-1] / (2 * OPTIMUM)
     return _below(
-        OURS, "|Z|²/log t → 2(K-1)√n", _where(flow), np.abs(ratio - 1).max(), 0.005
+        NCJAX, "|Z|²/log t → 2(K-1)√n", _flow_setting(flow), np.abs(ratio - 1).max(), 0.005
     )
 
 
 def _sharp_loss(flow) -> Statement:
     ratio = _loss_product(flow)[:, -1] / (OPTIMUM / 2)
     return _below(
-        OURS, "t L log t → (K-1)√n/2", _where(flow), np.abs(ratio - 1).max(), 0.005
+        NCJAX, "t L log t → (K-1)√n/2", _flow_setting(flow), np.abs(ratio - 1).max(), 0.005
     )
 
 
@@ -331,9 +335,9 @@ def _exponents(flow) -> Statement:
     angle = _fits.exponents(TIMES, _along(flow, ncjax.kkt_angle), (1e3, 1e4))
     errors.append(np.median(angle) - 0.5)
     return _below(
-        OURS,
+        NCJAX,
         "decay exponents 1, 3 and 1/2 of the metrics",
-        _where(flow),
+        _flow_setting(flow),
         np.abs(errors).max(),
         0.03,
     )
@@ -345,14 +349,18 @@ def _certificate_saddles(_flow) -> Statement:
         for block in (*SADDLES, COLLAPSE)
     )
     return _below(
-        OURS, "sigma_max = K/(K-b) at saddles, 1 at collapse", _on_saddles(), worst, 1e-10
+        NCJAX,
+        "sigma_max = K/(K-b) at saddles, 1 at collapse",
+        _saddle_setting(),
+        worst,
+        1e-10,
     )
 
 
 def _certificate_flow(flow) -> Statement:
     verdicts = _along(flow, lambda p: ncjax.certificate(p).verdict)[:, -1]
     uncertified = np.sum(verdicts != ncjax.separation.GLOBAL_OPTIMUM)
-    return _below(OURS, "flows not certified optimal", _where(flow), uncertified, 0)
+    return _below(NCJAX, "flows not certified optimal", _flow_setting(flow), uncertified, 0)
 
 
 def _eigenvalue_closed_form(_flow) -> Statement:
@@ -363,9 +371,9 @@ def _eigenvalue_closed_form(_flow) -> Statement:
         # One more eigenvalue at the closed form would be a wrong multiplicity.
         errors.append(1.0 if abs(values[-1] - block.eigenvalue(SCALE)) < 1e-9 else 0.0)
     return _below(
-        OURS,
+        NCJAX,
         "least eigenvalue (1 - sigma_max)/Σλ, with its multiplicity",
-        _on_saddles(),
+        _saddle_setting(),
         max(errors),
         1e-10,
     )
@@ -377,7 +385,7 @@ def _eigenvalue_example(_flow) -> Statement:
     params = ncjax.Params(W, W[:, None])
     eig = ncjax.hessian_eig(ncjax.log_cross_entropy, params, k=2, sphere=True)
     error = np.abs(np.asarray(eig.eigenvalues) + 0.178810508).max()
-    return _below(OURS, "-0.178810508 twice at finite norm", "Example 3.1", error, 1e-9)
+    return _below(NCJAX, "-0.178810508 twice at finite norm", "Example 3.1", error, 1e-9)
 
 
 def _origin(_flow) -> Statement:
@@ -388,16 +396,16 @@ def _origin(_flow) -> Statement:
     expected[:copies], expected[-copies:] = -(N**0.5), N**0.5
     error = np.abs(np.asarray(values) - expected).max()
     return _below(
-        OURS, "Hessian ±√n, d(K-1) times each, else 0", "the origin", error, 1e-10
+        NCJAX, "Hessian ±√n, d(K-1) times each, else 0", "the origin", error, 1e-10
     )
 
 
 def _plain_hessian(_flow) -> Statement:
     least = ncjax.hessian_eig(_saddles.relative_loss, COLLAPSE.params(SCALE)).eigenvalues[0]
     return _below(
-        OURS,
+        NCJAX,
         "the plain Hessian of L is negative at collapse too",
-        _on_saddles([COLLAPSE]),
+        _saddle_setting([COLLAPSE]),
         least,
         -0.01,
     )
@@ -413,9 +421,9 @@ def _escape(_flow) -> Statement:
         fitted = -_fits.exponents(log_times, flows.unstable, (1e3, 1e4))
         errors.append(np.abs(fitted - block.escape_exponent).max())
     return _below(
-        OURS,
+        NCJAX,
         "escape like (log t)^((sigma_max - 1)/2)",
-        _on_saddles(SADDLES[:2]),
+        _saddle_setting(SADDLES[:2]),
         max(errors),
         0.02,
     )
@@ -427,7 +435,7 @@ def _least_eigenvalues(block: _saddles.Block, k: int) -> np.ndarray:
     return np.asarray(eig.eigenvalues)
 
 
-def _on_saddles(blocks=SADDLES) -> str:
+def _saddle_setting(blocks=SADDLES) -> str:
     return "m,b,n,d = " + " ".join(",".join(map(str, block)) for block in blocks)
 
 
@@ -464,7 +472,7 @@ CHECKS: tuple[Callable[[ncjax.FlowSolution], Statement], ...] = (
 def _findings(summary: Mapping[str, Any]) -> page.Findings:
     """A row for each statement."""
     statements = summary["statements"]
-    held = sum(entry["passed"] is True for entry in statements)
+    num_held = sum(entry["passed"] is True for entry in statements)
     table = page.Table(
         "Every statement, what it was checked on, the number found and its bound. Source "
         "ncjax: a result of this software, not of the paper",
@@ -478,8 +486,8 @@ def _findings(summary: Mapping[str, Any]) -> page.Findings:
             for entry in statements
         ],
     )
-    state = page.GOOD if held == len(statements) else page.BAD
-    return page.Findings(state, f"{held} of {len(statements)} statements hold", [table])
+    state = page.GOOD if num_held == len(statements) else page.BAD
+    return page.Findings(state, f"{num_held} of {len(statements)} statements hold", [table])
 
 
 PAGE = page.Page(title="Every statement of the theory", figures={}, show=_findings)

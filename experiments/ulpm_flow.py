@@ -24,7 +24,7 @@ OUTPUTS = ("metrics.csv", "figure2.png", "figure2.pdf")
 # What gradient descent reaches: a million steps of size 0.1.
 DESCENT_REACH = math.log(1e6 * 0.1)
 _NOT_DECAYING = ("accuracy", "ncc_mismatch")
-_SHOWN = (
+_PRINTED_METRICS = (
     "within_class_variation",
     "within_class_quotient",
     "mean_norm_variation",
@@ -95,16 +95,20 @@ def _run(config: Config, folder: Path) -> None:
     """What is left of the run in its folder."""
     starts = _starts(config)
     log_times = _legs.log_times(config.log_t_max, config.num_times)
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     columns, steps, _ = _legs.solve(
         starts, log_times, _legs.measure_collapse, folder, config.solver
     )
     stats = _solver_stats(config, steps)
-    stats["seconds"] = round(time.perf_counter() - begun, 2)
+    stats["seconds"] = round(time.perf_counter() - start_time, 2)
     columns["margin_deficit"] = 1 - columns["margin_ratio"]
     if stats["failed_seeds"]:
-        reached = np.isfinite(columns["log_loss"][stats["failed_seeds"]]).sum(axis=1).min()
-        stats["failed_after_log_t"] = float(log_times[reached - 1]) if reached else None
+        num_reached = (
+            np.isfinite(columns["log_loss"][stats["failed_seeds"]]).sum(axis=1).min()
+        )
+        stats["failed_after_log_t"] = (
+            float(log_times[num_reached - 1]) if num_reached else None
+        )
     summary = _summarise(config, log_times, columns, stats)
     _write(folder, log_times, columns, summary)
     print(_table(config, summary))
@@ -123,10 +127,10 @@ def _check_reached(config: Config, folder: Path) -> None:
 def _check(config: Config) -> None:
     """Raise BadUse for a setting out of range, before any work."""
     for name in ("seeds", "num_classes", "per_class", "dim", "num_times"):
-        least = 2 if name == "num_classes" else 1
-        given = getattr(config, name)
-        if given < least:
-            raise BadUse(f"--{name} must be at least {least}, got {given}")
+        minimum = 2 if name == "num_classes" else 1
+        value = getattr(config, name)
+        if value < minimum:
+            raise BadUse(f"--{name} must be at least {minimum}, got {value}")
     if not (math.isfinite(config.log_t_max) and config.log_t_max > 1):
         raise BadUse(f"--log_t_max must be above 1 and finite, got {config.log_t_max}")
     if not (math.isfinite(config.init_scale) and config.init_scale > 0):
@@ -225,7 +229,7 @@ def _table(config: Config, summary: Mapping[str, Any]) -> str:
         "",
         f"{'median over seeds':<37}{'value':>11}   {head}".rstrip(),
     ]
-    for name in _SHOWN:
+    for name in _PRINTED_METRICS:
         value = _number(summary["final"][name]["median"], ".3e")
         exponent = _number(fitted.get(name, {}).get("median"), ".2f")
         limit = f"   tends to {_fits.PREDICTED[name]}" if collapses else ""
@@ -250,9 +254,9 @@ def _table(config: Config, summary: Mapping[str, Any]) -> str:
 def _failures(config: Config, summary: Mapping[str, Any]) -> str:
     """Which seeds failed, how far they came, what goes farther."""
     solver = summary["solver"]
-    seeds, reached = solver["failed_seeds"], solver["failed_after_log_t"]
+    seeds, last_log_t = solver["failed_seeds"], solver["failed_after_log_t"]
     other = "--dtype=float64 or " if config.dtype == "float32" else ""
-    when = "at the start" if reached is None else f"after log t = {reached:.4g}"
+    when = "at the start" if last_log_t is None else f"after log t = {last_log_t:.4g}"
     return (
         f"failed seeds: {', '.join(map(str, seeds))} ({len(seeds)} of {config.seeds}), the "
         f"first of them {when}; metrics.csv holds what they reached: "

@@ -263,7 +263,7 @@ def test_of_several_processes_the_first_alone_speaks(capsys, monkeypatch, tmp_pa
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with (
         pytest.raises(KeyboardInterrupt),
-        folders._told(train_small.Config(), tmp_path),
+        folders._final_output(train_small.Config(), tmp_path),
     ):
         raise KeyboardInterrupt
     assert capsys.readouterr() == ("", "")

@@ -66,7 +66,7 @@ def test_flow_measures_what_the_library_computes(finished):
 def test_the_printed_table_has_the_limits_of_the_theory(finished):
     summary = json.loads((finished / "summary.json").read_text())
     printed = ulpm_flow._table(SMALL, summary)
-    for name in ulpm_flow._SHOWN:
+    for name in ulpm_flow._PRINTED_METRICS:
         (line,) = (x for x in printed.splitlines() if x.startswith(f"{name} "))
         assert line.endswith(f"tends to {_fits.PREDICTED[name]}")
     assert "--log_t_max=10000" in printed.splitlines()[-1]

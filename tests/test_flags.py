@@ -53,7 +53,7 @@ def nothing_done(monkeypatch, tmp_path):
     monkeypatch.setattr("ncjax.networks.data._has_network", lambda: False)
     monkeypatch.setattr(folders, "open_config", accepted)
     monkeypatch.setattr(files, "write_atomically", accepted)
-    monkeypatch.setattr(memory, "held", lambda: 2**28)  # what the machine has is not asked
+    monkeypatch.setattr(memory, "total", lambda: 2**28)  # what the machine has is not asked
     return tmp_path
 
 

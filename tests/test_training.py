@@ -196,8 +196,8 @@ def test_a_second_interrupt_is_met_within_the_epoch():
 
     with _training._Interruption() as interruption:
         with pytest.raises(KeyboardInterrupt):
-            _training._on_host(Busy())
-        assert interruption.wished
+            _training._to_host(Busy())
+        assert interruption.requested
 
 
 def test_the_resume_command_is_the_whole_command(tmp_path):

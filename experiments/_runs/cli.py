@@ -29,16 +29,16 @@ _NOTES = """\
 Shown are the defaults. [no]: --flag is on, --noflag is off.
 The path of what was written is the last line of stdout.
 Exit codes: 0 done, 1 failed, 2 bad use, 130 interrupted."""
-_LEFT = 26  # columns of the flag and its default
-_INTERRUPTED, _NO_READER = 130, 141  # as a shell says of what SIGINT, SIGPIPE ended
-_LONGEST = 300  # characters of a message that is not this project's
+_FLAG_COLUMNS = 26  # columns of the flag and its default
+_INTERRUPTION, _NO_READER = 130, 141  # as a shell says of what SIGINT, SIGPIPE ended
+_MESSAGE_LIMIT = 300  # characters of a message that is not this project's
 _DEFINE: dict[Any, Callable[..., Any]] = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
     bool: flags.DEFINE_boolean,
 }
-_KINDS = {int: "an integer", float: "a number", bool: "true or false"}
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false"}
 
 
 def flag(default: Any, text: str, group: str) -> Any:
@@ -72,31 +72,33 @@ def _flags(config_class: type) -> flags.FlagValues:
 
 
 def _config(config_class: type, values: flags.FlagValues, argv: Sequence[str]):
-    kinds = {field.name: field.type for field in dataclasses.fields(config_class)}
+    types = {field.name: field.type for field in dataclasses.fields(config_class)}
     try:
-        rest = values(list(argv))[1:]
+        arguments = values(list(argv))[1:]
     except flags.IllegalFlagValueError as error:
-        raise _wrong_type(error, kinds) from None
+        raise _wrong_type(error, types) from None
     except flags.UnrecognizedFlagError as error:
-        raise _misspelt(error, list(values)) from None
-    if rest:
-        raise BadUse(f"expected flags such as --seed=1, got {' '.join(rest)!r}")
-    return config_class(**{name: values[name].value for name in kinds})
+        raise _with_suggestion(error, list(values)) from None
+    if arguments:
+        raise BadUse(f"expected flags such as --seed=1, got {' '.join(arguments)!r}")
+    return config_class(**{name: values[name].value for name in types})
 
 
-def _wrong_type(error: flags.Error, kinds: Mapping[str, Any]) -> BadUse:
+def _wrong_type(error: flags.Error, types: Mapping[str, Any]) -> BadUse:
     """What to say instead of absl's "flag --NAME=VALUE: REASON"."""
     text = str(error).removeprefix("flag --").removesuffix(f": {error.__context__}")
     name, _, given = text.partition("=")
-    return BadUse(f"--{name} must be {_KINDS[kinds.get(name, bool)]}, got {given!r}")
+    return BadUse(f"--{name} must be {_TYPE_NAMES[types.get(name, bool)]}, got {given!r}")
 
 
-def _misspelt(error: flags.UnrecognizedFlagError, known: Sequence[str]) -> flags.Error:
+def _with_suggestion(
+    error: flags.UnrecognizedFlagError, known: Sequence[str]
+) -> flags.Error:
     """The same with the nearest flag, also where absl thinks it too far, as of `seds`."""
-    near = difflib.get_close_matches(error.flagname, known, n=1, cutoff=0.75)
-    if "Did you mean" in str(error) or not near:
+    suggestions = difflib.get_close_matches(error.flagname, known, n=1, cutoff=0.75)
+    if "Did you mean" in str(error) or not suggestions:
         return error
-    return flags.UnrecognizedFlagError(error.flagname, suggestions=near)
+    return flags.UnrecognizedFlagError(error.flagname, suggestions=suggestions)
 
 
 def usage(config_class: type, name: str) -> str:
@@ -105,10 +107,10 @@ def usage(config_class: type, name: str) -> str:
     lines = [summary, "", f"Usage:   python -m {name} [--flag=value ...]", example]
     fields = dataclasses.fields(config_class)
     for group in GROUPS:
-        of_group = [field for field in fields if field.metadata["group"] == group]
-        if of_group:
+        members = [field for field in fields if field.metadata["group"] == group]
+        if members:
             lines += ["", group]
-        for field in of_group:
+        for field in members:
             lines += _flag_lines(field.name, field.default, field.metadata["help"])
     lines += ["", "Any experiment", *_line("--help", "show this and do nothing else")]
     return "\n".join([*lines, *_line("--traceback", _TRACEBACK), "", _NOTES])
@@ -123,9 +125,9 @@ def _flag_lines(name: str, default: Any, text: str) -> list[str]:
 
 def _line(left: str, text: str) -> list[str]:
     """One line of help; two where the left part leaves no room."""
-    if len(left) < _LEFT:
-        return [f"  {left:<{_LEFT}}{text}"]
-    return [f"  {left}", f"  {'':<{_LEFT}}{text}"]
+    if len(left) < _FLAG_COLUMNS:
+        return [f"  {left:<{_FLAG_COLUMNS}}{text}"]
+    return [f"  {left}", f"  {'':<{_FLAG_COLUMNS}}{text}"]
 
 
 def main(config_class: type, run: Callable[[Any], Any], name: str) -> None:
@@ -140,8 +142,8 @@ def main(config_class: type, run: Callable[[Any], Any], name: str) -> None:
     except OSError as error:
         # Or Python would try once more at exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        lost = isinstance(error, BrokenPipeError)
-        code = code or (_NO_READER if lost else _fail(error))
+        no_reader = isinstance(error, BrokenPipeError)
+        code = code or (_NO_READER if no_reader else _fail(error))
     if code and not jax.distributed.is_initialized():
         os._exit(code)  # XLA may be at work still, and an ordinary exit would then crash
     sys.exit(code)
@@ -170,7 +172,7 @@ def _main(config_class, run, name, argv) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if values["traceback"].value:
             traceback.print_exception(error)
-        return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else _fail(error)
+        return _INTERRUPTION if isinstance(error, KeyboardInterrupt) else _fail(error)
     return 0
 
 
@@ -180,7 +182,7 @@ def _fail(error: Exception) -> int:
     if isinstance(error, flags.UnrecognizedFlagError) and "Did you mean" not in message:
         message += "; --help lists the flags"
     if not isinstance(error, BadUse | RunFailed | flags.Error | OSError):
-        first = next(iter(str(error).strip().splitlines()), "")[:_LONGEST]
+        first = next(iter(str(error).strip().splitlines()), "")[:_MESSAGE_LIMIT]
         kind = type(error).__name__
         message = f"{kind}: {first}" if first else kind
         message += " (--traceback shows where)"

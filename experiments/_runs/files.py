@@ -17,8 +17,8 @@ import numpy as np
 from experiments._runs.errors import BadUse
 
 _DIGEST = "sha256"  # in a sealed file: of all that stands beside it
-_PART = ".part"  # ends the names of files that are being written
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PART_SUFFIX = ".part"  # ends the names of files that are being written
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -30,7 +30,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=_PART, delete=False
+            dir=path.parent, prefix=f".{path.name}.", suffix=_PART_SUFFIX, delete=False
         ) as file:
             temporary = Path(file.name)
             file.write(content)
@@ -48,14 +48,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def write_error(path: Path, error: OSError) -> OSError:
     """What to raise where a file could not be written: which one, why, what to do."""
-    cure = "; free some space" if error.errno in _FULL else ""
-    return OSError(f"cannot write {path}: {error.strerror or error}{cure}")
+    advice = "; free some space" if error.errno in _DISK_FULL else ""
+    return OSError(f"cannot write {path}: {error.strerror or error}{advice}")
 
 
 def sweep(folder: Path, names: Sequence[str]) -> None:
     """Remove what runs killed in the middle of a write have left behind."""
     for name in names:
-        for path in folder.glob(f".{name}.*{_PART}"):
+        for path in folder.glob(f".{name}.*{_PART_SUFFIX}"):
             path.unlink()
 
 

@@ -25,7 +25,7 @@ CONFIG = "config.json"
 CHECKPOINT = "checkpoint.npz"
 _SETTINGS = "settings"
 # Flags that say where and on what to run, not what.
-_HANDLING = (
+_HANDLING_FLAGS = (
     *("workdir", "overwrite", "resume", "data_dir"),
     *("cpu_devices", "coordinator", "num_processes", "process_id"),
 )
@@ -34,7 +34,9 @@ _EXPERIMENT = "experiment"  # in config.json: its name
 _EARLIER = "earlier"  # in config.json: what it said before a setting was changed
 _FILES = "files"  # in summary.json: the SHA-256 of each output
 
-_ANEW = f"remove its {SUMMARY} and give --resume, or --overwrite, to have all written anew"
+_REWRITE_ADVICE = (
+    f"remove its {SUMMARY} and give --resume, or --overwrite, to have all written anew"
+)
 
 # Settings that a resumed run may change, each with a check of the folder that raises
 # BadUse where it may not.
@@ -50,7 +52,7 @@ def workdir(config: Any, name: str) -> str:
 
 def settings(config: Any) -> dict[str, Any]:
     """The part of a config dataclass that determines the results."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in _HANDLING}
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in _HANDLING_FLAGS}
 
 
 @contextlib.contextmanager
@@ -71,8 +73,8 @@ def open_config(
     resume = getattr(config, "resume", None)
     if config.overwrite and resume:
         raise BadUse("--overwrite and --resume exclude each other: give one of them")
-    folder = _make(workdir(config, name), bool(resume))
-    with lock.held(folder), _after_a_failed_write(config, folder):
+    folder = _make_folder(workdir(config, name), bool(resume))
+    with lock.held(folder), _advice_after_failed_write(config, folder):
         open_run(
             folder,
             settings(config),
@@ -83,14 +85,14 @@ def open_config(
             changes=changes,
         )
         finished = is_finished(folder)
-        with _told(config, folder):
+        with _final_output(config, folder):
             if finished:
                 print("nothing to resume, the run is finished")
             yield folder, finished
 
 
 @contextlib.contextmanager
-def _after_a_failed_write(config: Any, folder: Path) -> Iterator[None]:
+def _advice_after_failed_write(config: Any, folder: Path) -> Iterator[None]:
     """Add the next command to an error of the disk."""
     try:
         yield
@@ -99,27 +101,27 @@ def _after_a_failed_write(config: Any, folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told(config: Any, folder: Path) -> Iterator[None]:
+def _final_output(config: Any, folder: Path) -> Iterator[None]:
     """However the run ends, stdout ends with its folder; what to do next is on stderr.
 
     Of several processes the first alone speaks.
     """
-    speaks = jax.process_index() == 0
+    is_first = jax.process_index() == 0
     try:
         yield
     except KeyboardInterrupt:
-        if speaks:
+        if is_first:
             print(f"interrupted; {_next_command(config, folder)}", file=sys.stderr)
         raise
     finally:
-        if speaks:
+        if is_first:
             print(folder)
 
 
 def _next_command(config: Any, folder: Path) -> str:
-    begun = hasattr(config, "resume") and (folder / CONFIG).exists()
-    then = "go on" if begun else "start again"
-    return f"{then} with: {resume_command(config, folder, begun)}"
+    has_begun = hasattr(config, "resume") and (folder / CONFIG).exists()
+    action = "go on" if has_begun else "start again"
+    return f"{action} with: {resume_command(config, folder, has_begun)}"
 
 
 def is_finished(folder: Path) -> bool:
@@ -134,10 +136,10 @@ def is_finished(folder: Path) -> bool:
     try:
         damaged = changed_files(folder, files.read_json(path))
     except (BadUse, OSError) as error:
-        raise BadUse(f"{error}: {_ANEW}") from None
+        raise BadUse(f"{error}: {_REWRITE_ADVICE}") from None
     if damaged:
         names = ", ".join(str(folder / name) for name in damaged)
-        raise BadUse(f"missing or damaged: {names}; {_ANEW}")
+        raise BadUse(f"missing or damaged: {names}; {_REWRITE_ADVICE}")
     return True
 
 
@@ -151,7 +153,7 @@ def changed_files(folder: Path, summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _make(workdir: str, resume: bool) -> Path:
+def _make_folder(workdir: str, resume: bool) -> Path:
     """The folder asked for, made if it is not to be resumed from.
 
     Raises:
@@ -199,41 +201,44 @@ def open_run(
         holds another or a damaged one.
     """
     names = (CONFIG, SUMMARY, CHECKPOINT, *outputs)
-    held = [name for name in names if (folder / name).exists()]
+    existing = [name for name in names if (folder / name).exists()]
     if resume:
         _reopen(folder, config, changes or {})
-    elif held and not overwrite:
-        go_on = "" if resume is None else "--resume to go on with it, "
+    elif existing and not overwrite:
+        resume_advice = "" if resume is None else "--resume to go on with it, "
         raise BadUse(
-            f"workdir {str(folder)!r} holds a run already ({', '.join(held)}): give "
-            f"--overwrite to replace it, {go_on}or another --workdir"
+            f"workdir {str(folder)!r} holds a run already ({', '.join(existing)}): give "
+            f"--overwrite to replace it, {resume_advice}or another --workdir"
         )
     else:
-        _clear(folder, held)
-        named = {_EXPERIMENT: name} if name else {}
-        files.write_sealed(folder / CONFIG, named | {"config": dict(config)} | provenance())
+        _clear(folder, existing)
+        identity = {_EXPERIMENT: name} if name else {}
+        files.write_sealed(
+            folder / CONFIG, identity | {"config": dict(config)} | provenance()
+        )
     files.sweep(folder, names)
 
 
-def _clear(folder: Path, held: Sequence[str]) -> None:
+def _clear(folder: Path, existing: Sequence[str]) -> None:
     """Remove the outputs of the run in `folder`, its config last.
 
     Raises:
       BadUse: they include folders, and `folder` does not hold a run.
     """
     is_folder = {
-        name: (folder / name).is_dir() and not (folder / name).is_symlink() for name in held
+        name: (folder / name).is_dir() and not (folder / name).is_symlink()
+        for name in existing
     }
     if any(is_folder.values()):
         try:
             stored_config(folder)
         except BadUse as error:
-            names = ", ".join(name for name in held if is_folder[name])
+            names = ", ".join(name for name in existing if is_folder[name])
             raise BadUse(
                 f"{str(folder)!r} holds {names} but no run that --overwrite could replace: "
                 f"{error}"
             ) from None
-    for name in sorted(held, key=CONFIG.__eq__):
+    for name in sorted(existing, key=CONFIG.__eq__):
         if is_folder[name]:
             shutil.rmtree(folder / name)
         else:
@@ -249,31 +254,37 @@ def _reopen(folder: Path, config: Mapping[str, Any], changes: Changes) -> None:
       BadUse: the folder holds none, a damaged one or another.
     """
     stored = stored_config(folder)
-    other = {k for k in {*stored, *config} if stored.get(k) != config.get(k)}
-    if refused := sorted(other - {*changes}):
-        asked = " ".join(shlex.quote(f"--{name}={stored.get(name)}") for name in refused)
-        raise BadUse(
-            f"the run in {str(folder)!r} has other settings: resume it with {asked}"
+    differences = {k for k in {*stored, *config} if stored.get(k) != config.get(k)}
+    if fixed := sorted(differences - {*changes}):
+        stored_flags = " ".join(
+            shlex.quote(f"--{name}={stored.get(name)}") for name in fixed
         )
-    for name in sorted(other):
+        raise BadUse(
+            f"the run in {str(folder)!r} has other settings: resume it with {stored_flags}"
+        )
+    for name in sorted(differences):
         changes[name](folder)
-    if other:
-        _change(folder, config, {name: stored.get(name) for name in sorted(other)})
+    if differences:
+        _change(folder, config, {name: stored.get(name) for name in sorted(differences)})
     _drop_earlier_summary(folder)
 
 
 def _change(folder: Path, config: Mapping[str, Any], old: Mapping[str, Any]) -> None:
     """Put new settings into config.json; what it and summary.json said is kept there."""
-    said = files.read_json(folder / CONFIG)
-    earlier = said.pop(_EARLIER, [])
-    named = {k: said.pop(k) for k in (_EXPERIMENT,) if k in said}
-    entry: dict[str, Any] = {"changed": old} | {k: said[k] for k in said if k != "config"}
+    previous = files.read_json(folder / CONFIG)
+    earlier = previous.pop(_EARLIER, [])
+    identity = {k: previous.pop(k) for k in (_EXPERIMENT,) if k in previous}
+    entry: dict[str, Any] = {"changed": old} | {
+        k: previous[k] for k in previous if k != "config"
+    }
     if (folder / SUMMARY).exists():
         entry[SUMMARY] = files.read_json(folder / SUMMARY)
     new = {"config": dict(config)} | provenance() | {_EARLIER: [*earlier, entry]}
-    files.write_sealed(folder / CONFIG, named | new)
-    told = ", ".join(f"--{name}={config.get(name)} instead of {old[name]}" for name in old)
-    print(f"the run in {folder} goes on with {told}")
+    files.write_sealed(folder / CONFIG, identity | new)
+    changes_text = ", ".join(
+        f"--{name}={config.get(name)} instead of {old[name]}" for name in old
+    )
+    print(f"the run in {folder} goes on with {changes_text}")
 
 
 def _drop_earlier_summary(folder: Path) -> None:
@@ -303,10 +314,10 @@ def stored_config(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def resume_command(config: Any, folder: Path, begun: bool = True) -> str:
+def resume_command(config: Any, folder: Path, has_begun: bool = True) -> str:
     """The command that goes on with the run of `config` in `folder`, or begins it anew."""
-    how = "--resume" if begun else "--overwrite"
-    flags = [f"--workdir={folder}", how]
+    flag = "--resume" if has_begun else "--overwrite"
+    flags = [f"--workdir={folder}", flag]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in ("workdir", "overwrite", "resume") and value != field.default:
@@ -324,8 +335,8 @@ def write_summary(folder: Path, summary: Mapping[str, Any], outputs: Sequence[st
 def save_checkpoint(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Replace the folder's checkpoint by these named arrays."""
     buffer = io.BytesIO()
-    of_run = {_SETTINGS: np.asarray(json.dumps(stored_config(folder)))}
-    np.savez(buffer, **of_run, **arrays)  # type: ignore[arg-type]
+    identity = {_SETTINGS: np.asarray(json.dumps(stored_config(folder)))}
+    np.savez(buffer, **identity, **arrays)  # type: ignore[arg-type]
     files.write_atomically(folder / CHECKPOINT, buffer.getvalue())
 
 

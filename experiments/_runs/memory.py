@@ -12,13 +12,13 @@ def check(needed: float, flags: str) -> None:
       needed: bytes at the very least, so that nothing is refused that would run.
       flags: what to make smaller.
     """
-    if needed > held():
+    if needed > total():
         raise BadUse(
             f"this needs at least {needed / 1e9:.3g} GB of memory, and the machine has "
-            f"{held() / 1e9:.3g} GB: give smaller {flags}"
+            f"{total() / 1e9:.3g} GB: give smaller {flags}"
         )
 
 
-def held() -> int:
+def total() -> int:
     """Bytes of memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -142,7 +142,7 @@ def _figure(path: Path, caption: str, notes: list[str]) -> Figure | None:
         with Image.open(path, formats=["PNG"]) as image:
             if image.width * image.height > _MOST_PIXELS:
                 raise ValueError("too many pixels")
-            reduced = image.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE)
+            palette = image.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE)
     except FileNotFoundError:
         notes.append(f"There is no {path.name}.")
         return None
@@ -150,21 +150,23 @@ def _figure(path: Path, caption: str, notes: list[str]) -> Figure | None:
         notes.append(f"{path.name} is damaged.")
         return None
     buffer = io.BytesIO()
-    reduced.save(buffer, "PNG", optimize=True)
+    palette.save(buffer, "PNG", optimize=True)
     text = base64.b64encode(buffer.getvalue()).decode()
-    return Figure(f"data:image/png;base64,{text}", *reduced.size, caption)
+    return Figure(f"data:image/png;base64,{text}", *palette.size, caption)
 
 
 def _provenance(source: Mapping[str, Any]) -> dict[str, str]:
     """Command, date, device and versions, as far as they are stored."""
     versions = source.get("versions", {})
-    listed = versions.items() if isinstance(versions, Mapping) else ()
-    known = {
+    packages = versions.items() if isinstance(versions, Mapping) else ()
+    entries = {
         name: str(source[name])
         for name in ("command", "date", "device", "platform")
         if name in source
     }
-    return known | {"versions": ", ".join(f"{name} {version}" for name, version in listed)}
+    return entries | {
+        "versions": ", ".join(f"{name} {version}" for name, version in packages)
+    }
 
 
 def comparisons(sections: Sequence[Section]) -> list[Table]:
@@ -177,7 +179,7 @@ def comparisons(sections: Sequence[Section]) -> list[Table]:
     return tables
 
 
-def render(title: str, runs: str, sections: Sequence[Section], left_out: list[str]) -> str:
+def render(title: str, runs: str, sections: Sequence[Section], omissions: list[str]) -> str:
     """The page as HTML, everything escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -191,5 +193,5 @@ def render(title: str, runs: str, sections: Sequence[Section], left_out: list[st
         runs=runs,
         sections=sections,
         comparisons=comparisons(sections),
-        left_out=left_out,
+        omissions=omissions,
     )

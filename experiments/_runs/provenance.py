@@ -13,9 +13,9 @@ from typing import Any
 import jax
 
 
-def provenance(*others: str) -> dict[str, Any]:
+def provenance(*extra_packages: str) -> dict[str, Any]:
     """Command, date, versions (of `others` too) and device of a run."""
-    packages = ("ncjax", "jax", "jaxlib", "diffrax", "numpy", *others)
+    packages = ("ncjax", "jax", "jaxlib", "diffrax", "numpy", *extra_packages)
     return {
         "command": " ".join(["python -m", module_name(), *sys.argv[1:]]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
