@@ -1,1 +1,1 @@
-"""Runs on disk and on the command line; nothing here knows of neural collapse."""
+"""Run folders, command line and report page; knows nothing of neural collapse."""

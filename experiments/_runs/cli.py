@@ -1,6 +1,6 @@
-"""Command line shared by the experiments: flags from a dataclass, errors in one line.
+"""The command line of every experiment: flags from a dataclass, errors in one line.
 
-The only place that sets `jax.config`.
+No other module sets `jax.config`.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ from experiments._runs.errors import BadUse, RunFailed
 # Groups of flags.
 MODEL, DATA, SEEDS, TIME = "Model", "Data", "Seeds", "Time and accuracy"
 TRAINING, FOLDER, OUTPUT, MACHINE = "Training", "Run folder", "Output", "Machine"
-# In the order of the help.
+# The help shows them in this order.
 GROUPS = (MODEL, DATA, SEEDS, TIME, TRAINING, FOLDER, OUTPUT, MACHINE)
 _TRACEBACK = "after an error or an interruption, print the traceback to stderr"
 _NOTES = """\
 Shown are the defaults. [no]: --flag is on, --noflag is off.
 The path of what was written is the last line of stdout.
 Exit codes: 0 done, 1 failed, 2 bad use, 130 interrupted."""
-_FLAG_COLUMNS = 26  # columns of the flag and its default
-_INTERRUPTION, _NO_READER = 130, 141  # as a shell says of what SIGINT, SIGPIPE ended
-_MESSAGE_LIMIT = 300  # characters of a message that is not this project's
+_FLAG_COLUMNS = 26  # columns that hold a flag and its default
+_INTERRUPTION, _NO_READER = 130, 141  # exit codes of a shell for SIGINT and SIGPIPE
+_MESSAGE_LIMIT = 300  # characters shown of a message of another library
 _DEFINE: dict[Any, Callable[..., Any]] = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
@@ -42,12 +42,12 @@ _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false"}
 
 
 def flag(default: Any, text: str, group: str) -> Any:
-    """A dataclass field that is a flag: default, line of help with its unit, group."""
+    """Return a dataclass field for a flag: default, line of help with its unit, group."""
     return dataclasses.field(default=default, metadata={"help": text, "group": group})
 
 
 def parse(config_class: type, argv: Sequence[str]):
-    """The config that `argv` (program name first) asks for.
+    """Return the config that `argv` (program name first) specifies.
 
     Raises:
       absl.flags.Error: an unknown flag.
@@ -57,9 +57,9 @@ def parse(config_class: type, argv: Sequence[str]):
 
 
 def _flags(config_class: type) -> flags.FlagValues:
-    """Flags of an experiment, and --traceback.
+    """Return the flags of an experiment, and --traceback.
 
-    They live in a `FlagValues` of their own, so that experiments with flags of the same
+    Each call makes a `FlagValues` of its own, so that experiments with flags of the same
     name can be imported together.
     """
     values = flags.FlagValues()
@@ -85,7 +85,7 @@ def _config(config_class: type, values: flags.FlagValues, argv: Sequence[str]):
 
 
 def _wrong_type(error: flags.Error, types: Mapping[str, Any]) -> BadUse:
-    """What to say instead of absl's "flag --NAME=VALUE: REASON"."""
+    """Return an error that replaces absl's "flag --NAME=VALUE: REASON"."""
     text = str(error).removeprefix("flag --").removesuffix(f": {error.__context__}")
     name, _, given = text.partition("=")
     return BadUse(f"--{name} must be {_TYPE_NAMES[types.get(name, bool)]}, got {given!r}")
@@ -94,7 +94,7 @@ def _wrong_type(error: flags.Error, types: Mapping[str, Any]) -> BadUse:
 def _with_suggestion(
     error: flags.UnrecognizedFlagError, known: Sequence[str]
 ) -> flags.Error:
-    """The same with the nearest flag, also where absl thinks it too far, as of `seds`."""
+    """Return the error with the nearest flag, for `seds` too, where absl suggests none."""
     suggestions = difflib.get_close_matches(error.flagname, known, n=1, cutoff=0.75)
     if "Did you mean" in str(error) or not suggestions:
         return error
@@ -102,7 +102,7 @@ def _with_suggestion(
 
 
 def usage(config_class: type, name: str) -> str:
-    """Help text: what it does, an example, each flag with its default, by group."""
+    """Return the help: a summary, an example, the flags of each group with defaults."""
     summary, _, example = (inspect.getdoc(config_class) or "").partition("\n\n")
     lines = [summary, "", f"Usage:   python -m {name} [--flag=value ...]", example]
     fields = dataclasses.fields(config_class)
@@ -124,7 +124,7 @@ def _flag_lines(name: str, default: Any, text: str) -> list[str]:
 
 
 def _line(left: str, text: str) -> list[str]:
-    """One line of help; two where the left part leaves no room."""
+    """Return one line of help, or two if the left part leaves no room."""
     if len(left) < _FLAG_COLUMNS:
         return [f"  {left:<{_FLAG_COLUMNS}}{text}"]
     return [f"  {left}", f"  {'':<{_FLAG_COLUMNS}}{text}"]
@@ -133,19 +133,19 @@ def _line(left: str, text: str) -> list[str]:
 def main(config_class: type, run: Callable[[Any], Any], name: str) -> None:
     """Parse `sys.argv`, run, and exit: 0 done, 1 failed, 2 bad use, 130 interrupted.
 
-    141 where nobody reads stdout any more, as in `| head`: without a word, as others do.
+    If the reader of stdout has gone, as in `| head`, exit with 141 and print nothing.
     """
     code = 0
     try:
         code = _main(config_class, run, name, sys.argv)
         print(end="", flush=True)
     except OSError as error:
-        # Or Python would try once more at exit, and complain.
+        # Otherwise Python flushes stdout once more at exit, and prints an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         no_reader = isinstance(error, BrokenPipeError)
         code = code or (_NO_READER if no_reader else _fail(error))
     if code and not jax.distributed.is_initialized():
-        os._exit(code)  # XLA may be at work still, and an ordinary exit would then crash
+        os._exit(code)  # an ordinary exit crashes if XLA is still computing
     sys.exit(code)
 
 
@@ -156,7 +156,7 @@ def _main(config_class, run, name, argv) -> int:
     warnings.showwarning = lambda message, *_args, **_kwargs: print(
         f"warning: {message}", file=sys.stderr
     )
-    logging.set_verbosity(logging.ERROR)  # hints of TFDS and Orbax, none to the user
+    logging.set_verbosity(logging.ERROR)  # TFDS and Orbax print hints for developers
     values = _flags(config_class)
     try:
         config = _config(config_class, values, argv)
@@ -177,7 +177,7 @@ def _main(config_class, run, name, argv) -> int:
 
 
 def _fail(error: Exception) -> int:
-    """Print an error in one line; its exit code."""
+    """Print an error in one line and return its exit code."""
     message = " ".join(str(error).split())
     if isinstance(error, flags.UnrecognizedFlagError) and "Did you mean" not in message:
         message += "; --help lists the flags"
@@ -193,17 +193,17 @@ def _fail(error: Exception) -> int:
 def set_up_jax(
     cpu_devices: int = 0, coordinator: str = "", num_processes: int = 1, process_id: int = 0
 ) -> None:
-    """Float64 at hand, CPU devices, and the other processes of the run, if there are any.
+    """Enable float64, split the CPU into devices, connect the processes of the run.
 
     Args:
-      cpu_devices: what JAX is to split the CPU into; 0 for one for each core, so that
-        seeds can share them.
-      coordinator: host:port of process 0, where there are several.
-      num_processes: of the whole run.
-      process_id: of this one, from 0.
+      cpu_devices: number of JAX devices that the CPU is split into; 0 for one per core, so
+        that seeds run in parallel.
+      coordinator: host:port of process 0; empty for a single process.
+      num_processes: number of processes of the run.
+      process_id: number of this process, from 0.
 
     Raises:
-      BadUse: the settings do not fit together.
+      BadUse: the settings contradict each other.
     """
     if cpu_devices < 0:
         raise BadUse(f"--cpu_devices must not be negative, got {cpu_devices}")
@@ -223,7 +223,7 @@ def set_up_jax(
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

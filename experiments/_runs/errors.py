@@ -1,23 +1,23 @@
-"""Errors raised by checks: the message stands alone, without type or traceback."""
+"""Errors whose message suffices: the command line shows no type and no traceback."""
 
 import contextlib
 from collections.abc import Iterator
 
 
 class BadUse(ValueError):
-    """A setting, or a folder, with which nothing can be done: exit code 2."""
+    """A setting is out of range, or a folder cannot be used: exit code 2."""
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot come to its end, for the reason in the message: exit code 1."""
+    """A run cannot finish, for a reason that the message gives: exit code 1."""
 
 
 @contextlib.contextmanager
 def checks() -> Iterator[None]:
-    """Turn a ValueError into `BadUse`: for calls of a library that check the settings."""
+    """Turn a ValueError of a library that checks the settings into `BadUse`."""
     try:
         yield
     except ValueError as error:
-        if type(error) is not ValueError:  # one of its kinds, such as JSONDecodeError
+        if type(error) is not ValueError:  # a subclass, such as JSONDecodeError
             raise
         raise BadUse(str(error)) from error

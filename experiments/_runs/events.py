@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard, on the disk when the call returns."""
+"""Scalars for TensorBoard, written to disk before the call returns."""
 
 import contextlib
 import socket
@@ -16,19 +16,19 @@ from experiments._runs import files
 class Events:
     """A new file of events in a folder.
 
-    Unlike tensorboardX's `SummaryWriter` without a thread between: on a full disk that one
-    dies unheard, and training waits for it without end.
+    It replaces tensorboardX's `SummaryWriter`, whose writing thread dies silently on a full
+    disk; training would then wait for it forever.
     """
 
     def __init__(self, folder: Path, purge_epoch: int):
-        """Begin the file.
+        """Create the file.
 
         Args:
-          folder: made if it does not exist.
-          purge_epoch: what earlier files say of this epoch and later ones is hidden.
+          folder: created if it does not exist.
+          purge_epoch: TensorBoard hides values of earlier files from this epoch on.
 
         Raises:
-          OSError: it cannot be written.
+          OSError: the file cannot be written.
         """
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         self._path = folder / name
@@ -43,10 +43,10 @@ class Events:
         )
 
     def add(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Write values by name.
+        """Write the values, by name.
 
         Raises:
-          OSError: they cannot be written.
+          OSError: the file cannot be written.
         """
         self._write(*(Event(step=epoch, summary=scalar(*item)) for item in values.items()))
 
@@ -65,7 +65,7 @@ class Events:
         """Close the file.
 
         Raises:
-          OSError: what could not be written before cannot be now.
+          OSError: values that are still buffered cannot be written.
         """
         try:
             self._writer.close()

@@ -1,4 +1,4 @@
-"""Files written whole or not at all: JSON with its digest, CSV, tables."""
+"""Write files whole or not at all: JSON with a digest, CSV, tables; read JSON."""
 
 import csv
 import errno
@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments._runs.errors import BadUse
 
-_DIGEST = "sha256"  # in a sealed file: of all that stands beside it
+_DIGEST = "sha256"  # in a sealed file: the digest of all other entries
 _PART_SUFFIX = ".part"  # ends the names of files that are being written
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -25,7 +25,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a kill at any moment leaves the old one or the new one.
 
     Raises:
-      OSError: it cannot be written; the old one stays.
+      OSError: the file cannot be written; the old one stays.
     """
     temporary = None
     try:
@@ -47,42 +47,42 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_error(path: Path, error: OSError) -> OSError:
-    """What to raise where a file could not be written: which one, why, what to do."""
+    """Return an error that says which file could not be written, why, and what to do."""
     advice = "; free some space" if error.errno in _DISK_FULL else ""
     return OSError(f"cannot write {path}: {error.strerror or error}{advice}")
 
 
 def sweep(folder: Path, names: Sequence[str]) -> None:
-    """Remove what runs killed in the middle of a write have left behind."""
+    """Remove the temporary files of runs that were killed while writing."""
     for name in names:
         for path in folder.glob(f".{name}.*{_PART_SUFFIX}"):
             path.unlink()
 
 
 def write_files(stem: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files that are called `stem` but for their suffix, as of `plotting.render`."""
+    """Write a file for each suffix, such as the results of `plotting.render`."""
     for suffix, content in contents.items():
         write_atomically(stem.with_suffix(suffix), content)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` as indented JSON, numbers that are not finite as null."""
+    """Write `content` as indented JSON, with null for NaN and infinity."""
     text = json.dumps(_finite(content), indent=1, allow_nan=False)
     write_atomically(path, (text + "\n").encode())
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` as JSON with its digest, for `read_json`."""
+    """Write `content` as JSON with its digest, which `read_json` checks."""
     stored = json.loads(json.dumps(_finite(content), allow_nan=False))
     write_json(path, stored | {_DIGEST: _digest(stored)})
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, less its digest.
+    """Return the object in a file, without its digest.
 
     Raises:
-      BadUse: it holds none, or not the one that was written.
-      OSError: there is no such file.
+      BadUse: the file holds no object, or the digest differs.
+      OSError: the file cannot be read.
     """
     try:
         content = json.loads(path.read_text())
@@ -93,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
     # Files of earlier versions have no digest.
     if _DIGEST in content and content.pop(_DIGEST) != _digest(content):
         raise BadUse(
-            f"{path} is damaged: its {_DIGEST} does not fit (if you edited it, remove that)"
+            f"{path} is damaged: its {_DIGEST} does not fit (if you edited it, remove this entry)"
         )
     return content
 
@@ -103,7 +103,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _finite(content: Any) -> Any:
-    """`content` with None for every float that JSON cannot hold."""
+    """Replace every float that JSON cannot hold by None."""
     if isinstance(content, Mapping):
         return {name: _finite(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
@@ -114,7 +114,7 @@ def _finite(content: Any) -> Any:
 
 
 def file_digest(path: Path) -> str | None:
-    """SHA-256 of a file, None without one."""
+    """Return the SHA-256 of a file, None if there is no file."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
@@ -134,7 +134,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def csv_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows as the content of a CSV file."""
+    """Return rows as the content of a CSV file."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
@@ -143,10 +143,10 @@ def csv_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def write_table(stem: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as `stem`.csv and, for reading, as the Markdown table `stem`.md."""
+    """Write rows as `stem`.csv and as a Markdown table `stem`.md."""
     lines = [[name.replace("_", " ") for name in rows[0]], ["---"] * len(rows[0])]
     cells = [[_cell(value) for value in row.values()] for row in rows]
-    # NaN says in the CSV what it is; to a reader that there is no number.
+    # A reader of the table is shown a dash; the CSV keeps NaN.
     lines += [["-" if cell == "nan" else cell for cell in row] for row in cells]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     write_files(stem, {".csv": csv_of(rows), ".md": text.encode()})

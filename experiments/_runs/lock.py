@@ -1,4 +1,8 @@
-"""One run in a folder at a time, by a lock that goes with its process, killed or not."""
+"""A lock on a run folder, released by the kernel when its process ends or is killed.
+
+It is written by hand because filelock does not tell who holds a lock, leaves the file
+behind, and fails on a disk that answers ENOLCK.
+"""
 
 import contextlib
 import errno
@@ -12,36 +16,38 @@ from pathlib import Path
 from experiments._runs.errors import BadUse
 
 LOCK = ".lock"
-# What a disk without locks answers.
+# Errors of a disk without locks.
 _NO_LOCK_ERRORS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold the lock of `folder`, a file `.lock` that names this process while it is held.
+    """Hold the lock of `folder`, a file `.lock` that names this process meanwhile.
 
-    The lock is the kernel's (flock): it is gone when the process is, even if killed, and
-    the file that is then left behind locks nothing. On NFS it holds between hosts if the
-    server keeps locks; where the disk has none, this warns and goes on.
+    The kernel keeps the lock (flock) and releases it when the process ends or is killed;
+    a file that a killed process leaves behind locks nothing. On NFS the lock holds between
+    hosts if the server supports locks. If the disk supports none, warn and go on.
 
     Raises:
-      BadUse: another run holds it, or the file cannot be made.
+      BadUse: another run holds the lock, or the file cannot be created.
     """
     path = folder / LOCK
     descriptor = _acquire(path)
     try:
         holder = f"process {os.getpid()} on {socket.gethostname()}"
-        with contextlib.suppress(OSError):  # a courtesy; a full disk is told soon enough
+        with contextlib.suppress(OSError):  # a full disk is reported by the next write
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, holder.encode(), 0)
         yield
     finally:
-        path.unlink(missing_ok=True)  # before it is let go: not that of the next run
+        path.unlink(
+            missing_ok=True
+        )  # while locked, or it might be the file of the next run
         os.close(descriptor)
 
 
 def _acquire(path: Path) -> int:
-    """A descriptor of the locked file `path`, the one that has this name now."""
+    """Lock the file that now has the name `path`, and return its descriptor."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -54,7 +60,7 @@ def _acquire(path: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its holder has removed it since: once more
+        os.close(descriptor)  # its holder has removed it meanwhile: try again
 
 
 def _lock(descriptor: int, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Refuse at once what no memory could hold."""
+"""Fail early if a run cannot fit into memory."""
 
 import os
 
@@ -9,8 +9,8 @@ def check(needed: float, flags: str) -> None:
     """Raise BadUse if more bytes are needed than this machine has.
 
     Args:
-      needed: bytes at the very least, so that nothing is refused that would run.
-      flags: what to make smaller.
+      needed: a lower bound on the bytes, so that no run is refused that would fit.
+      flags: the flags that would make the run smaller.
     """
     if needed > total():
         raise BadUse(
@@ -20,5 +20,5 @@ def check(needed: float, flags: str) -> None:
 
 
 def total() -> int:
-    """Bytes of memory of this machine."""
+    """Return the bytes of memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Run folders as sections of one HTML page: figures, tables, verdicts, provenance."""
+"""One HTML page of run folders: figures, tables, verdicts, provenance."""
 
 import base64
 import collections
@@ -19,12 +19,12 @@ _TEMPLATE = "page.html"
 _COLOURS = 256
 _MOST_PIXELS = 50_000_000
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-# What reading a summary of another shape raises.
+# Errors of reading a summary that has another shape.
 _DAMAGED = (LookupError, TypeError, ValueError, AttributeError, OSError)
 
 
 class Figure(NamedTuple):
-    """A picture, inlined."""
+    """A picture as part of the page."""
 
     source: str  # data URI
     width: int  # pixels
@@ -41,7 +41,7 @@ class Table(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What a run has found."""
+    """The result of a run."""
 
     state: str  # GOOD, BAD or OPEN
     verdict: str  # one line
@@ -50,12 +50,12 @@ class Findings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Page:
-    """How the runs of an experiment are shown: each experiment has one, `PAGE`."""
+    """How the page shows the runs of an experiment, which calls it `PAGE`."""
 
-    title: str  # {name} stands for that setting of the run
+    title: str  # {name} is replaced by that setting of the run
     figures: Mapping[str, str]  # file name to caption
-    show: Callable[[Mapping[str, Any]], Findings]  # of summary.json
-    # One table of several finished runs, at the head of the page.
+    show: Callable[[Mapping[str, Any]], Findings]  # reads summary.json
+    # Return one table of several finished runs, for the head of the page.
     compare: Callable[[Sequence["Section"]], Table] | None = None
 
 
@@ -68,7 +68,7 @@ class Section(NamedTuple):
     folder: str
     state: str  # GOOD, BAD or OPEN
     verdict: str  # one line
-    notes: Sequence[str]  # what could not be read
+    notes: Sequence[str]  # what could not be read, and why
     figures: Sequence[Figure]
     tables: Sequence[Table]
     settings: Mapping[str, str]
@@ -77,7 +77,7 @@ class Section(NamedTuple):
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """A number to some digits; as a power of ten, or less than 1, where that says more."""
+    """Format a number: plain, as a power of ten, or as 1 - x if it is just below 1."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -95,7 +95,7 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def section(folder: Path, kind: str, page: Page) -> Section:
-    """The section of one run folder, of the experiment `kind`."""
+    """Return the section of one run folder, of the experiment `kind`."""
     stored = files.read_json(folder / folders.CONFIG)
     notes: list[str] = []
     summary, findings = _read_summary(folder, kind, page, notes)
@@ -121,7 +121,7 @@ def section(folder: Path, kind: str, page: Page) -> Section:
 def _read_summary(
     folder: Path, kind: str, page: Page, notes: list[str]
 ) -> tuple[Mapping[str, Any], Findings]:
-    """Summary and findings of a run; a note of what is amiss."""
+    """Return summary and findings of a run; add a note on each fault to `notes`."""
     if not (folder / folders.SUMMARY).exists():
         notes.append(f"There is no {folders.SUMMARY}: the run has not come to its end.")
         return {}, Findings(OPEN, "unfinished", [])
@@ -137,7 +137,7 @@ def _read_summary(
 
 
 def _figure(path: Path, caption: str, notes: list[str]) -> Figure | None:
-    """A PNG inlined, in a palette, a third of its size; None and a note without it."""
+    """Return a PNG reduced to a palette, or None with a note if it cannot be read."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             if image.width * image.height > _MOST_PIXELS:
@@ -146,7 +146,7 @@ def _figure(path: Path, caption: str, notes: list[str]) -> Figure | None:
     except FileNotFoundError:
         notes.append(f"There is no {path.name}.")
         return None
-    except Exception:  # whatever a damaged picture raises
+    except Exception:  # Pillow raises many kinds for a damaged picture
         notes.append(f"{path.name} is damaged.")
         return None
     buffer = io.BytesIO()
@@ -156,7 +156,7 @@ def _figure(path: Path, caption: str, notes: list[str]) -> Figure | None:
 
 
 def _provenance(source: Mapping[str, Any]) -> dict[str, str]:
-    """Command, date, device and versions, as far as they are stored."""
+    """Return command, date, device and versions, as far as they are stored."""
     versions = source.get("versions", {})
     packages = versions.items() if isinstance(versions, Mapping) else ()
     entries = {
@@ -170,7 +170,7 @@ def _provenance(source: Mapping[str, Any]) -> dict[str, str]:
 
 
 def comparisons(sections: Sequence[Section]) -> list[Table]:
-    """The table of each `Page.compare`, where two of its runs or more are finished."""
+    """Return the table of each `Page.compare` that has two finished runs or more."""
     tables = []
     for page in dict.fromkeys(section.page for section in sections):
         finished = [s for s in sections if s.page is page and s.summary]
@@ -180,7 +180,7 @@ def comparisons(sections: Sequence[Section]) -> list[Table]:
 
 
 def render(title: str, runs: str, sections: Sequence[Section], omissions: list[str]) -> str:
-    """The page as HTML, everything escaped."""
+    """Return the page as HTML, with everything escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""Where a result comes from: command, date, versions, device."""
+"""The provenance of a result: command, date, versions, device."""
 
 import configparser
 import datetime
@@ -14,7 +14,7 @@ import jax
 
 
 def provenance(*extra_packages: str) -> dict[str, Any]:
-    """Command, date, versions (of `others` too) and device of a run."""
+    """Return command, date, device and versions, those of `extra_packages` too."""
     packages = ("ncjax", "jax", "jaxlib", "diffrax", "numpy", *extra_packages)
     return {
         "command": " ".join(["python -m", module_name(), *sys.argv[1:]]),
@@ -27,12 +27,13 @@ def provenance(*extra_packages: str) -> dict[str, Any]:
 
 
 def module_name() -> str:
+    """Return the module that `python -m` runs."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec.name if spec else Path(sys.argv[0]).stem
 
 
 def _version(package: str) -> str:
-    """The version of an installed package, or of this clone, installed or not."""
+    """Return the version of an installed package, or of this clone, installed or not."""
     name, version = _clone()
     if package == name:
         return version
@@ -44,7 +45,7 @@ def _version(package: str) -> str:
 
 @functools.cache
 def _clone() -> tuple[str, str]:
-    """Name and version in setup.cfg of the clone that this file is part of."""
+    """Return name and version from the setup.cfg of the clone that holds this file."""
     settings = configparser.ConfigParser(interpolation=None)
     settings.read(Path(__file__).parents[2] / "setup.cfg", encoding="utf-8")
     name, version = (
