@@ -7,7 +7,7 @@ from experiments import COMMANDS
 
 
 def listing() -> str:
-    """A line for each command: its name, what it does. Imports none of them."""
+    """Return a line for each command, its name and summary, without importing it."""
     width = max(map(len, COMMANDS)) + 2
     lines = [
         "Usage: python -m experiments.NAME [--flag=value ...]; --help lists the flags",

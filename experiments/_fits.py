@@ -1,15 +1,15 @@
-"""Power laws in log t, and the spread of a number over seeds."""
+"""Fits of power laws in log t, and quartiles over seeds."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-# In log t. Gradient descent reaches the first; the last ones show the asymptotic regime.
+# In log t. Gradient descent reaches the first; the last ones are asymptotic.
 WINDOWS = ((2, 12), (30, 300), (100, 1000), (1e3, 1e4), (1e4, 1e5), (1e5, 1e6))
-# From about this log t on the exponents are near their limits.
+# The exponents are near their limits from about this log t on.
 SETTLED_FROM = 1e3
-# Limits of p in (log t)^-p, where there is a theory of them.
+# Limits of p in (log t)^-p that the theory predicts.
 PREDICTED = {
     "within_class_variation": "3",
     "within_class_quotient": "1",
@@ -28,13 +28,13 @@ _LEAST_POINTS = 5
 
 
 def collapses(summary: Mapping[str, Any]) -> bool:
-    """Whether the limits of the theory are those of the flow that `summary` is of."""
+    """Return whether the theory predicts the limits of the flow in `summary`."""
     constants = summary["sharp_constants"].values()
     return all(entry["predicted"] is not None for entry in constants)
 
 
 def spread(values: np.ndarray) -> dict[str, float | int | None]:
-    """Median and quartiles over seeds, and how many seeds are finite."""
+    """Return median and quartiles over seeds, and the number of finite seeds."""
     finite = values[np.isfinite(values)]
     if finite.size == 0:
         return {"median": None, "q25": None, "q75": None, "seeds": 0}
@@ -50,7 +50,7 @@ def spread(values: np.ndarray) -> dict[str, float | int | None]:
 def exponents(
     log_times: np.ndarray, values: np.ndarray, window: tuple[float, float]
 ) -> np.ndarray:
-    r"""Exponent p of $v \sim (\log t)^{-p}$ for each seed, by least squares in logarithms.
+    r"""Fit the exponent p of $v \sim (\log t)^{-p}$ per seed, by least squares in logs.
 
     Args:
       log_times: (T,) natural logarithms of time.
@@ -71,14 +71,14 @@ def exponents(
 
 
 def windows(log_times: np.ndarray) -> list[tuple[float, float]]:
-    """Those of `WINDOWS` that the times cover."""
+    """Return the windows of `WINDOWS` that the times cover."""
     return [(low, high) for low, high in WINDOWS if high <= log_times[-1] * (1 + 1e-9)]
 
 
 def exponent_table(
     log_times: np.ndarray, columns: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, dict]]:
-    """`exponents` of every column in every window covered, as `spread` over seeds."""
+    """Return the `spread` of `exponents` of every column in every window covered."""
     return {
         f"log t in [{low:g}, {high:g}]": {
             name: spread(exponents(log_times, values, (low, high)))

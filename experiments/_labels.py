@@ -1,4 +1,4 @@
-"""Names of the metrics in tables that are read: term and symbol."""
+"""Labels of the metrics in the report: term and symbol, in the order of the tables."""
 
 LABELS = {
     "within_class_variation": "NC1  Tr(Σ_W Σ_B⁺)/K",

@@ -1,4 +1,4 @@
-"""Many seeds of the gradient flow, leg by leg: progress, checkpoints, all devices."""
+"""Solve the flow of many seeds in legs, with progress, checkpoints and all devices."""
 
 import math
 from collections.abc import Callable
@@ -17,21 +17,21 @@ from ncjax.flow.solve import SUCCESS, choose_solver
 
 LEGS = 20
 
-# (states with leading (T,), start) -> columns of (T,), for one seed.
+# Maps the states (T, ...) and the start of one seed to columns (T,).
 Measure = Callable[[ncjax.Params, ncjax.Params], dict[str, jax.Array]]
 
 
 class Progress(NamedTuple):
-    """What a checkpoint holds after some legs."""
+    """The content of a checkpoint after some legs."""
 
     legs_done: int
     state: ncjax.Params  # leading axis (S,)
     columns: dict[str, np.ndarray]  # (S, T so far) each
-    steps: np.ndarray  # (legs, S, 3) solver steps, rejected ones, result code
+    steps: np.ndarray  # (legs, S, 3) steps, rejected steps, result code
 
 
 def log_times(log_t_max: float, num_times: int) -> np.ndarray:
-    """Natural logarithms of times evenly spaced on the clock x = log(1 + log(1 + t)).
+    """Return log t of times evenly spaced on the clock x = log(1 + log(1 + t)).
 
     `num_times` is rounded up to a multiple of the number of legs.
     """
@@ -46,7 +46,7 @@ def log_times(log_t_max: float, num_times: int) -> np.ndarray:
 def check_memory(
     seeds: int, num_classes: int, per_class: int, dim: int, num_times: int
 ) -> None:
-    """Raise BadUse if the states of a leg alone are more than the memory holds."""
+    """Raise BadUse if the states of one leg exceed the memory."""
     samples = num_classes * per_class
     numbers = (samples + num_classes) * dim + samples * num_classes
     times = 1 + num_times / LEGS
@@ -61,18 +61,17 @@ def solve(
     folder: Path,
     solver: str = "auto",
 ) -> tuple[dict[str, np.ndarray], np.ndarray, ncjax.Params]:
-    """Flow from `starts` (S, ...) through `times` (T,), measured at each.
+    """Flow from `starts` (S, ...) through `times` (T,), and measure at each.
 
-    Goes on from the checkpoint that `folder` holds, if it holds one, and leaves one after
-    each leg.
+    Go on from the checkpoint in `folder`, if there is one, and save one after each leg.
 
     Returns:
-      Columns (S, T) by name, (legs, S, 3) solver steps, rejected ones, result codes, and
+      Columns (S, T) by name; (legs, S, 3) solver steps, rejected steps, result codes; and
       the states (S, ...) at the end.
     """
     legs = times.reshape(LEGS, -1)
     progress = _load(folder) or _initial_progress(starts)
-    if solver == "auto":  # within a leg the last time is traced
+    if solver == "auto":  # decided here because a leg traces its times
         _, num_classes, dim = starts.W.shape
         solver = choose_solver(num_classes, dim, times[-1], starts.W.dtype)
     flow, measured = _compile(starts, measure, solver, step_limit(times[-1]))
@@ -86,12 +85,12 @@ def solve(
             bar.set_postfix_str(f"log t = {leg[-1]:.4g}")
             bar.update()
             if (progress.steps[-1, :, 2] != SUCCESS).all():
-                break  # every seed has failed; what they reached is kept
+                break  # every seed has failed; the columns keep their values so far
     return _padded(progress.columns, times.size), progress.steps, progress.state
 
 
 def measure_collapse(states: ncjax.Params, start: ncjax.Params) -> dict[str, jax.Array]:
-    """Everything measured of one seed, at (T,) times: a `Measure`."""
+    """Measure one seed at (T,) times: a `Measure`."""
 
     def at_one_time(state):
         drift = ncjax.invariant_drift(state, start)
@@ -108,7 +107,7 @@ def measure_collapse(states: ncjax.Params, start: ncjax.Params) -> dict[str, jax
 
 
 def _padded(columns: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
-    """Columns (S, T) with NaN at the times after a solve that stopped early."""
+    """Return columns (S, T), with NaN at the times that a stopped solve did not reach."""
     return {
         name: np.pad(
             values.astype(np.float64, copy=False),
@@ -120,12 +119,12 @@ def _padded(columns: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
 
 
 def step_limit(log_t_max: float) -> int:
-    """Ten times the steps that an explicit solver takes: beyond, a seed has failed."""
+    """Return ten times the steps of an explicit solver; a seed that needs more fails."""
     return 1000 + math.ceil(min(4 * log_t_max, 2e9))
 
 
 def _compile(starts: ncjax.Params, measure: Measure, solver: str, max_steps: int):
-    """The flow of one leg, sharded over devices, and its measurement, on one of them."""
+    """Compile the flow of one leg, on all devices, and its measurement, on one of them."""
     seeds, dtype = starts.W.shape[0], starts.W.dtype
     count = max(c for c in range(1, jax.device_count() + 1) if seeds % c == 0)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:count]), ("seeds",))
@@ -143,7 +142,7 @@ def _compile(starts: ncjax.Params, measure: Measure, solver: str, max_steps: int
 
         return jax.vmap(one)(states)
 
-    # Each device steps through its own seeds at their own pace: no communication.
+    # Each device solves its own seeds, at its own pace and without communication.
     leg = jax.jit(
         jax.shard_map(
             leg,
@@ -156,24 +155,24 @@ def _compile(starts: ncjax.Params, measure: Measure, solver: str, max_steps: int
     measure_all = jax.jit(jax.vmap(measure))
 
     def flow(states, times, before):
-        # Placed alike on every leg, or it would be compiled again for the second.
+        # Every leg needs the same placement, or the second one compiles again.
         states = jax.device_put(states, jax.sharding.NamedSharding(mesh, by_seed))
         return leg(states, jnp.asarray(times, dtype), jnp.asarray(before, dtype))
 
     def measured(states, starts):
-        # On one device: XLA's batched LAPACK calls can deadlock on several CPU devices.
+        # One device, because XLA's batched LAPACK calls can deadlock on several.
         return measure_all(*jax.device_put((states, starts), jax.devices()[0]))
 
     return flow, measured
 
 
 def _initial_progress(starts: ncjax.Params) -> Progress:
-    """Progress before the first leg."""
+    """Return the progress before the first leg."""
     return Progress(0, starts, {}, np.zeros((0, starts.W.shape[0], 3), np.int64))
 
 
 def _extend(progress: Progress, solution: ncjax.FlowSolution, new) -> Progress:
-    """Progress after one more leg."""
+    """Return the progress after one more leg."""
     new = jax.device_get(new)
     old = progress.columns or {name: part[:, :0] for name, part in new.items()}
     counts = (solution.num_steps, solution.num_rejected, solution.result)

@@ -1,4 +1,4 @@
-"""How runs that train a network are shown, one by one and side by side."""
+"""The report page of the experiments that train a network, and their comparison."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ _SIDE_BY_SIDE = {
 
 
 def _findings(summary: Mapping[str, Any]) -> page.Findings:
-    """Metrics at zero training error and at the end."""
+    """Compare the metrics at zero training error with those at the end."""
     rows = [summary["metrics"][name] for name in LABELS if name in summary["metrics"]]
     tables = [_metrics(rows)]
     zero = summary["zero_training_error_from_epoch"]
@@ -36,7 +36,7 @@ def _findings(summary: Mapping[str, Any]) -> page.Findings:
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> page.Table:
-    """A row for each metric, with the test set if there was one."""
+    """Return a row for each metric, with the test set if there was one."""
     has_test_set = any("test_at_the_end" in row for row in rows)
     head = ["metric", "at zero error", "at the end"]
     return page.Table(
@@ -55,7 +55,7 @@ def _metrics(rows: Sequence[Mapping[str, Any]]) -> page.Table:
 
 
 def _side_by_side(sections: Sequence[page.Section]) -> page.Table:
-    """Networks in one table, each metric at zero training error → at the end."""
+    """Return a row for each network: metrics at zero training error → at the end."""
     return page.Table(
         "Networks side by side: at zero training error → at the end",
         ["network", "images", "epochs", "no error from", *_SIDE_BY_SIDE.values()],
@@ -64,7 +64,7 @@ def _side_by_side(sections: Sequence[page.Section]) -> page.Table:
 
 
 def _network(section: page.Section) -> list[str]:
-    """The row of one network."""
+    """Return the row of one network."""
     summary, metrics = section.summary, section.summary["metrics"]
     return [
         section.title,

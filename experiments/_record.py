@@ -1,4 +1,4 @@
-"""The record of a training run: rows of metrics.csv, its figures, its table."""
+"""The record of a training run: rows of metrics.csv, figures and table of them."""
 
 import csv
 import hashlib
@@ -14,7 +14,7 @@ from experiments._runs.errors import BadUse
 from ncjax import plotting
 
 METRICS_FILE = "metrics.csv"
-# Measured, but not expected to fall to zero.
+# Metrics that do not fall to zero.
 _NOT_FALLING = (
     *("accuracy", "loss", "log_loss", "least_margin"),
     *("margin_ratio", "balanced_margin_ratio"),
@@ -27,10 +27,10 @@ def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_rows(folder: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
-    """Rows of metrics.csv, of the epochs up to one; none if there is no such file.
+    """Return the rows of metrics.csv up to an epoch; none if there is no such file.
 
     Raises:
-      BadUse: it is damaged.
+      BadUse: the file is damaged.
     """
     path = folder / METRICS_FILE
     if not path.exists():
@@ -49,12 +49,12 @@ def _typed(row: Mapping[str, str]) -> dict[str, Any]:
 
 
 def digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 of metrics.csv with these rows."""
+    """Return the SHA-256 of metrics.csv with these rows."""
     return hashlib.sha256(files.csv_of(rows)).hexdigest()
 
 
 def columns(rows: Sequence[Mapping[str, Any]], split: str) -> dict[str, np.ndarray]:
-    """Metrics of one split by name, each (S, T) over seeds and measured epochs."""
+    """Return the metrics of one split by name, each (S, T): seeds, measured epochs."""
     selected = [row for row in rows if row["split"] == split]
     seeds = max((row["seed"] for row in selected), default=-1) + 1
     names = [name for name in rows[0] if name not in ("split", "seed")]
@@ -66,7 +66,7 @@ def columns(rows: Sequence[Mapping[str, Any]], split: str) -> dict[str, np.ndarr
 
 
 def zero_error_epoch(measured: Mapping[str, np.ndarray]) -> int | None:
-    """First measured epoch from which on every seed has no training error."""
+    """Return the first measured epoch from which on no seed has a training error."""
     errors = np.flatnonzero(~(measured["accuracy"] == 1).all(axis=0))
     first = errors[-1] + 1 if errors.size else 0
     epochs = measured["epoch"][0]
@@ -74,7 +74,7 @@ def zero_error_epoch(measured: Mapping[str, np.ndarray]) -> int | None:
 
 
 def draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The figures of a run: four panels of collapse, and how the training went."""
+    """Draw the figures of a run: four panels of collapse, four of training."""
     of_train, of_test = columns(rows, "train"), columns(rows, "test")
     epochs = of_train["epoch"][0]
     if epochs[-1] < 3:
@@ -90,7 +90,7 @@ def draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def table(of_train, of_test, zero: int | None) -> list[dict[str, Any]]:
-    """Each metric at zero training error and at the end: medians over seeds."""
+    """Return a row per metric: medians over seeds at zero training error and at the end."""
     epochs = of_train["epoch"][0].astype(int).tolist()
     at_zero = epochs.index(zero) if zero else None
     rows = []
@@ -113,6 +113,6 @@ def table(of_train, of_test, zero: int | None) -> list[dict[str, Any]]:
 
 
 def _median(values: np.ndarray) -> float:
-    """Median over the seeds that have not diverged."""
+    """Return the median over the seeds that have not diverged."""
     finite = values[np.isfinite(values)]
     return float(np.median(finite)) if finite.size else math.nan

@@ -1,4 +1,4 @@
-"""Critical directions of the flow whose curvature is known in closed form."""
+"""Critical directions of the flow with a closed form of their curvature."""
 
 import math
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import numpy as np
 
 import ncjax
 
-# (m, b), by the number of classes K = m b.
+# (m, b), in the order of the number of classes K = m b.
 _BLOCKS = (
     *((1, 2), (1, 4), (2, 2), (3, 2), (2, 3), (4, 2), (3, 3), (5, 2), (2, 5)),
     *((1, 12), (6, 2), (4, 3), (3, 4), (2, 6)),
@@ -37,21 +37,22 @@ class Block(NamedTuple):
         return self.num_classes / (self.num_classes - self.block_size)
 
     def eigenvalue(self, scale: float = math.inf) -> float:
-        r"""Most negative eigenvalue of the Riemannian Hessian of log L; 0 at collapse.
+        r"""Return the least eigenvalue of the Riemannian Hessian of log L; 0 at collapse.
 
-        At `params(scale)`, with c the scale,
+        At `params(scale)` with c the scale it is
 
         $$-\frac{b\,(\pi_o - \pi_w)}{K \sqrt n\, \ell}, \quad \pi_w = e^{-c^2 b/(b-1)}/S,
         \quad \pi_o = e^{-c^2}/S, \quad \ell = \log S,$$
 
-        $S = 1 + (b-1) e^{-c^2 b/(b-1)} + (K-b) e^{-c^2}$, the softmax weights within a
-        block and across; as c grows $(\pi_o - \pi_w)/\ell$ tends to $1/(K-b)$.
+        $S = 1 + (b-1) e^{-c^2 b/(b-1)} + (K-b) e^{-c^2}$. Here $\pi_w$ and $\pi_o$ are the
+        softmax weights within a block and across; $(\pi_o - \pi_w)/\ell$ tends to
+        $1/(K-b)$ as c grows.
         """
         if self.num_blocks == 1:
             return 0.0
         size, others = self.block_size, self.num_classes - self.block_size
         share = 1 / others
-        if scale**2 < 300:  # beyond, the limit to rounding
+        if scale**2 < 300:  # above, the limit is exact to rounding
             within = math.exp(-(scale**2) * size / (size - 1))
             across = math.exp(-(scale**2))
             rest = (size - 1) * within + others * across
@@ -60,21 +61,21 @@ class Block(NamedTuple):
 
     @property
     def multiplicity(self) -> int:
-        """(m - 1)(d - K + m), of that eigenvalue; 0 where `dim` leaves it no room."""
+        """(m - 1)(d - K + m), the multiplicity of that eigenvalue; 0 if d = K - m."""
         return (self.num_blocks - 1) * (self.dim - self.num_classes + self.num_blocks)
 
     @property
     def escape_exponent(self) -> float:
-        """The unstable part of Z/|Z| grows like (log t) to this power."""
+        """The power p of the growth (log t)^p of the unstable part of Z/|Z|."""
         return (self.sigma_max - 1) / 2
 
     def params(self, scale: float) -> ncjax.Params:
-        """The point itself, `scale` times that of `ncjax.block_saddle`."""
+        """Return the point: `scale` times `ncjax.block_saddle`."""
         return jax.tree.map(lambda leaf: scale * leaf, ncjax.block_saddle(*self))
 
 
 def family(max_classes: int) -> list[Block]:
-    """Block sizes of every kind with K up to `max_classes`, several n and d."""
+    """Return blocks of all sizes with K up to `max_classes`, at several n and d."""
     return [
         Block(m, b, n, dim)
         for m, b in _BLOCKS
@@ -84,7 +85,7 @@ def family(max_classes: int) -> list[Block]:
 
 
 def _settings(num_blocks: int, block_size: int) -> list[tuple[int, int]]:
-    """(n, d): d as large as K, larger, and as small as the blocks allow."""
+    """Return pairs (n, d): d equal to K, larger, and as small as the blocks allow."""
     num_classes = num_blocks * block_size
     if num_classes <= 6:
         least = max(num_blocks * (block_size - 1), 1)
@@ -93,7 +94,7 @@ def _settings(num_blocks: int, block_size: int) -> list[tuple[int, int]]:
 
 
 class Escape(NamedTuple):
-    """A flow that leaves a saddle."""
+    """Flows that leave a saddle."""
 
     log_times: np.ndarray  # (T,)
     unstable: np.ndarray  # (S, T)  norm of the unstable part of Z/|Z|
@@ -108,15 +109,15 @@ def escape(
     key: jax.Array,
     scale: float = 1.0,
 ) -> Escape:
-    """Flow from points near `block`, and their part in its unstable eigenspace.
+    """Flow from points near `block`, and record their unstable part.
 
     Args:
       block: a saddle.
       log_times: (T,) natural logarithms of the times measured.
       distance: relative size of the unstable part of the start.
-      seeds: S, directions within the unstable eigenspace.
+      seeds: S, number of random directions in the unstable eigenspace.
       key: PRNG key of these directions.
-      scale: norm of the start, as that of `ncjax.block_saddle`.
+      scale: norm of the start relative to `ncjax.block_saddle`.
     """
     unstable = unstable_space(block)
     saddle = block.params(scale)
@@ -136,13 +137,13 @@ def escape(
 
 
 def relative_loss(params: ncjax.Params):
-    """A function whose plain Hessian is that of L divided by L, at any norm."""
+    """Return L over a constant copy of L; its plain Hessian is (1/L) times that of L."""
     log_loss = ncjax.log_cross_entropy(params)
     return jnp.exp(log_loss - jax.lax.stop_gradient(log_loss))
 
 
 def unstable_space(block: Block) -> ncjax.Params:
-    """Orthonormal basis of the unstable eigenspace, `Params` with a leading axis."""
+    """Return an orthonormal basis of the unstable eigenspace, with a leading axis."""
     far = block.params(30.0)
     return ncjax.hessian_eig(
         ncjax.log_cross_entropy, far, k=block.multiplicity, sphere=True
@@ -150,7 +151,7 @@ def unstable_space(block: Block) -> ncjax.Params:
 
 
 def _unstable_norm(basis: ncjax.Params):
-    """Function of the state: the norm of the projection of Z/|Z| on `basis`."""
+    """Return a function of the state: the norm of the projection of Z/|Z| on `basis`."""
 
     def norm(state):
         products = [jnp.tensordot(u, z, z.ndim) for u, z in zip(basis, state, strict=True)]

@@ -1,7 +1,7 @@
-"""A network trained far past zero error, its collapse measured on the way.
+"""Train a network far past zero error, and measure its collapse on the way.
 
-Shared by the experiments that train: flags, the loop with progress, checkpoints and
-interruption, the run folder.
+The experiments that train share this module: flags, data, the loop with its progress,
+checkpoints and interruption, the run folder.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ OUTPUTS = (
 _PACKAGES = ("flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 SCHEDULES = ("constant", "step")
 DTYPES = ("auto", "float32", "bfloat16")
-# Figures are drawn anew after so many seconds at the earliest.
+# Seconds between two drawings of the figures, at least.
 _FIGURE_SECONDS = 20.0
 _POLL_SECONDS = 0.01
 
@@ -54,7 +54,7 @@ class Config:
         "train", "such as 'train[:20%]', as TFDS writes splits", cli.DATA
     )
     test_split: str = cli.flag(
-        "test", "measured too, never trained on; empty for none", cli.DATA
+        "test", "measured, never trained on; empty for none", cli.DATA
     )
     data_dir: str = cli.flag(
         "", "folder of TFDS; if empty, TFDS_DATA_DIR or its default", cli.DATA
@@ -63,7 +63,7 @@ class Config:
         0, "first n training images of each class; 0 for all", cli.DATA
     )
     image_size: int = cli.flag(
-        0, "pixels that images are padded to with zeros; 0 for as they are", cli.DATA
+        0, "pixels that images are padded to with zeros; 0 to keep them", cli.DATA
     )
     augment: bool = cli.flag(False, "shift and mirror training images", cli.TRAINING)
     model: str = cli.flag("mlp", f"one of {', '.join(models.MODELS)}", cli.MODEL)
@@ -91,7 +91,7 @@ class Config:
     seed: int = cli.flag(0, "seed of initial weights and order of images", cli.SEEDS)
     seeds: int = cli.flag(1, "networks trained side by side, from one seed", cli.SEEDS)
     measurements: int = cli.flag(
-        30, "epochs measured at most, evenly in log log epoch", cli.TIME
+        30, "number of epochs measured, at most; even in log log epoch", cli.TIME
     )
     checkpoint_every: int = cli.flag(10, "epochs between checkpoints, at most", cli.FOLDER)
     workdir: str = cli.flag("", "run folder; if empty, a new one under runs/", cli.FOLDER)
@@ -108,7 +108,7 @@ class Config:
 
 
 class Setup(NamedTuple):
-    """What a config stands for, before anything is trained."""
+    """Network and data of a config."""
 
     model: Any
     train_set: data.Dataset
@@ -120,19 +120,19 @@ class Setup(NamedTuple):
 def run(config: Config, name: str, options: Mapping[str, Any]) -> Path:
     """Train, measure, and return the run folder.
 
-    Writes config.json, metrics.csv (a row per measured epoch, split and seed), collapse.csv
+    Write config.json, metrics.csv (a row per measured epoch, split and seed), collapse.csv
     and .md (metrics at zero training error and at the end), collapse and training as .png
     and .pdf, checkpoints/, tensorboard/ and, last, summary.json.
 
     Args:
       config: the flags.
-      name: of the experiment.
-      options: of the network, beside width, bias and dtype.
+      name: name of the experiment.
+      options: options of the network besides width, bias and dtype.
 
     Raises:
-      BadUse: a setting is out of range, the data do not fit or the folder cannot be
-        used; before anything is compiled.
-      OSError: the data cannot be read, or a file not be written.
+      BadUse: a setting is out of range, the data do not fit, or the folder cannot be used;
+        raised before anything is compiled.
+      OSError: the data cannot be read, or a file cannot be written.
       RunFailed: training diverged.
     """
     check(config)
@@ -169,7 +169,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check(config: Config) -> None:
-    """Raise BadUse for a setting out of range, before any work."""
+    """Raise BadUse if a setting is out of range, before any work."""
     for name, (holds, bound) in _RANGES.items():
         value = getattr(config, name)
         if not holds(value):
@@ -188,7 +188,7 @@ def check(config: Config) -> None:
 
 
 def _resolved(config: Config) -> Config:
-    """The config with the dtype that "auto" stands for on this machine."""
+    """Return the config with the dtype that "auto" selects on this machine."""
     if config.compute_dtype != "auto":
         return config
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -197,14 +197,16 @@ def _resolved(config: Config) -> Config:
 
 @checks()
 def set_up(config: Config, options: Mapping[str, Any]) -> Setup:
-    """Network and data, once they fit together.
+    """Load the data, build the network, and check that they fit together.
 
     Raises:
-      BadUse: they do not.
+      BadUse: they do not fit together.
       OSError: the data cannot be read.
     """
     model_options = {"width": config.width, "use_bias": config.use_bias, **options}
-    models.build(config.model, 2, **model_options)  # a bad name is told before reading
+    models.build(
+        config.model, 2, **model_options
+    )  # a wrong name fails before the data are read
     train_set = _load(config, config.train_split, config.per_class)
     test_set = _load(config, config.test_split, 0) if config.test_split else None
     if test_set and test_set.images.shape[1:] != train_set.images.shape[1:]:
@@ -244,7 +246,7 @@ def _check_network(config: Config, model: Any, image_shape: Sequence[int]) -> No
 
 
 def _load(config: Config, split: str, per_class: int) -> data.Dataset:
-    """A split with every class in it, padded if asked."""
+    """Load a split that has every class, and pad its images if --image_size says so."""
     dataset = data.load(config.dataset, split, config.data_dir, per_class=per_class)
     counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
     if len(counts) > dataset.num_classes or not counts.all():
@@ -256,24 +258,24 @@ def _load(config: Config, split: str, per_class: int) -> data.Dataset:
     if config.image_size:
         *_, channels = dataset.images.shape
         padded = 1.0 * len(dataset.labels) * config.image_size**2 * channels
-        memory.check(2 * padded, "--image_size")  # here and on the device
+        memory.check(2 * padded, "--image_size")  # on the host and on the device
         dataset = dataset._replace(images=data.pad_to(dataset.images, config.image_size))
     return dataset
 
 
 def is_primary() -> bool:
-    """Whether this process writes and prints: the first one."""
+    """Return whether this process is the first, which alone writes and prints."""
     return jax.process_index() == 0
 
 
 def _open(config: Config, name: str, stack: contextlib.ExitStack) -> tuple[Path, bool]:
-    """The run folder, and whether the run in it is finished.
+    """Return the run folder, and whether the run in it is finished.
 
-    The first process opens it, and keeps it until `stack` is closed.
+    The first process opens the folder, and holds its lock until `stack` is closed.
 
     Raises:
-      BadUse: in all processes, it cannot be used.
-      OSError: in the first process, a file cannot be written.
+      BadUse: the folder cannot be used; raised in all processes.
+      OSError: a file cannot be written; raised in the first process.
     """
     folder, finished = Path(config.workdir), False
     error: BadUse | OSError | None = None
@@ -290,7 +292,7 @@ def _open(config: Config, name: str, stack: contextlib.ExitStack) -> tuple[Path,
 
 
 def _check_epochs(config: Config, folder: Path) -> None:
-    """Raise BadUse unless the run in `folder` is the start of one of these epochs."""
+    """Raise BadUse unless the run in `folder` can go on to `config.epochs`."""
     if config.schedule == "step":
         stored = folders.stored_config(folder).get("epochs")
         raise BadUse(
@@ -301,17 +303,17 @@ def _check_epochs(config: Config, folder: Path) -> None:
     if config.epochs < done:
         raise BadUse(
             f"the run in {str(folder)!r} has {done} epochs behind it: resume it with at "
-            f"least so many, got --epochs={config.epochs}"
+            f"least as many, got --epochs={config.epochs}"
         )
 
 
 def _mesh() -> Mesh:
-    """All devices of all processes, along the axis that batches are split by."""
+    """Return a mesh of all devices of all processes; batches are split along its axis."""
     return Mesh(np.asarray(jax.devices()), (train.AXIS,))
 
 
 def any_process(value: bool) -> bool:
-    """Whether any process wishes so; waits for all of them."""
+    """Return whether `value` is true in any process, once all have called this."""
     if jax.process_count() == 1:
         return value
     mesh = _mesh()
@@ -337,7 +339,7 @@ class Trained(NamedTuple):
 def stored_run(
     folder: Path, data_dir: str = "", seed: int = 0
 ) -> tuple[Config, dict[str, Any]]:
-    """Config and network options of a training run; arguments as `load_trained`.
+    """Return config and network options of a training run; arguments as `load_trained`.
 
     Raises:
       BadUse: the folder holds no run of a training experiment, or no checkpoint.
@@ -357,12 +359,12 @@ def stored_run(
 
 
 def load_trained(folder: Path, data_dir: str = "", seed: int = 0) -> Trained:
-    """What a training run has come to, from its newest checkpoint.
+    """Load the network of a training run from its newest checkpoint.
 
     Args:
-      folder: of a run, finished or not; nothing in it is touched.
-      data_dir: of TFDS, where the training set is read again.
-      seed: which of several networks.
+      folder: folder of a run, finished or not; it is only read.
+      data_dir: folder of TFDS, from which the training set is read again.
+      seed: number of the network, of a run of several.
 
     Raises:
       BadUse: the folder holds no run of a training experiment, or no checkpoint.
@@ -389,14 +391,14 @@ def load_trained(folder: Path, data_dir: str = "", seed: int = 0) -> Trained:
 
 @checks()
 def _checkpoints(folder: Path, *, read_only: bool = False) -> checkpoint.Checkpoints:
-    """The checkpoints of a run."""
+    """Open the checkpoints of a run."""
     return checkpoint.Checkpoints(folder / CHECKPOINTS, read_only=read_only)
 
 
 class _Interruption:
-    """Ctrl-C and SIGTERM as a wish, met after the epoch; a second one is met at once.
+    """On Ctrl-C or SIGTERM, stop after this epoch; a second signal stops at once.
 
-    Neither is heard while a function is compiled.
+    Python handles no signal while a function is being compiled.
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -413,7 +415,7 @@ class _Interruption:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        # Not by print: a handler may run in the middle of another write.
+        # No print: the signal may have interrupted another write to the same stream.
         os.write(2, b"\ninterrupted: saving after this epoch; once more to stop now\n")
 
     def __exit__(self, *_):
@@ -422,7 +424,7 @@ class _Interruption:
 
 
 def measured_epochs(epochs: int, count: int) -> list[int]:
-    """About `count` epochs from 1 to `epochs`, evenly spaced in log log, both ends in."""
+    """Return about `count` epochs from 1 to `epochs`, both included, even in log log."""
     if epochs <= count:
         return list(range(1, epochs + 1))
     low, high = math.log(math.log(2)), math.log(math.log(epochs))
@@ -431,7 +433,7 @@ def measured_epochs(epochs: int, count: int) -> list[int]:
 
 
 class _Loop:
-    """The training loop: compiled functions, rows, and what is written on the way."""
+    """The training loop: its compiled functions, its rows, and the files that it writes."""
 
     def __init__(self, config: Config, setup: Setup, folder: Path):
         self.config, self.setup, self.folder = config, setup, folder
@@ -447,10 +449,10 @@ class _Loop:
         self._compile()
         self.rows: list[dict[str, Any]] = []
         self.last_drawing = -math.inf
-        self.has_later_rows = False  # the newest checkpoint was saved
+        self.has_later_rows = False  # metrics.csv has rows after the checkpoint
 
     def _compile(self) -> None:
-        """Jitted functions of one network, or of all seeds at once."""
+        """Compile the functions of one network, or of all seeds at once."""
         model, mesh = self.setup.model, self.mesh
         epoch = train.make_epoch(
             model,
@@ -467,12 +469,12 @@ class _Loop:
         self.forward = jax.jit(forward, out_shardings=self.replicated)
 
     def _keys_of(self, epoch: int) -> jax.Array:
-        """The key of an epoch, for each seed where there are several; 0 is the start."""
+        """Return the key of an epoch, or one per seed; epoch 0 is the initialisation."""
         keys = jax.vmap(lambda key: jax.random.fold_in(key, epoch))(self.keys)
         return keys if self.config.seeds > 1 else keys[0]
 
     def start(self) -> train.TrainState:
-        """Freshly drawn, for each seed where there are several."""
+        """Return a fresh state, or one per seed with a leading axis."""
         shape = self.setup.train_set.images.shape[1:]
 
         def one(key):
@@ -482,10 +484,10 @@ class _Loop:
         return jax.jit(draw, out_shardings=self.replicated)(self._keys_of(0))
 
     def run(self, interruption: _Interruption) -> list[dict[str, Any]]:
-        """All epochs that are left; the rows of metrics.csv.
+        """Train for the remaining epochs, and return the rows of metrics.csv.
 
         Raises:
-          KeyboardInterrupt: after saving, where that was wished.
+          KeyboardInterrupt: a signal requested a stop; the state has been saved.
           RunFailed: the loss of every seed is NaN or infinite.
         """
         config = self.config
@@ -497,7 +499,7 @@ class _Loop:
             bar = stack.enter_context(self._bar(done))
             to_measure = set(measured_epochs(config.epochs, config.measurements))
             if self.has_later_rows or (done in to_measure and self._last() < done):
-                self._measure(state, done, events)  # not of the epochs asked for before
+                self._measure(state, done, events)  # --epochs was another number before
             for epoch in range(done + 1, config.epochs + 1):
                 state, log = self.epoch(state, self.sets["train"], self._keys_of(epoch))
                 log = _to_host(log)
@@ -517,10 +519,10 @@ class _Loop:
         return self.rows
 
     def restore(self, checkpoints) -> tuple[train.TrainState, int]:
-        """The state to go on from, and the epochs behind it.
+        """Return the state to go on from, and the number of epochs that it has trained.
 
         Raises:
-          BadUse: the checkpoint is damaged, or metrics.csv is.
+          BadUse: the checkpoint or metrics.csv is damaged.
         """
         state = self.start()
         done = checkpoints.newest() if self.config.resume else None
@@ -541,7 +543,7 @@ class _Loop:
         return state, done
 
     def _events(self, stack: contextlib.ExitStack, done: int) -> Events | None:
-        """TensorBoard's writer, in the first process."""
+        """Return the writer of TensorBoard events; None in all processes but the first."""
         if not is_primary():
             return None
         events = Events(self.folder / _TENSORBOARD, purge_epoch=done + 1)
@@ -549,7 +551,7 @@ class _Loop:
         return events
 
     def _bar(self, done: int) -> tqdm:
-        """Progress in epochs."""
+        """Return a progress bar over epochs."""
         return tqdm(
             total=self.config.epochs,
             initial=done,
@@ -559,11 +561,11 @@ class _Loop:
         )
 
     def _last(self) -> int:
-        """The last epoch measured."""
+        """Return the last epoch measured."""
         return self.rows[-1]["epoch"]
 
     def _notes(self) -> dict[str, str]:
-        """What a checkpoint says of metrics.csv, which is read again with it."""
+        """Return notes for a checkpoint: digest and last epoch of metrics.csv."""
         digest = _record.digest(self.rows)
         return {_record.METRICS_FILE: digest, _LAST_MEASURED: str(self._last())}
 
@@ -575,7 +577,7 @@ class _Loop:
             )
 
     def _measure(self, state: train.TrainState, epoch: int, events) -> None:
-        """Rows of this epoch, metrics.csv and, now and then, the figures."""
+        """Measure this epoch, write metrics.csv and, from time to time, the figures."""
         for split, dataset in self.sets.items():
             features = train.extract_features(self.forward, state, dataset)
             measured = [
@@ -594,7 +596,7 @@ class _Loop:
                 self.last_drawing = time.monotonic()
 
     def _measure_one(self, features, dataset, params, seed: int) -> dict[str, float]:
-        """Metrics of one seed, to the digits of metrics.csv; NaN where it has diverged."""
+        """Return the metrics of one seed, rounded as in metrics.csv; NaN if it diverged."""
         if self.config.seeds > 1:
             features = features[seed]
             params = jax.tree.map(lambda leaf: leaf[seed], params)
@@ -603,12 +605,12 @@ class _Loop:
             names = (*ncjax.CollapseMetrics._fields, *LastLayer._fields)
             return dict.fromkeys(names, math.nan)
         measured = train.measure(features, dataset.labels, params)
-        # As it will be read back after an interruption.
+        # Rounded as in the file, so that a resumed run has the same rows.
         return {name: float(f"{value:.9g}") for name, value in measured.items()}
 
 
 def _optimiser(config: Config, samples: int):
-    """The optimiser that the flags ask for."""
+    """Return the optimiser that the flags select."""
     steps = samples // config.batch_size
     thirds = (config.epochs // 3, 2 * config.epochs // 3)
     return train.sgd(
@@ -620,7 +622,7 @@ def _optimiser(config: Config, samples: int):
 
 
 def _to_host(tree):
-    """What the first local device holds, as NumPy arrays; signals are heard meanwhile."""
+    """Return the arrays of the first local device in NumPy; handle signals meanwhile."""
     for leaf in jax.tree.leaves(tree):
         while not leaf.is_ready():
             time.sleep(_POLL_SECONDS)
@@ -628,13 +630,13 @@ def _to_host(tree):
 
 
 def _write_events(events: Events | None, epoch: int, values: Mapping[str, Any]) -> None:
-    """Values to TensorBoard, means over seeds."""
+    """Write means over seeds to TensorBoard."""
     if events:
         events.add(epoch, {name: float(np.mean(value)) for name, value in values.items()})
 
 
 def _finish(config: Config, setup: Setup, folder: Path, rows, seconds: float) -> None:
-    """Figures, table and, as the sign of the end, summary.json."""
+    """Write figures, table and last summary.json, which marks the end."""
     _record.draw(folder, rows)
     of_train, of_test = _record.columns(rows, "train"), _record.columns(rows, "test")
     zero = _record.zero_error_epoch(of_train)
@@ -655,11 +657,11 @@ def _finish(config: Config, setup: Setup, folder: Path, rows, seconds: float) ->
 
 
 def _ending(config: Config, folder: Path, zero: int | None) -> str:
-    """From when on the training error is zero, or the command that trains for longer."""
+    """Return the epoch of zero training error, or the command that trains longer."""
     if zero:
         return f"zero training error from epoch {zero}"
     text = f"training error is not zero after {config.epochs} epochs"
-    if config.schedule != "constant":  # its number of epochs is fixed
+    if config.schedule != "constant":  # drops depend on the number of epochs
         return text
     longer = dataclasses.replace(config, epochs=2 * config.epochs)
     return f"{text}; train on with: {folders.resume_command(longer, folder)}"

@@ -1,4 +1,4 @@
-"""A trained network's last layer as a layer-peeled model: how far from optimal?"""
+"""Test how far a trained network's last layer is from optimal, as a peeled model."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from ncjax import plotting
 from ncjax.flow.solve import SUCCESS
 
 NAME = "peel"
-# Residual of the least curvature; its error is of the square of this.
+# Residual of the least eigenvalue, whose error is about the square of this.
 _CURVATURE = 1e-6
 OUTPUTS = ("metrics.csv", "peel.csv", "peel.md", "flow.png", "flow.pdf")
 
@@ -32,17 +32,17 @@ class Config:
     """
 
     run: str = cli.flag(
-        "", "run folder of a network, with its checkpoints; needed", cli.DATA
+        "", "run folder of a network, with its checkpoints; required", cli.DATA
     )
-    index: int = cli.flag(0, "number of the network, of a run of several seeds", cli.DATA)
+    index: int = cli.flag(0, "number of the network, for a run of several seeds", cli.DATA)
     per_class: int = cli.flag(
-        20, "n, first training images of each class; 0 for all", cli.DATA
+        20, "n, number of first training images of each class; 0 for all", cli.DATA
     )
     balance: bool = cli.flag(
-        True, "start from W and H of equal norms, no logit changed", cli.MODEL
+        True, "rescale W and H to equal norms first; no logit changes", cli.MODEL
     )
     log_t_max: float = cli.flag(
-        1000.0, "time of the flow from there, as natural log of physical time t", cli.TIME
+        1000.0, "last time of the flow, as natural log of physical time t", cli.TIME
     )
     num_times: int = cli.flag(
         100, f"times measured, rounded up to a multiple of {_legs.LEGS}", cli.TIME
@@ -63,13 +63,14 @@ class Config:
 def run(config: Config) -> Path:
     """Run the experiment and return its folder.
 
-    Writes config.json, peel.csv and peel.md (the network's point and the end of the flow
-    from there), metrics.csv (along the flow), flow.png, flow.pdf and summary.json. Needs
+    Write config.json, peel.csv and peel.md (the network's point and the end of the flow
+    from it), metrics.csv (along the flow), flow.png, flow.pdf and summary.json. This needs
     `jax_enable_x64`.
 
     Raises:
       BadUse: a setting is out of range, or a folder cannot be used.
-      OSError: the training set cannot be read, or a file not be written.
+      OSError: the training set cannot be read, or a file cannot be written.
+      RunFailed: the flow failed.
     """
     _check(config)
     source = (Path(config.run), config.data_dir, config.index)
@@ -81,7 +82,7 @@ def run(config: Config) -> Path:
 
 
 def _run(config: Config, trained: _training.Trained, folder: Path) -> None:
-    """What is left of the run in its folder."""
+    """Do the rest of the run in its folder."""
     network = _peel(trained, config.per_class)
     start = ncjax.balance_norms(network) if config.balance else network
     log_times = _legs.log_times(config.log_t_max, config.num_times)
@@ -102,7 +103,7 @@ def _run(config: Config, trained: _training.Trained, folder: Path) -> None:
 
 
 def _check(config: Config) -> None:
-    """Raise BadUse for a setting out of range, before any work."""
+    """Raise BadUse if a setting is out of range, before any work."""
     if not config.run:
         raise BadUse("--run=DIR is needed: the folder of a training run")
     if config.workdir and Path(config.workdir).resolve() == Path(config.run).resolve():
@@ -118,7 +119,7 @@ def _check(config: Config) -> None:
 
 @checks()
 def _peel(trained: _training.Trained, per_class: int) -> ncjax.Params:
-    """The last layer in float64."""
+    """Return the last layer as a point, in float64."""
     bias = None if trained.bias is None else trained.bias.astype(jnp.float64)
     return ncjax.peel(
         trained.features.astype(jnp.float64),
@@ -130,7 +131,7 @@ def _peel(trained: _training.Trained, per_class: int) -> ncjax.Params:
 
 
 def describe(params: ncjax.Params) -> dict[str, Any]:
-    """Margins, KKT residuals, certificate and least curvature of one point, by name."""
+    """Return margins, KKT residuals, certificate and least eigenvalue of a point."""
     num_classes, per_class, dim = params.H.shape
     labels = jnp.repeat(jnp.arange(num_classes, dtype=jnp.int32), per_class)
     layer = ncjax.last_layer(params.H.reshape(-1, dim), labels, params.W)
@@ -167,7 +168,7 @@ def describe(params: ncjax.Params) -> dict[str, Any]:
 
 
 def _write(folder: Path, trained, log_times, columns, points) -> None:
-    """Tables, the figure and, as the sign of the end, summary.json."""
+    """Write the tables, the figure and last summary.json, which marks the end."""
     names = next(iter(points.values())).keys()
     rows = [
         {"quantity": name} | {title: point[name] for title, point in points.items()}
@@ -184,7 +185,7 @@ def _write(folder: Path, trained, log_times, columns, points) -> None:
 
 
 def _findings(summary: Mapping[str, Any]) -> page.Findings:
-    """The network's last layer, and where the flow takes it."""
+    """Compare the network's last layer with the end of the flow from it."""
     points = summary["points"]
     names = [name for name in LABELS if name in next(iter(points.values()))]
     rows = [

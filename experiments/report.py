@@ -1,4 +1,4 @@
-"""One page of any set of runs: figures, tables, verdicts, settings, versions."""
+"""Write one page on any set of runs: figures, tables, verdicts, settings, versions."""
 
 import dataclasses
 import importlib
@@ -13,17 +13,17 @@ NAME = "report"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One self-contained HTML page of any set of runs, to read, print or send.
+    """One self-contained HTML page on any set of runs, to read, print or send.
 
     Example: python -m experiments.report --runs=results --output=report.html
     """
 
     runs: str = cli.flag(
-        "runs", "run folders or folders of them, with commas between", cli.DATA
+        "runs", "run folders, or folders that hold some, separated by commas", cli.DATA
     )
-    output: str = cli.flag("report.html", "the page, one HTML file", cli.OUTPUT)
+    output: str = cli.flag("report.html", "HTML file to write", cli.OUTPUT)
     title: str = cli.flag(
-        "Neural collapse: report of runs", "heading of the page", cli.OUTPUT
+        "Neural collapse: report of runs", "title of the page", cli.OUTPUT
     )
     overwrite: bool = cli.flag(False, "replace the file that output names", cli.OUTPUT)
 
@@ -31,12 +31,12 @@ class Config:
 def run(config: Config) -> Path:
     """Write the page and return its path.
 
-    It needs no network, no script and no other file. What a run folder holds is escaped;
-    a run that is unfinished or damaged is on the page with what can be read of it.
+    The page needs no network, no script and no other file. The content of the run folders
+    is escaped. An unfinished or damaged run is shown as far as it can be read.
 
     Raises:
-      BadUse: a folder is or holds no run, a run is of an unknown kind, or the output
-        is there already.
+      BadUse: a folder is no run and holds none, a run is of an unknown kind, or the output
+        exists already.
       OSError: the output cannot be written.
     """
     output = Path(config.output)
@@ -55,7 +55,7 @@ def run(config: Config) -> Path:
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    """Raise BadUse unless the page can be written there, before any work."""
+    """Raise BadUse if the page cannot be written there, before any work."""
     if output.is_dir() or not output.name:
         raise BadUse(f"--output must be a file, got the folder {str(output)!r}")
     if not output.parent.is_dir():
@@ -65,13 +65,13 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def find_runs(names: str) -> tuple[list[Path], list[str]]:
-    """Run folders that `names`, separated by commas, are or hold; and what is left out.
+    """Find the runs in `names`, folders separated by commas; list the omissions too.
 
-    Runs named themselves must be of a known kind; those met below a folder are left out,
-    each with a sentence.
+    A folder that is itself a run must be of a known kind. Runs of other kinds below a
+    folder are left out, with a sentence each.
 
     Raises:
-      BadUse: a folder is or holds no run, or a run named is of an unknown kind.
+      BadUse: a folder is no run and holds none, or it is a run of an unknown kind.
     """
     runs_by_path: dict[Path, Path] = {}
     omissions = []
@@ -105,14 +105,14 @@ def find_runs(names: str) -> tuple[list[Path], list[str]]:
 
 
 def kind_of(folder: Path) -> str:
-    """The experiment that a run folder is of, one of `EXPERIMENTS`.
+    """Return the experiment of a run folder, one of `EXPERIMENTS`.
 
     Raises:
-      BadUse: it holds no run, or one of an unknown kind.
+      BadUse: the folder holds no run, or one of an unknown kind.
     """
     folders.stored_config(folder)
     stored = files.read_json(folder / folders.CONFIG)
-    # Runs of earlier versions hold the command alone.
+    # Earlier versions stored the command only.
     command = stored.get("command", "")
     words = command.split() if isinstance(command, str) else []
     modules = [word for word in words if word.startswith("experiments.")]
@@ -127,9 +127,9 @@ def kind_of(folder: Path) -> str:
 
 
 def _section(folder: Path) -> page.Section:
-    """The section of a run, as its experiment shows it."""
+    """Return the section of a run, as the PAGE of its experiment shows it."""
     kind = kind_of(folder)
-    # Here and by name: a page of flows alone needs no network library.
+    # Imported here, by name: a page of flows then loads no network library.
     experiment = importlib.import_module(f"experiments.{kind}")
     return page.section(folder, kind, experiment.PAGE)
 

@@ -1,4 +1,4 @@
-"""Which critical directions are saddles, and how the flow leaves them."""
+"""Tell saddles from optima among the critical directions, and measure the escapes."""
 
 import dataclasses
 import math
@@ -42,10 +42,10 @@ class Config:
     """
 
     max_classes: int = cli.flag(12, "largest K of the block family", cli.MODEL)
-    scale: float = cli.flag(
-        30.0, "c, factor of the norm of the saddles, Z = c (W, H)", cli.MODEL
+    scale: float = cli.flag(30.0, "c, scale of the saddles, Z = c (W, H)", cli.MODEL)
+    seeds: int = cli.flag(
+        16, "flows from random starts, analysed at several times", cli.SEEDS
     )
-    seeds: int = cli.flag(16, "flows from random starts, stopped along the way", cli.SEEDS)
     seed: int = cli.flag(0, "seed of all random starts", cli.SEEDS)
     num_classes: int = cli.flag(4, "K, number of classes of the random starts", cli.MODEL)
     per_class: int = cli.flag(2, "n, samples of each class of the random starts", cli.MODEL)
@@ -59,8 +59,8 @@ class Config:
 def run(config: Config) -> Path:
     """Run the experiment and return its folder.
 
-    Writes family, directions, escape and descent as .csv, family and escape as .md too,
-    summary.json, and saddles.png, saddles.pdf. Needs `jax_enable_x64`.
+    Write family, directions, escape and descent as .csv, family and escape also as .md,
+    summary.json, saddles.png and saddles.pdf. This needs `jax_enable_x64`.
 
     Raises:
       BadUse: a setting is out of range or the folder cannot be used.
@@ -73,7 +73,7 @@ def run(config: Config) -> Path:
 
 
 def _run(config: Config, folder: Path) -> None:
-    """The run in its folder."""
+    """Do the run in its folder."""
     with tqdm(_saddles.family(config.max_classes), desc="block family") as blocks:
         family = [family_row(block, config.scale) for block in blocks]
     files.write_table(folder / "family", family)
@@ -93,7 +93,7 @@ def _run(config: Config, folder: Path) -> None:
 
 
 def _check(config: Config) -> None:
-    """Raise BadUse for a setting out of range, before any work."""
+    """Raise BadUse if a setting is out of range, before any work."""
     minimums = {"max_classes": 2, "num_classes": 2, "seeds": 1, "per_class": 1, "dim": 1}
     for name, bound in minimums.items():
         if getattr(config, name) < bound:
@@ -107,7 +107,7 @@ def _check(config: Config) -> None:
 
 
 def family_row(block: _saddles.Block, scale: float) -> dict[str, Any]:
-    """Predicted against computed at one member of the block family."""
+    """Compare prediction and computation at one member of the block family."""
     params = block.params(scale)
     eig = ncjax.hessian_eig(
         ncjax.log_cross_entropy, params, k=block.multiplicity + 1, sphere=True
@@ -131,7 +131,7 @@ def family_row(block: _saddles.Block, scale: float) -> dict[str, Any]:
 
 
 def _directions(config: Config) -> dict[str, np.ndarray]:
-    """Columns (S, T) along flows from random starts, at the times `STOPS`."""
+    """Return columns (S, T) along flows from random starts, at the times `STOPS`."""
     keys = jax.random.split(jax.random.key(config.seed), config.seeds)
 
     def one(key):
@@ -155,7 +155,7 @@ def _directions(config: Config) -> dict[str, np.ndarray]:
 
 
 def _escape(block: _saddles.Block, config: Config):
-    """Fitted against predicted growth off one saddle, and the flows themselves."""
+    """Compare fitted and predicted growth off one saddle; return the flows too."""
     log_times = np.geomspace(10, FIT_WINDOW[1], 40)
     flows = _saddles.escape(
         block, log_times, distance=1e-6, seeds=4, key=jax.random.key(config.seed)
@@ -170,9 +170,9 @@ def _escape(block: _saddles.Block, config: Config):
 
 
 def _descent(block: _saddles.Block) -> dict[str, Any]:
-    """Loss along the certified descent direction, on the sphere, and its parabola.
+    """Return the loss along the certified descent on the sphere, and its parabola.
 
-    At a moderate norm: the parabola holds for angles up to the inverse of the norm.
+    The norm is moderate because the parabola holds for angles up to its inverse.
     """
     params = block.params(DESCENT_SCALE)
     direction = ncjax.certificate(params).direction
@@ -196,7 +196,7 @@ def _descent(block: _saddles.Block) -> dict[str, Any]:
 
 
 def _write_descent(path: Path, descents: Sequence[Mapping[str, Any]]) -> None:
-    """One row per saddle and angle."""
+    """Write one row per saddle and angle."""
     rows = [
         entry["block"]._asdict()
         | {"angle": angle, "log_loss_change": computed, "parabola": predicted}
@@ -209,7 +209,7 @@ def _write_descent(path: Path, descents: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _figure(directions, escapes, descents):
-    """Verdicts along the flow, escapes and descents."""
+    """Draw verdicts along the flow, escapes and descents."""
     return plotting.saddle_figure(
         log_times=STOPS,
         stationarity=directions["stationarity"],
@@ -230,8 +230,8 @@ def _label(block: Mapping[str, Any]) -> str:
 
 
 def _summarise(family, directions, escapes, descents) -> dict[str, Any]:
-    """What summary.json holds."""
-    # Where `dim` leaves no room for the predicted direction there is nothing to compare.
+    """Return the content of summary.json."""
+    # If `dim` is too small for the predicted direction, there is nothing to compare.
     comparable = [r for r in family if r["num_blocks"] == 1 or r["predicted_multiplicity"]]
     error = [
         min(r["computed_eigenvalue"], 0) - r["predicted_eigenvalue"] for r in comparable
@@ -282,7 +282,7 @@ def _expected(row: Mapping[str, Any]) -> int:
 
 
 def _report(summary: Mapping[str, Any]) -> str:
-    """The printed verdicts."""
+    """Return the printed verdicts."""
     family, flow = summary["family"], summary["directions"]
     lines = [
         f"block family, {family['members']} members: eigenvalues off by at most "
@@ -309,7 +309,7 @@ def _report(summary: Mapping[str, Any]) -> str:
 
 
 def _findings(summary: Mapping[str, Any]) -> page.Findings:
-    """The block family, certificates of flows, escapes and descents."""
+    """Report the block family, certificates of flows, escapes and descents."""
     family, flow = summary["family"], summary["directions"]
     wrong, optimal = family["wrong_multiplicity_or_verdict"], flow["globally_optimal"]
     sound = not wrong and optimal == flow["seeds"]
@@ -334,7 +334,7 @@ def _findings(summary: Mapping[str, Any]) -> page.Findings:
 
 
 def _counts(family: Mapping[str, Any], flow: Mapping[str, Any]) -> page.Table:
-    """Errors at the block family, certificates of the flows."""
+    """Return the errors at the block family and the certificates of the flows."""
     rows = [
         ["members of the block family", page.number(family["members"])],
         ["largest error of an eigenvalue", page.number(family["largest_eigenvalue_error"])],
@@ -360,7 +360,7 @@ def _counts(family: Mapping[str, Any], flow: Mapping[str, Any]) -> page.Table:
 def _found_and_predicted(
     caption: str, rows: Sequence[Mapping[str, Any]], columns: tuple[str, str]
 ) -> page.Table:
-    """A row for each saddle."""
+    """Return a row for each saddle."""
     cells = [
         [
             f"{_label(row)} classes, n = {row['per_class']}, d = {row['dim']}",

@@ -1,4 +1,4 @@
-"""Every statement of the theory, computed: a line each, with number and verdict."""
+"""Check every statement of the theory: print a line each, with number and verdict."""
 
 import dataclasses
 import time
@@ -40,7 +40,7 @@ class Config:
     """
 
     seeds: int = cli.flag(8, "random starts of the flow", cli.SEEDS)
-    seed: int = cli.flag(0, "seed of everything random", cli.SEEDS)
+    seed: int = cli.flag(0, "seed of all random starts", cli.SEEDS)
     workdir: str = cli.flag(
         "", f"run folder; if empty, a new one under runs/{NAME}", cli.FOLDER
     )
@@ -48,7 +48,7 @@ class Config:
 
 
 class Statement(NamedTuple):
-    """One statement and what was found."""
+    """One statement, the number found and its bound."""
 
     source: str
     statement: str
@@ -61,7 +61,7 @@ class Statement(NamedTuple):
 def run(config: Config) -> Path:
     """Check the statements, print a line each, and return the run folder.
 
-    Writes theorems.csv, theorems.md and summary.json. Needs `jax_enable_x64`.
+    Write theorems.csv, theorems.md and summary.json. This needs `jax_enable_x64`.
 
     Raises:
       BadUse: a setting is out of range or the folder cannot be used.
@@ -79,7 +79,7 @@ def run(config: Config) -> Path:
 
 
 def _run(config: Config, folder: Path) -> None:
-    """The run in its folder."""
+    """Do the run in its folder."""
     start = time.perf_counter()
     flow = _flows(config)
     with tqdm(CHECKS, desc="theorems") as checks:
@@ -97,7 +97,7 @@ def _run(config: Config, folder: Path) -> None:
 
 
 def _line(entry: Statement) -> str:
-    """The printed line of one statement."""
+    """Return the printed line of one statement."""
     verdict = "pass" if entry.passed else "FAIL"
     return (
         f"{verdict}  {entry.source:<16} {entry.statement}; {entry.on}: "
@@ -106,13 +106,13 @@ def _line(entry: Statement) -> str:
 
 
 def _below(source: str, statement: str, on: str, number, bound: float) -> Statement:
-    """A statement that holds if `number` is at most `bound`."""
+    """Return a statement that holds if `number` is at most `bound`."""
     number = float(number)
     return Statement(source, statement, on, number, bound, bool(number <= bound))
 
 
 def _flows(config: Config) -> ncjax.FlowSolution:
-    """Flows from random starts, leading axes (S, T)."""
+    """Solve flows from random starts; leading axes (S, T)."""
 
     def one(key):
         start = ncjax.init_params(key, K, N, D)
@@ -123,7 +123,7 @@ def _flows(config: Config) -> ncjax.FlowSolution:
 
 
 def _along(flow: ncjax.FlowSolution, fn: Callable):
-    """`fn` of the state at every seed and time, (S, T)."""
+    """Evaluate `fn` of the state at every seed and time, (S, T)."""
     return jax.tree.map(np.asarray, jax.jit(jax.vmap(jax.vmap(fn)))(flow.params))
 
 
@@ -232,7 +232,7 @@ def _corollary_loss(flow) -> Statement:
 
 
 def _loss_product(flow) -> np.ndarray:
-    """Product of t, L and log t, (S, T)."""
+    """Return the product t L log t, (S, T)."""
     return np.exp(np.asarray(flow.log_loss) + TIMES + np.log(TIMES))
 
 
@@ -283,7 +283,7 @@ def _theorem_3_3_minimiser(_flow) -> Statement:
 
 
 def _clock(_flow) -> Statement:
-    """Theory section 4: the value at t = 1e5 from the raw equation, solved elsewhere."""
+    """Compare W[0, 0] at t = 1e5 with the raw equation, solved by another program."""
     k, j = np.arange(4)[:, None], np.arange(6)[None]
     W = 0.3 * np.sin(1 + 3 * k + 7 * j)
     k, i, j = np.arange(4)[:, None, None], np.arange(3)[None, :, None], np.arange(6)
@@ -368,7 +368,7 @@ def _eigenvalue_closed_form(_flow) -> Statement:
     for block in SADDLES:
         values = _least_eigenvalues(block, block.multiplicity + 1)
         errors.append(np.abs(values[:-1] - block.eigenvalue(SCALE)).max())
-        # One more eigenvalue at the closed form would be a wrong multiplicity.
+        # If the next eigenvalue equals the closed form too, the multiplicity is wrong.
         errors.append(1.0 if abs(values[-1] - block.eigenvalue(SCALE)) < 1e-9 else 0.0)
     return _below(
         NCJAX,
@@ -430,7 +430,7 @@ def _escape(_flow) -> Statement:
 
 
 def _least_eigenvalues(block: _saddles.Block, k: int) -> np.ndarray:
-    """The k least eigenvalues of the Riemannian Hessian of log L far out along a block."""
+    """Return the k least eigenvalues of the Riemannian Hessian of log L at a far point."""
     eig = ncjax.hessian_eig(ncjax.log_cross_entropy, block.params(SCALE), k=k, sphere=True)
     return np.asarray(eig.eigenvalues)
 
@@ -470,7 +470,7 @@ CHECKS: tuple[Callable[[ncjax.FlowSolution], Statement], ...] = (
 
 
 def _findings(summary: Mapping[str, Any]) -> page.Findings:
-    """A row for each statement."""
+    """Report a row for each statement."""
     statements = summary["statements"]
     num_held = sum(entry["passed"] is True for entry in statements)
     table = page.Table(

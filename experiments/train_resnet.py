@@ -1,4 +1,4 @@
-"""A residual network trained far past zero error: does it collapse?"""
+"""Train a residual network far past zero error: does it collapse?"""
 
 import dataclasses
 from pathlib import Path
@@ -12,14 +12,14 @@ PAGE = _network_page.PAGE
 
 @dataclasses.dataclass(frozen=True)
 class Config(_training.Config):
-    """A residual network trained far past zero error: does it collapse?
+    """Train a residual network far past zero error: does it collapse?
 
     Example: python -m experiments.train_resnet --dataset=cifar10
     """
 
     model: str = cli.flag("resnet18", "resnet18, resnet34 or resnet50", cli.MODEL)
     stem: str = cli.flag(
-        "cifar", "cifar (3x3) or imagenet (7x7, then a maximum)", cli.MODEL
+        "cifar", "cifar (3x3) or imagenet (7x7, then max pooling)", cli.MODEL
     )
 
 

@@ -1,4 +1,4 @@
-"""Small networks, many seeds side by side, trained far past zero error."""
+"""Train small networks, many seeds side by side, far past zero error."""
 
 import dataclasses
 from pathlib import Path
@@ -12,13 +12,13 @@ PAGE = _network_page.PAGE
 
 @dataclasses.dataclass(frozen=True)
 class Config(_training.Config):
-    """Small networks, many seeds side by side, trained far past zero error.
+    """Train small networks, many seeds side by side, far past zero error.
 
     Example: python -m experiments.train_small --model=convnet --seeds=8
     """
 
     model: str = cli.flag(
-        "mlp", "mlp or convnet; takes every network of ncjax.models", cli.MODEL
+        "mlp", "mlp or convnet; any network of ncjax.networks.models works", cli.MODEL
     )
 
 

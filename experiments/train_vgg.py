@@ -1,4 +1,4 @@
-"""A VGG network trained far past zero error: does it collapse?"""
+"""Train a VGG network far past zero error: does it collapse?"""
 
 import dataclasses
 from pathlib import Path
@@ -13,7 +13,7 @@ PAGE = _network_page.PAGE
 
 @dataclasses.dataclass(frozen=True)
 class Config(_training.Config):
-    """A VGG network trained far past zero error: does it collapse?
+    """Train a VGG network far past zero error: does it collapse?
 
     Example: python -m experiments.train_vgg --dataset=kmnist
     """
@@ -21,11 +21,11 @@ class Config(_training.Config):
     model: str = cli.flag("vgg13", "vgg11, vgg13, vgg16 or vgg19", cli.MODEL)
     image_size: int = cli.flag(
         models.VGG_LEAST_SIZE,
-        "pixels that images are padded to with zeros; 0 for as they are",
+        "pixels that images are padded to with zeros; 0 to keep them",
         cli.DATA,
     )
     head: str = cli.flag(
-        "linear", "linear, or mlp: two layers of 4096 units before", cli.MODEL
+        "linear", "linear, or mlp: with two hidden layers of 4096 units", cli.MODEL
     )
 
 

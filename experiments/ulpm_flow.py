@@ -1,4 +1,4 @@
-"""Figure 2 of the paper: the exact flow of the layer-peeled model collapses."""
+"""Reproduce Figure 2 of the paper: the flow of the layer-peeled model collapses."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ from ncjax.flow.solve import SOLVERS, SUCCESS
 
 NAME = "ulpm_flow"
 OUTPUTS = ("metrics.csv", "figure2.png", "figure2.pdf")
-# What gradient descent reaches: a million steps of size 0.1.
+# The time that gradient descent reaches in a million steps of size 0.1.
 DESCENT_REACH = math.log(1e6 * 0.1)
 _NOT_DECAYING = ("accuracy", "ncc_mismatch")
 _PRINTED_METRICS = (
@@ -40,13 +40,13 @@ _PRINTED_METRICS = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Gradient flow of the layer-peeled model from many starts: does it collapse?
+    """Solve the gradient flow of the layer-peeled model from many starts: does it collapse?
 
     Example: python -m experiments.ulpm_flow --seeds=32 --log_t_max=1000
     """
 
-    seeds: int = cli.flag(32, "number of starts, solved side by side", cli.SEEDS)
-    seed: int = cli.flag(0, "seed that all starts are drawn from", cli.SEEDS)
+    seeds: int = cli.flag(32, "number of random starts, solved side by side", cli.SEEDS)
+    seed: int = cli.flag(0, "seed of all starts", cli.SEEDS)
     num_classes: int = cli.flag(10, "K, number of classes", cli.MODEL)
     per_class: int = cli.flag(5, "n, samples of each class", cli.MODEL)
     dim: int = cli.flag(20, "d, feature dimension", cli.MODEL)
@@ -75,8 +75,8 @@ class Config:
 def run(config: Config) -> Path:
     """Run the experiment and return its folder.
 
-    Writes config.json, metrics.csv (one row per seed and time), summary.json and
-    figure2.png, figure2.pdf. Needs `jax_enable_x64` for float64.
+    Write config.json, metrics.csv (one row per seed and time), summary.json, figure2.png
+    and figure2.pdf. With --dtype=float64 this needs `jax_enable_x64`.
 
     Raises:
       BadUse: a setting is out of range or the folder cannot be used.
@@ -92,7 +92,7 @@ def run(config: Config) -> Path:
 
 
 def _run(config: Config, folder: Path) -> None:
-    """What is left of the run in its folder."""
+    """Do the rest of the run in its folder."""
     starts = _starts(config)
     log_times = _legs.log_times(config.log_t_max, config.num_times)
     start_time = time.perf_counter()
@@ -115,7 +115,7 @@ def _run(config: Config, folder: Path) -> None:
 
 
 def _check_reached(config: Config, folder: Path) -> None:
-    """Raise RunFailed where no seed came to the end, also when that was before."""
+    """Raise RunFailed if no seed came to the end, also if an earlier process found so."""
     summary = files.read_json(folder / folders.SUMMARY)
     if len(summary["solver"]["failed_seeds"]) == config.seeds:
         raise RunFailed(
@@ -125,7 +125,7 @@ def _check_reached(config: Config, folder: Path) -> None:
 
 
 def _check(config: Config) -> None:
-    """Raise BadUse for a setting out of range, before any work."""
+    """Raise BadUse if a setting is out of range, before any work."""
     for name in ("seeds", "num_classes", "per_class", "dim", "num_times"):
         minimum = 2 if name == "num_classes" else 1
         value = getattr(config, name)
@@ -147,7 +147,7 @@ def _check(config: Config) -> None:
 
 
 def _starts(config: Config) -> ncjax.Params:
-    """One start per seed, leading axis (seeds,)."""
+    """Return one start per seed, with a leading axis (seeds,)."""
 
     def start(key):
         return ncjax.init_params(
@@ -163,7 +163,7 @@ def _starts(config: Config) -> ncjax.Params:
 
 
 def _solver_stats(config: Config, steps: np.ndarray) -> dict[str, Any]:
-    """Steps and failures from (legs, seeds, 3) counts of steps, rejections and results."""
+    """Return steps and failures, from (legs, seeds, 3) steps, rejections and results."""
     failed = np.flatnonzero((steps[:, :, 2] != SUCCESS).any(axis=0)).tolist()
     if (steps[0, :, 2] != SUCCESS).all():
         raise RunFailed(
@@ -178,9 +178,9 @@ def _solver_stats(config: Config, steps: np.ndarray) -> dict[str, Any]:
 
 
 def _summarise(config, log_times, columns, stats) -> dict[str, Any]:
-    """What summary.json holds."""
+    """Return the content of summary.json."""
     log_t = log_times[-1]
-    optimum = None  # no simplex ETF fits, and the theory has no limit
+    optimum = None  # if no simplex ETF fits, the theory predicts no limit
     if config.dim >= config.num_classes - 1:
         optimum = (config.num_classes - 1) * math.sqrt(config.per_class)
     norm = columns["squared_norm"][:, -1] / log_t
@@ -204,7 +204,7 @@ def _summarise(config, log_times, columns, stats) -> dict[str, Any]:
 
 
 def _write(folder: Path, log_times, columns: Mapping[str, np.ndarray], summary) -> None:
-    """metrics.csv, the figure and, as the sign of the end, summary.json."""
+    """Write metrics.csv, the figure and last summary.json, which marks the end."""
     files.write_csv(folder / "metrics.csv", log_times, columns)
     figure = plotting.figure_over_log_log_t(
         log_times,
@@ -218,7 +218,7 @@ def _write(folder: Path, log_times, columns: Mapping[str, np.ndarray], summary) 
 
 
 def _table(config: Config, summary: Mapping[str, Any]) -> str:
-    """The printed result."""
+    """Return the printed result."""
     window, fitted = ([*summary["exponents"].items()] or [("", {})])[-1]
     collapses = _fits.collapses(summary)
     head = f"p in (log t)^-p, {window}" if window else ""
@@ -252,7 +252,7 @@ def _table(config: Config, summary: Mapping[str, Any]) -> str:
 
 
 def _failures(config: Config, summary: Mapping[str, Any]) -> str:
-    """Which seeds failed, how far they came, what goes farther."""
+    """Return the failed seeds, how far they came, and what to try."""
     solver = summary["solver"]
     seeds, last_log_t = solver["failed_seeds"], solver["failed_after_log_t"]
     other = "--dtype=float64 or " if config.dtype == "float32" else ""
@@ -269,7 +269,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _findings(summary: Mapping[str, Any]) -> page.Findings:
-    """Final medians with quartiles, exponents against the theory, constants, drift."""
+    """Report final medians, exponents against the theory, constants and drift."""
     solver, failed = summary["solver"], summary["solver"]["failed_seeds"]
     verdict = (
         f"{summary['final']['log_loss']['seeds']} starts to log t = "
@@ -283,7 +283,7 @@ def _findings(summary: Mapping[str, Any]) -> page.Findings:
 
 
 def _metrics_table(summary: Mapping[str, Any]) -> page.Table:
-    """A row for each metric, with its exponents in the two last windows."""
+    """Return a row for each metric, with its exponents in the last two windows."""
     final, fitted = summary["final"], summary["exponents"]
     windows = list(fitted)[-2:]
     limits = _fits.PREDICTED if _fits.collapses(summary) else {}
@@ -306,7 +306,7 @@ def _metrics_table(summary: Mapping[str, Any]) -> page.Table:
 
 
 def _constants_table(summary: Mapping[str, Any]) -> page.Table:
-    """Sharp constants and conserved quantities."""
+    """Return the sharp constants and the drift of the conserved quantities."""
     constants = [
         [name, page.number(entry["median"]), page.number(entry["predicted"])]
         for name, entry in summary["sharp_constants"].items()

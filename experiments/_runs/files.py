@@ -93,7 +93,8 @@ def read_json(path: Path) -> dict[str, Any]:
     # Files of earlier versions have no digest.
     if _DIGEST in content and content.pop(_DIGEST) != _digest(content):
         raise BadUse(
-            f"{path} is damaged: its {_DIGEST} does not fit (if you edited it, remove this entry)"
+            f"{path} is damaged: its {_DIGEST} does not fit (if you edited the file, "
+            "remove that entry)"
         )
     return content
 
