@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, by Orbax: the newest whole one survives any kill."""
+"""Orbax checkpoints of a training run; the newest complete one survives any kill."""
 
 import contextlib
 import hashlib
@@ -21,31 +21,31 @@ _SPACE = "No space left on device"
 
 
 def newest_epoch(folder: Path) -> int | None:
-    """The epoch of the newest whole checkpoint in `folder`, by the names in it alone.
+    """Return the epoch of the newest complete checkpoint in `folder`, None without one.
 
-    None if there is none. Other than `Checkpoints`, for one of several processes.
+    This reads names only. Unlike `Checkpoints`, one of several processes may call it alone.
     """
     return max(ocp.utils.checkpoint_steps(folder), default=None)
 
 
 class Checkpoints:
-    """The checkpoints in a folder, the newest two, by epoch.
+    """The newest two checkpoints in a folder, by epoch.
 
-    A checkpoint is written beside the old ones and renamed when it is whole, so that what
-    is killed half-way leaves the one before. It holds the SHA-256 of its arrays, which
-    Orbax itself would read without notice if a byte of their files has changed. With
-    several processes each must call every method, on a folder that they share.
+    A checkpoint is written under a temporary name and renamed when it is complete, so that
+    a process killed while writing leaves the previous one. It stores the SHA-256 of its
+    arrays, because Orbax restores changed bytes without an error. If there are several
+    processes, each must call every method, on a folder that they share.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
         """Open the checkpoints in `folder`.
 
         Args:
-          folder: made if it does not exist.
-          read_only: touch nothing, for a folder that another program may be writing to.
+          folder: created if it does not exist.
+          read_only: change nothing, because another program may be writing to the folder.
 
         Raises:
-          ValueError: it cannot be read.
+          ValueError: the folder cannot be read.
         """
         self._folder, self._read_only = folder, read_only
         options = ocp.CheckpointManagerOptions(
@@ -60,21 +60,21 @@ class Checkpoints:
             raise ValueError(f"cannot read {folder}: {_reason(error)}") from error
 
     def newest(self) -> int | None:
-        """The epoch of the newest checkpoint, None if there is none."""
+        """Return the epoch of the newest checkpoint, None if there is none."""
         return self._manager.latest_step()
 
     def save(self, epoch: int, state: Any, notes: Mapping[str, str] | None = None) -> None:
         """Write `state`, a pytree of arrays, as the newest checkpoint.
 
         Args:
-          epoch: an integer of at least 0, above that of the newest.
-          state: arrays that each process has whole.
-          notes: to be restored with it.
+          epoch: an integer of at least 0, above the epoch of the newest checkpoint.
+          state: arrays that each process holds in full.
+          notes: text by name, stored with the arrays.
 
         Raises:
-          ValueError: epoch is not above that of the newest, or the folder was opened to
-            be read only: Orbax would write nothing.
-          OSError: it cannot be written; the one before stays.
+          ValueError: the epoch is not above the newest one, or the folder was opened with
+            read_only=True. Orbax would then write nothing, without an error.
+          OSError: the checkpoint cannot be written; the previous one stays.
         """
         check_integer("epoch", epoch, least=0)
         if self._read_only:
@@ -87,7 +87,7 @@ class Checkpoints:
             )
         metadata = {_DIGEST: _digest(state), "notes": dict(notes or {})}
         try:
-            with _unlogged():
+            with _quiet():
                 self._manager.save(
                     epoch, args=ocp.args.StandardSave(state), custom_metadata=metadata
                 )
@@ -100,22 +100,22 @@ class Checkpoints:
             ) from error
 
     def restore(self, like: Any) -> tuple[Any, dict[str, str]]:
-        """The newest checkpoint, and the notes with it.
+        """Return the arrays and the notes of the newest checkpoint.
 
         Args:
           like: a pytree of arrays with the shapes, dtypes and shardings of the result.
 
         Raises:
-          ValueError: it is damaged, or of other shapes.
+          ValueError: the checkpoint is damaged, or has other shapes.
         """
         epoch = self.newest()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
-            with _unlogged():
+            with _quiet():
                 state = self._manager.restore(
                     epoch, args=ocp.args.StandardRestore(abstract)
                 )
-                # Checkpoints of earlier versions have none.
+                # Checkpoints of earlier versions have no metadata.
                 metadata = self._manager.metadata(epoch).custom_metadata or {}
             if metadata.get(_DIGEST, "") not in ("", _digest(state)):
                 raise ValueError("its arrays are not those that were saved")
@@ -127,12 +127,12 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        """Finish what is being written."""
+        """Finish writing and release the folder."""
         self._manager.close()
 
 
 def _digest(state: Any) -> str:
-    """SHA-256 of the names, dtypes, shapes and bytes of all arrays."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of all arrays."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         array = np.asarray(
@@ -145,28 +145,32 @@ def _digest(state: Any) -> str:
 
 
 @contextlib.contextmanager
-def _unlogged() -> Iterator[None]:
-    """Without Orbax's own words on an error, of many lines: it is raised too."""
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    before, logger.disabled = logger.disabled, True
+def _quiet() -> Iterator[None]:
+    """Silence the many lines that Orbax prints on an error, which it raises as well.
 
-    def rest(unraisable):
-        # Of writes that were under way: they find the loop of the failed one closed.
+    Threads of TensorStore that are still writing after an error find the event loop of
+    Orbax closed. No caller can catch that error, Orbax has no save without such a loop, and
+    Python offers only `sys.unraisablehook` to keep the tracebacks off the terminal.
+    """
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    was_disabled, logger.disabled = logger.disabled, True
+
+    def report_others(unraisable):
         if str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
-    sys.unraisablehook = rest  # stays after an error: such writes may end later
+    sys.unraisablehook = report_others  # it stays after an error: writes may end later
     try:
         yield
     finally:
-        logger.disabled = before
+        logger.disabled = was_disabled
     sys.unraisablehook = hook
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, in short: that of the system if there is one, else a line."""
+    """Return one line on an error: the reason of the system if it has one."""
     text = str(error)
-    if of_system := re.findall(r"([^:]+) \[os_error_code=", text):
-        reason = of_system[-1].strip()
+    if reasons := re.findall(r"([^:]+) \[os_error_code=", text):
+        reason = reasons[-1].strip()
         return f"{reason}; free some space" if reason == _SPACE else reason
     return (text.splitlines() or [type(error).__name__])[0]
