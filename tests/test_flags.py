@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments import (
+    animation,
     peel,
     report,
     saddle_analysis,
@@ -23,7 +24,7 @@ from experiments import (
 from experiments._runs import cli, folders, memory
 
 EXPERIMENTS = (
-    *(ulpm_flow, saddle_analysis, theorems, peel, report),
+    *(ulpm_flow, saddle_analysis, theorems, peel, animation, report),
     *(train_small, train_resnet, train_vgg),
 )
 # Of the device and the processes: looked at before the experiment begins.
