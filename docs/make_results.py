@@ -276,7 +276,7 @@ def theory_by() -> str:
     """The runs behind `theorems`, `saddles` and `escapes`."""
     statements = run("theorems")
     seconds = f"{statements['seconds']:.0f} s"
-    return sources((statements, seconds), (run("saddle_analysis"), "about 4 min"))
+    return sources((statements, seconds), (run("saddle_analysis"), "about 5 min"))
 
 
 def log_time(summary: Mapping[str, Any]) -> float:
