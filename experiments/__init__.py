@@ -2,7 +2,7 @@
 
 # Modules with a `Config`, a `run` and a `PAGE`, in the order of the report.
 EXPERIMENTS = (
-    *("ulpm_flow", "saddle_analysis", "theorems"),
+    *("ulpm_flow", "animation", "saddle_analysis", "theorems"),
     *("train_resnet", "train_vgg", "train_small", "peel"),
 )
 COMMANDS = (*EXPERIMENTS, "report")

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import runpy
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ncjax.networks import models
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted((DOCS / "howto").glob("*.md"))
+PAGES = [DOCS / "tour.md", *sorted((DOCS / "howto").glob("*.md"))]
 # Modules whose public names are all listed, beside those of `import ncjax`.
 MODULES = (
     "peeled.losses",
@@ -137,7 +138,10 @@ def reexported(package):
     nodes = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ImportFrom)]
     homes = {alias.name: node.module for node in nodes for alias in node.names}
     return {
-        name: reexported(module).get(name, f"{module}.{name}")
+        # A package that re-exports a module of its own defines it.
+        name: f"{module}.{name}"
+        if module == package
+        else reexported(module).get(name, f"{module}.{name}")
         for name, module in homes.items()
     }
 
@@ -157,6 +161,15 @@ def test_every_module_has_its_reference():
     modules = {".".join(path.with_suffix("").parts) for path in paths}
     assert sorted(documented) == sorted(modules - PRIVATE)
     assert modules >= PRIVATE
+
+
+def test_the_tables_are_of_the_committed_results():
+    """`python docs/make_results.py` brings them up to date."""
+    script = runpy.run_path(str(DOCS / "make_results.py"))
+    pages = [page.read_text() for page in script["PAGES"]]
+    assert [script["filled"](page) for page in pages] == pages
+    named = re.findall(r"<!-- results: (\w+) -->\n.", "".join(pages))
+    assert set(named) == set(script["TABLES"])
 
 
 def test_every_page_is_in_the_navigation():
