@@ -1,5 +1,6 @@
 """Programs that solve one problem, timed in turns within one run."""
 
+import configparser
 import dataclasses
 import importlib
 import importlib.metadata
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from experiments._runs import cli, folders
+
+_ROOT = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass
@@ -95,7 +98,18 @@ def provenance() -> dict[str, Any]:
     known = folders.provenance(
         "flax", "optax", "scipy", "torch", "torchvision", "torchdiffeq", "pyhessian"
     )
+    known["versions"]["ncjax"] = version()
     return known | {"processor": _processor(), "threads": threads()}
+
+
+def version() -> str:
+    """Return the version of ncjax, also if it runs from a clone and is not installed."""
+    try:
+        return importlib.metadata.version("ncjax")
+    except importlib.metadata.PackageNotFoundError:
+        metadata = configparser.ConfigParser(interpolation=None)
+        metadata.read(_ROOT / "setup.cfg", encoding="utf-8")
+        return f"{metadata['metadata']['version']} (clone)"
 
 
 def threads() -> str:

@@ -1,6 +1,8 @@
 """The benchmarks run on tiny problems, and their programs agree."""
 
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +61,26 @@ def test_programs_take_turns_and_are_compared_within_a_repeat(monkeypatch):
         "compile_seconds": 4.0,
         "extra": 1,
     }
+
+
+def test_provenance_knows_the_version_of_a_clone(monkeypatch):
+    installed = _timing.importlib.metadata.version
+
+    def not_installed(package):
+        if package == "ncjax":
+            raise _timing.importlib.metadata.PackageNotFoundError(package)
+        return installed(package)
+
+    monkeypatch.setattr(_timing.importlib.metadata, "version", not_installed)
+    found = _timing.provenance()["versions"]["ncjax"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+ \(clone\)", found)
+
+
+def test_stored_results_name_the_version_that_was_timed():
+    sections = run.stored(Path(run.__file__).with_name("results.json"))
+    assert run.SECTIONS.keys() <= sections.keys()
+    for section in sections.values():
+        assert re.match(r"\d+\.\d+\.\d+", section["versions"]["ncjax"])
 
 
 def fake(name, note=""):
