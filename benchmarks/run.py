@@ -46,6 +46,7 @@ SECTIONS: dict[str, Callable[[int], tuple[list[dict[str, Any]], list[str]]]] = {
     "flow_peers": flow.peers,
     "flow_reach": flow_reach.measure,
     "training_step": training_step.measure,
+    "training_step_winograd": training_step.measure_winograd,
     "metrics": metrics.measure,
     "startup": startup.measure,
     "hessian": hessian.measure,

@@ -8,7 +8,9 @@ pooling everywhere, a jitted step called in a loop. Seconds are those of one ste
 calls of several.
 """
 
+import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -76,6 +78,24 @@ def measure(
     return measured, notes
 
 
+def measure_winograd(
+    repeats: int, problems: dict[str, Problem] = PROBLEMS, batch: int = BATCH
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return rows and notes of ncjax with and without Winograd's algorithm."""
+    measured, loads = [], [os.getloadavg()[0]]
+    for name, problem in problems.items():
+        images, labels = draw(problem, batch * problem.steps)
+        programs = [
+            ncjax_program(problem, images, labels, batch),
+            ncjax_program(problem, images, labels, batch, winograd=False),
+        ]
+        warm_up(programs)
+        interleave(programs, repeats)
+        measured += rows(name, programs)
+        loads.append(os.getloadavg()[0])
+    return measured, [f"load averages of the machine: {min(loads):.0f} to {max(loads):.0f}"]
+
+
 def draw(problem: Problem, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Images of noise, uint8, and labels."""
     rng = np.random.default_rng(0)
@@ -99,20 +119,25 @@ def set_up(problem: Problem, images, labels, devices=1):
     return model, optimiser, mesh, on_device, state
 
 
-def ncjax_program(problem: Problem, images, labels, batch: int) -> Program:
+def ncjax_program(
+    problem: Problem, images, labels, batch: int, winograd: bool = True
+) -> Program:
     """`train.make_epoch` as experiments call it: all accelerators, or one CPU device."""
     count = 1 if jax.default_backend() == "cpu" else jax.device_count()
     model, optimiser, mesh, dataset, state = set_up(problem, images, labels, count)
     epoch = jax.jit(
         train.make_epoch(model, optimiser, batch_size=batch, mesh=mesh), donate_argnums=0
     )
+    convolve = partial(convolution.convolve, winograd=winograd)
 
     def call(repeat):
         nonlocal state
-        state, log = epoch(state, dataset, jax.random.key(repeat))
+        with mock.patch.object(models, "convolve", convolve):  # traced in the first call
+            state, log = epoch(state, dataset, jax.random.key(repeat))
         return jax.block_until_ready(log)
 
-    return Program("ncjax", call, lambda: call(0), steps=len(labels) // batch)
+    name = "ncjax" if winograd else "ncjax without Winograd"
+    return Program(name, call, lambda: call(0), steps=len(labels) // batch)
 
 
 def _reduce_window(x, size: int, stride: int, padding: int = 0):

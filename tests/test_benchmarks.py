@@ -22,7 +22,7 @@ from benchmarks import (
     startup,
     training_step,
 )
-from ncjax.networks import models
+from ncjax.networks import convolution, models
 
 
 @pytest.fixture
@@ -164,6 +164,24 @@ def test_training_steps_are_timed():
     measured, notes = training_step.measure(1, {"tiny": tiny}, batch=8)
     assert [row["program"] for row in measured] == ["ncjax", "plain Flax"]
     assert notes == [training_step.OPEN, "peers left out: none wanted"]
+
+
+def test_winograd_is_timed_with_and_without(monkeypatch):
+    chosen = {True: set(), False: set()}
+    choose = convolution._formula
+
+    def spy(*arguments):
+        formula = choose(*arguments)
+        chosen[arguments[-1]].add(formula)
+        return formula
+
+    monkeypatch.setattr(convolution, "_formula", spy)
+    tiny = training_step.Problem("convnet", {"channels": (16,)}, (16, 16, 16), steps=1)
+    measured, (note,) = training_step.measure_winograd(1, {"tiny": tiny}, batch=4)
+    assert [row["program"] for row in measured] == ["ncjax", "ncjax without Winograd"]
+    assert note.startswith("load averages of the machine: ")
+    assert convolution.convolve_winograd in chosen[True]
+    assert chosen[False] == {convolution.convolve_canonical}
 
 
 @pytest.mark.parametrize("problem", training_step.PROBLEMS.values())

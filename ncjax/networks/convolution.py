@@ -30,7 +30,9 @@ _GATHER_CHANNELS = 16
 _GATHER_ELEMENTS = 2**19
 
 
-def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Array:
+def convolve(
+    x: Array, kernel: Array, stride: int = 1, padding: int = 0, *, winograd: bool = True
+) -> Array:
     r"""Convolution (cross-correlation) of images with zero padding.
 
     $$y_{b,p,q,o} = \sum_{i,j,c} x_{b,\, s p + i - r,\, s q + j - r,\, c}\, k_{i,j,c,o}$$
@@ -40,6 +42,7 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Arra
       kernel: (h, w, C, O).
       stride: s, both ways.
       padding: r, zeros on every side.
+      winograd: whether Winograd's algorithm may be used; the benchmark compares both.
 
     Returns:
       (B, height', width', O), height' = (height + 2 r - h) // s + 1. On CPU it has a
@@ -60,11 +63,13 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Arra
             f"{x.dtype} and {kernel.dtype} {kernel.shape}"
         )
     _output_size(x.shape[1:3], kernel.shape[:2], stride, padding)
-    formula = _formula(x.shape, kernel.shape, stride, padding, x.dtype)
+    formula = _formula(x.shape, kernel.shape, stride, padding, x.dtype, winograd)
     return formula(x, kernel, stride, padding)
 
 
-def _formula(x_shape, kernel_shape, stride: int, padding: int, dtype):
+def _formula(
+    x_shape, kernel_shape, stride: int, padding: int, dtype, with_winograd: bool = True
+):
     """The fastest formula, measured on CPU at batches of 128 within a loop."""
     window, channels = kernel_shape[:2], min(kernel_shape[2:])
     if jax.default_backend() != "cpu" or 0 in (*x_shape, *kernel_shape):
@@ -75,7 +80,8 @@ def _formula(x_shape, kernel_shape, stride: int, padding: int, dtype):
         return convolve_dense
     tiles = x_shape[0] * winograd.count_tiles(x_shape[1:3])
     if (
-        (*window, stride, padding) == (3, 3, 1, 1)
+        with_winograd
+        and (*window, stride, padding) == (3, 3, 1, 1)
         and channels >= _WINOGRAD_CHANNELS
         and tiles >= _WINOGRAD_TILES
         and jnp.finfo(dtype).bits >= 32
