@@ -10,6 +10,7 @@ Most 3x3 convolutions run by Winograd's algorithm with a quarter of the products
 import math
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,6 +152,7 @@ def _by_kernel(x: Array, cotangent: Array, window, stride: int, padding: int) ->
 
     each = _images_at_once(cotangent.shape, window, x.shape[3])
     total = sum_groups(of_images, each, x, cotangent)
+    chex.assert_shape(total, (math.prod(window) * x.shape[3], cotangent.shape[3]))
     return total.reshape(*window, x.shape[3], cotangent.shape[3])
 
 
@@ -248,7 +250,8 @@ def convolve_dense(x: Array, kernel: Array, stride: int, padding: int) -> Array:
     taps = _taps(size, out, kernel.shape[:2], stride, padding)
     channels = kernel.shape[2:]
     with_zero = jnp.pad(kernel.reshape(-1, *channels), ((0, 1), (0, 0), (0, 0)))
-    matrix = with_zero[taps].transpose(0, 2, 1, 3)  # (in, C, out, O)
+    matrix = with_zero[taps].transpose(0, 2, 1, 3)
+    chex.assert_shape(matrix, (math.prod(size), channels[0], math.prod(out), channels[1]))
     matrix = matrix.reshape(math.prod(size) * channels[0], math.prod(out) * channels[1])
     return jnp.matmul(x.reshape(x.shape[0], -1), matrix).reshape(
         x.shape[0], *out, channels[1]

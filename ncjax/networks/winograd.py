@@ -14,6 +14,7 @@ Source: Lavin and Gray (CVPR 2016), Section 4.
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +74,7 @@ def correlate(x: Array, kernel: Array) -> Array:
 
     def of_images(images):
         at_points = matmul(_evaluate(images), points)
+        chex.assert_shape(at_points, (len(points), None, channels[1]))
         tiles = _product(_OUTPUTS, at_points.reshape(len(points), -1))
         return _assemble(tiles.reshape(-1, channels[1]), len(images), size)
 
@@ -139,6 +141,7 @@ def _evaluate(images: Array) -> Array:
     width = _TILE + WINDOW - 1
     inputs = jnp.stack([_strided(padded, i, rows, axis=1) for i in range(width)])
     inputs = jnp.stack([_strided(inputs, j, columns, axis=3) for j in range(width)], axis=1)
+    chex.assert_shape(inputs, (width, width, len(images), rows, columns, None))
     values = _product(_INPUTS, inputs.reshape(width**2, -1))
     return values.reshape(width**2, -1, images.shape[3])
 
@@ -150,8 +153,9 @@ def _strided(array: Array, start: int, count: int, axis: int) -> Array:
 
 
 def _assemble(tiles: Array, count: int, size) -> Array:
-    """Join tiles (16, tiles, O), ordered by rows, to images (count, height, width, O)."""
+    """Join tiles, (16 * tiles, O) point by point, to images (count, height, width, O)."""
     rows, columns = _grid(size)
+    chex.assert_shape(tiles, (_TILE**2 * count * rows * columns, None))
     tiles = tiles.reshape(_TILE, _TILE, count, rows, columns, -1).transpose(
         2, 3, 0, 4, 1, 5
     )
