@@ -1,1 +1,1 @@
-"""Timings of ncjax against its peers, each run in one process."""
+"""Time ncjax against its peers, within one process."""

@@ -1,4 +1,4 @@
-"""Programs that solve one problem, timed in turns within one run."""
+"""Time programs that solve one problem, in turns within one run."""
 
 import dataclasses
 import importlib
@@ -19,48 +19,48 @@ class Program:
     """One row of a table."""
 
     name: str
-    call: Callable[[int], Any]  # number of the repeat -> result, once it is there
-    warm: Callable[[], Any] | None = None  # compiles; None if nothing is
+    call: Callable[[int], Any]  # number of the repeat -> finished result
+    warm: Callable[[], Any] | None = None  # compiles; None if nothing compiles
     note: str = ""
-    steps: float = 1  # of one call; seconds are for one
+    steps: float = 1  # per call; seconds are for one step
     compile_seconds: float | None = None
     seconds: list[float] = dataclasses.field(default_factory=list)
 
     def time(self, repeat: int) -> None:
-        """Call once."""
-        begun = time.perf_counter()
+        """Call once and record the seconds of a step."""
+        started = time.perf_counter()
         result = self.call(repeat)
-        self.seconds.append((time.perf_counter() - begun) / self.steps)
+        self.seconds.append((time.perf_counter() - started) / self.steps)
         self.keep(result)
 
     def keep(self, result: Any) -> None:
-        """What is done with the result, out of the time."""
+        """Store the result, outside the timed part; here it is dropped."""
 
 
 def warm_up(programs: Sequence[Program]) -> None:
-    """Compile, and time that."""
+    """Compile every program and record the seconds."""
     for program in programs:
         if program.warm is not None:
-            begun = time.perf_counter()
+            started = time.perf_counter()
             program.warm()
-            program.compile_seconds = time.perf_counter() - begun
+            program.compile_seconds = time.perf_counter() - started
 
 
 def interleave(programs: Sequence[Program], repeats: int) -> None:
-    """Every program once in each repeat, so that they share the machine's moods."""
+    """Run every program once per repeat, so that load on the machine hits all alike."""
     for repeat in range(repeats):
         for program in programs:
             program.time(repeat)
 
 
 def rows(problem: str, programs: Sequence[Program], **more: Any) -> list[dict[str, Any]]:
-    """A row for each timed program; the first is what the others are compared with.
+    """Return one row per timed program; the first program is the reference.
 
     Returns:
       Dictionaries of `problem`, `program`, `note`, `median_seconds`, `seconds` of each
-      repeat, `compile_seconds` (most with the first call), `over_ncjax`, and `more`.
-      `over_ncjax` is the median over repeats of its seconds by those of the first program
-      in the same repeat: above 1, ncjax is faster.
+      repeat, `compile_seconds` (usually including the first call), `over_ncjax` and `more`.
+      `over_ncjax` is the median over repeats of the program's seconds divided by the first
+      program's seconds in the same repeat: above 1, ncjax is faster.
     """
     first = np.array(programs[0].seconds)
     return [
@@ -81,7 +81,7 @@ def rows(problem: str, programs: Sequence[Program], **more: Any) -> list[dict[st
 
 
 def missing(*packages: str) -> str:
-    """Why peers of these packages are left out; empty if all are there."""
+    """Return why peers are left out, or an empty text if all packages are installed."""
     for name in packages:
         try:
             importlib.import_module(name)
@@ -91,7 +91,7 @@ def missing(*packages: str) -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Command, date, versions of the peers too, device and processor."""
+    """Return command, date, device, processor, and versions of ncjax and its peers."""
     known = folders.provenance(
         "flax", "optax", "scipy", "torch", "torchvision", "torchdiffeq", "pyhessian"
     )
@@ -99,7 +99,7 @@ def provenance() -> dict[str, Any]:
 
 
 def threads() -> str:
-    """Threads that the programs may use."""
+    """Return the numbers of threads that the programs may use."""
     if missing("torch"):
         return f"{cli.cores()} of JAX"
     import torch
@@ -108,7 +108,7 @@ def threads() -> str:
 
 
 def _processor() -> str:
-    """Model of the processor, as far as the system says."""
+    """Return the model of the processor, as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,13 +1,14 @@
-"""The gradient flow: far out, many seeds, wide, and against peers.
+"""Time the gradient flow: to late times, of many seeds, of wide models, against peers.
 
-K = 10, n = 5, d = 20 in float64 unless said; starts of N(0, 0.1²). Errors are those of
-|Z|² and of log L at the end, against the implicit solver at tolerance 1e-11.
+K = 10, n = 5, d = 20 in float64 unless a row names other sizes; starts are drawn from
+N(0, 0.1²). Errors are the errors of |Z|² and of log L at the end, against the implicit
+solver at tolerance 1e-11.
 
 **Peers** solve the raw equation dZ/dt = -∇L to t = 1e5 at tolerance 1e-8: SciPy's DOP853
 and LSODA with a NumPy gradient, torchdiffeq's dopri5, diffrax's Tsit5 with autodiff.
-Gradient descent of size 0.1 takes a million steps, in one compiled loop
-(`ncjax.gradient_descent`) and in PyTorch; of PyTorch's a part is timed, and the rest is
-that part's rate.
+Gradient descent takes a million steps of size 0.1, in one compiled loop
+(`ncjax.gradient_descent`) and in PyTorch. PyTorch is timed over `TORCH_STEPS` steps, and
+the time of a million follows from that rate.
 """
 
 import math
@@ -30,33 +31,33 @@ SHAPE = (10, 5, 20)
 TOLERANCE = 1e-8
 STEP_SIZE = 0.1
 LOG_T = math.log(1e5)
-# Steps of PyTorch's gradient descent that are timed.
+# Timed steps of gradient descent in PyTorch.
 TORCH_STEPS = 5000
 TORCHDIFFEQ = "torchdiffeq dopri5"
 
 
 def measure(repeats: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows and notes: far out, and many seeds."""
+    """Return rows and notes of late times and of many seeds."""
     return [*far(repeats), *seeds(repeats)], []
 
 
 def measure_wide(repeats: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows and notes: large models; those that take more than half a minute but once."""
+    """Return rows and notes of wide models; a call over 30 seconds is not repeated."""
     return wide(repeats), []
 
 
 def draw(shape: tuple[int, int, int] = SHAPE):
-    """A start."""
+    """Draw a start."""
     return ncjax.init_params(jax.random.key(0), *shape, dtype=jnp.float64)
 
 
-# Far.
+# Late times.
 
 
 def far(
     repeats: int, log_ts=(1e4, 1e5, 1e6, 1e9), explicit_to: float = 1e5
 ) -> list[dict[str, Any]]:
-    """Implicit, stabilised and explicit solver, one start, saved at 50 times."""
+    """Return rows of the three solvers from one start, saved at 50 times."""
     start, measured = draw(), []
     for log_t in log_ts:
         times = np.geomspace(1, log_t, 50)
@@ -71,7 +72,7 @@ def far(
 
 
 def flow_program(start, times, solver) -> Program:
-    """`ncjax.gradient_flow`, its steps and errors in the note."""
+    """Return `ncjax.gradient_flow` as a program with its steps and errors in the note."""
     name = f"ncjax, {solver}"
 
     def call(_repeat: int):
@@ -89,7 +90,7 @@ def flow_program(start, times, solver) -> Program:
 
 
 def end_errors(start, log_t: float, final) -> str:
-    """Errors of `final` at `log_t`, as text."""
+    """Return the errors of `final` at `log_t` as text."""
     best = ncjax.gradient_flow(start, [log_t], rtol=1e-11, solver="implicit").final
     norms = [float(ncjax.squared_norm(p)) for p in (final, best)]
     losses = [float(ncjax.log_cross_entropy(p)) for p in (final, best)]
@@ -103,7 +104,7 @@ def end_errors(start, log_t: float, final) -> str:
 
 
 def seeds(repeats: int, count: int = 32, log_ts=(1e3, 1e4)) -> list[dict[str, Any]]:
-    """Many starts to 50 times, over all devices, against vmapped Dopri8 with autodiff."""
+    """Return rows of many starts, on all devices and on one, and of a vmapped Dopri8."""
     keys = jax.random.split(jax.random.key(0), count)
     starts = jax.vmap(lambda key: ncjax.init_params(key, *SHAPE, dtype=jnp.float64))(keys)
     measured = []
@@ -125,7 +126,7 @@ def seeds(repeats: int, count: int = 32, log_ts=(1e3, 1e4)) -> list[dict[str, An
 
 
 def seeds_program(name: str, one: Callable, starts, sharded: bool = False) -> Program:
-    """`one` of every start under vmap."""
+    """Return a program that maps `one` over all starts by vmap."""
     every = jax.vmap(one)
     if sharded:
         mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("seeds",))
@@ -145,7 +146,7 @@ def seeds_program(name: str, one: Callable, starts, sharded: bool = False) -> Pr
 
 
 def plain(log_t: float) -> Callable:
-    """What one writes first: the clock's equation, autodiff, Dopri8."""
+    """Return the plainest solve: the equation on the clock, autodiff, Dopri8."""
 
     def field(x, params, _args):
         u = jnp.expm1(x)
@@ -159,7 +160,7 @@ def plain(log_t: float) -> Callable:
 
 
 def solve_with_diffrax(field, solver, end, start, begin=0.0):
-    """`start` at `begin` taken to `end` by diffrax."""
+    """Solve from `start` at `begin` to `end` by diffrax; return the state at `end`."""
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
         solver,
@@ -173,13 +174,13 @@ def solve_with_diffrax(field, solver, end, start, begin=0.0):
     return jax.tree.map(lambda leaf: leaf[-1], solution.ys)
 
 
-# Wide.
+# Wide models.
 
 
 def wide(
     repeats: int, shapes=((100, 10, 128), (1000, 1, 1024)), log_t: float = 100.0
 ) -> list[dict[str, Any]]:
-    """Large models, with the share of the rate that a matrix product reaches by turns."""
+    """Return rows of wide models; a matrix product, timed in turns, gives the peak rate."""
     measured = []
     for shape in shapes:
         start = draw(shape)
@@ -188,8 +189,8 @@ def wide(
             return jax.block_until_ready(ncjax.gradient_flow(start, [log_t]))
 
         program = Program("ncjax, explicit", call)
-        steps = int(call(0).num_steps)  # compiles, too
-        # Three products an evaluation, six evaluations a step and one to begin with.
+        steps = int(call(0).num_steps)  # also compiles
+        # Three products per evaluation, six evaluations per step and one at the start.
         operations = 6 * math.prod(shape) * shape[0] * (6 * steps + 1)
         shares: list[float] = []
         for repeat in range(repeats):
@@ -205,24 +206,24 @@ def wide(
 
 
 def product_rate(shape: tuple[int, int, int], seconds: float = 1.0) -> float:
-    """Operations a second of a float64 product of features and classifier."""
+    """Return operations per second of a float64 product of features and classifier."""
     num_classes, per_class, dim = shape
     left = jnp.ones((num_classes * per_class, dim))
     right = jnp.ones((dim, num_classes))
     product = jax.jit(jnp.matmul)
     product(left, right).block_until_ready()
-    begun, count = time.perf_counter(), 0
-    while time.perf_counter() - begun < seconds:
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
         product(left, right).block_until_ready()
         count += 1
-    return 2 * left.size * num_classes * count / (time.perf_counter() - begun)
+    return 2 * left.size * num_classes * count / (time.perf_counter() - started)
 
 
 # Peers.
 
 
 def peers(repeats: int, log_t: float = LOG_T) -> tuple[list[dict[str, Any]], list[str]]:
-    """One start to t = 1e5."""
+    """Return rows and notes of one start to t = 1e5."""
     start, end = draw(), math.exp(log_t)
     programs = [
         flow_program(start, np.array([log_t]), "explicit"),
@@ -246,7 +247,7 @@ def peers(repeats: int, log_t: float = LOG_T) -> tuple[list[dict[str, Any]], lis
 
 
 def scan_program(start, steps: int) -> Program:
-    """Gradient descent, one compiled loop."""
+    """Return gradient descent in one compiled loop as a program."""
 
     def call(_repeat: int):
         descent = ncjax.gradient_descent(start, STEP_SIZE, steps, save_steps=[steps])
@@ -261,7 +262,7 @@ def scan_program(start, steps: int) -> Program:
 
 
 def solver_program(name: str, solve: Callable, start, end: float) -> Program:
-    """A solver of the raw equation."""
+    """Return a solver of the raw equation as a program."""
 
     def call(_repeat: int):
         return solve(start, end)
@@ -274,7 +275,7 @@ def solver_program(name: str, solve: Callable, start, end: float) -> Program:
 
 
 def numpy_gradient(W: np.ndarray, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`∇L`, vectorised."""
+    """Return ∇L by W and by H."""
     num_classes = W.shape[0]
     logits = H @ W.T
     own = np.arange(num_classes)
@@ -314,7 +315,7 @@ def _diffrax_raw(start, end: float, begin: float = 0.0):
     return solve_with_diffrax(field, diffrax.Tsit5(), end, start, begin)
 
 
-# Of the raw equation: start, time at the end and, if not 0, time there -> state.
+# Solvers of the raw equation: start, time at the end, time at the start -> state.
 SOLVERS: dict[str, Callable] = {
     "diffrax Tsit5, raw equation": lambda *args: jax.block_until_ready(_diffrax_raw(*args)),
     "SciPy DOP853": partial(_scipy, "DOP853"),
@@ -336,7 +337,7 @@ def _torch_parts(start):
 
 
 def torchdiffeq(start, end: float, begin: float = 0.0):
-    """The dopri5 of torchdiffeq on the raw equation, as `SOLVERS`."""
+    """Solve the raw equation by torchdiffeq's dopri5; same signature as `SOLVERS`."""
     from torchdiffeq import odeint
 
     torch, W, H, loss = _torch_parts(start)
@@ -352,7 +353,7 @@ def torchdiffeq(start, end: float, begin: float = 0.0):
 
 
 def torch_descent(start, steps: int):
-    """So many steps of PyTorch's gradient descent."""
+    """Take `steps` steps of gradient descent in PyTorch."""
     torch, W, H, loss = _torch_parts(start)
     leaves = [leaf.requires_grad_(True) for leaf in (W, H)]
     optimiser = torch.optim.SGD(leaves, lr=STEP_SIZE)

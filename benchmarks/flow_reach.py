@@ -1,11 +1,11 @@
-"""How far along the gradient flow ncjax and its peers come in a minute.
+"""Measure how far along the gradient flow ncjax and its peers come in a minute.
 
-The start and the peers are those of `benchmarks.flow`. Each program goes on from where it
-stands, a leg at a time, until its seconds are over or it fails; the last leg that ended in
-time counts. The first leg ends at log t = 10, each other at 1.1 times the log t of the one
-before; for gradient descent at log t = 5 and at 1.1 times the t. Compilation is not
-counted. A row's seconds are those it took to its `log_t`; the errors are those against the
-implicit solver at tolerance 1e-11.
+The start and the peers come from `benchmarks.flow`. Each program continues from its last
+state, one leg at a time, until its seconds are over or it fails. The last leg that ended in
+time counts. The first leg ends at log t = 10, and each later leg multiplies log t by 1.1.
+For gradient descent the first leg ends at log t = 5, and each later leg multiplies t by
+1.1. Compilation is not counted. A row gives the seconds up to its `log_t`, and the errors
+against the implicit solver at tolerance 1e-11.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from ncjax.flow.solve import SOLVERS, SUCCESS
 from ncjax.types import Params
 
 SECONDS = 60.0
-FIRST_LEG = 10.0  # log t at its end
+FIRST_LEG = 10.0  # log t at the end of the first leg
 LONGEST_LEG = 1.1
 # Raw time is a float64: beyond this it overflows.
 RAW_LIMIT = math.log(np.finfo(float).max)
@@ -32,32 +32,32 @@ RAW_LIMIT = math.log(np.finfo(float).max)
 
 @dataclasses.dataclass
 class Racer:
-    """A program that goes on from a state."""
+    """A program that continues from a state."""
 
     name: str
-    leg: Callable[[Params, float, float], Params]  # state, log t there and at the end
-    limit: float = math.inf  # of log t
-    by_time: bool = False  # legs in ratio of t, not of log t
+    leg: Callable[[Params, float, float], Params]  # state, its log t, log t at the end
+    limit: float = math.inf  # largest log t
+    by_time: bool = False  # each leg multiplies t, not log t
 
     def next(self, log_t: float) -> float:
-        """End of the next leg."""
+        """Return log t at the end of the next leg."""
         if log_t == -math.inf:
             return FIRST_LEG / 2 if self.by_time else FIRST_LEG
-        further = log_t + math.log(LONGEST_LEG) if self.by_time else log_t * LONGEST_LEG
-        return min(further, self.limit)
+        target = log_t + math.log(LONGEST_LEG) if self.by_time else log_t * LONGEST_LEG
+        return min(target, self.limit)
 
 
 def measure(
     _repeats: int, seconds: float = SECONDS
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows and notes; once whatever the repeats."""
+    """Return rows and notes; every program runs once, whatever the repeats."""
     start = flow.draw()
     every, notes = racers()
     return [row(racer, start, seconds) for racer in every], notes
 
 
 def racers() -> tuple[list[Racer], list[str]]:
-    """The programs that are installed, and notes of those that are not."""
+    """Return the installed programs, and notes about missing packages."""
     every = [
         *(Racer(f"ncjax, {name}", _ncjax(name)) for name in SOLVERS[1:]),
         Racer("gradient descent, compiled loop", _descent, by_time=True),
@@ -77,33 +77,33 @@ def racers() -> tuple[list[Racer], list[str]]:
 
 
 def row(racer: Racer, start: Params, seconds: float) -> dict[str, Any]:
-    """How far `racer` comes in so many seconds."""
-    warm = time.perf_counter()
+    """Return a row: how far `racer` comes in `seconds`."""
+    warm_start = time.perf_counter()
     racer.leg(start, -math.inf, racer.next(-math.inf))
-    warm = time.perf_counter() - warm
-    state, log_t, used, end = start, -math.inf, 0.0, "time is over"
+    compile_seconds = time.perf_counter() - warm_start
+    state, log_t, used, reason = start, -math.inf, 0.0, "time is over"
     while log_t < racer.limit:
         target = racer.next(log_t)
-        begun = time.perf_counter()
+        leg_start = time.perf_counter()
         try:
             after = racer.leg(state, log_t, target)
         except (RuntimeError, AssertionError) as error:  # torchdiffeq asserts
-            end = str(error).partition("\n")[0].rstrip(".")
+            reason = str(error).partition("\n")[0].rstrip(".")
             break
-        took = time.perf_counter() - begun
+        took = time.perf_counter() - leg_start
         if used + took > seconds:
             break
         state, log_t, used = after, target, used + took
     else:
-        end = "the largest t of float64"
+        reason = "the largest t of float64"
     return {
         "problem": f"one start, {seconds:g} s",
         "program": racer.name,
-        "note": f"log t = {log_t:.4g}, {end}, {_errors(start, log_t, state)}",
+        "note": f"log t = {log_t:.4g}, {reason}, {_errors(start, log_t, state)}",
         "median_seconds": used,
         "over_ncjax": None,
         "seconds": [used],
-        "compile_seconds": warm,
+        "compile_seconds": compile_seconds,
         "log_t": log_t if log_t > -math.inf else None,
     }
 

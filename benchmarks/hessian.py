@@ -1,23 +1,24 @@
-"""`ncjax.hessian_eig` against PyHessian and SciPy's ARPACK.
+"""Time `ncjax.hessian_eig` against PyHessian and SciPy's ARPACK.
 
-**What is asked.** ncjax: five eigenpairs from each end (`which="both", k=5`). SciPy:
-`eigsh` on a `LinearOperator` over a jitted Hessian-vector product, the same ten as "BE",
-or five "LA" and five "SA", to be added up for both ends. PyHessian: the top five
-by magnitude, called as in its documentation; power iteration has no way to ask for the
-algebraically smallest, so one row shifts the loss by -λ_max |θ|²/2 to make them the
-largest in size. Same loss, parameters and dtype for all; each repeat draws new starts.
+**Request.** ncjax computes five eigenpairs from each end (`which="both", k=5`). SciPy runs
+`eigsh` on a `LinearOperator` over a jitted Hessian-vector product: the same ten as "BE", or
+five "LA" and five "SA", whose times add up to both ends. PyHessian computes the top five by
+magnitude, called as in its documentation. Power iteration cannot return the algebraically
+smallest, so one row shifts the loss by -λ_max |θ|²/2 to make them the largest in magnitude.
+Loss, parameters and dtype are the same for all; each repeat draws new starts.
 
-**What is measured.** Seconds of a warm call; compilation apart; the programs take turns
-within each repeat. The worst |H v - λ v| / |H| of the pairs as returned, by one float64
-function for all, and the worst |λ - λ*| / |H|, where λ* is the best that any program
-found: by Courant and Fischer no orthonormal set overshoots either end, so what falls
-short is an error or a copy missed. PyHessian has a row with its defaults and one for
-which iterations are quadrupled until its residual is that of the tolerance given to the
-others, or the time passes `CAP`: then it says "not reached", timed once.
+**Measurement.** Seconds are of a warm call; compilation is timed apart; the programs take
+turns within each repeat. One float64 function computes the worst |H v - λ v| / |H| of
+the returned pairs for all programs. The worst |λ - λ*| / |H| compares with λ*, the best
+value that any program found: by Courant and Fischer no orthonormal set overshoots either
+end, so a value that falls short is an error or a missed copy. PyHessian has one row with
+its defaults. For another row its iterations are quadrupled until its residual meets the
+tolerance of the other programs, or the time passes `CAP`: then the row says "not reached"
+and is timed once.
 
-**Same number, other meaning.** `tol` bounds ncjax's residuals relative to |H|, ARPACK's
-estimates relative to each |λ|, which asks more of the small ones; neither needs the
-product of the other, and the residuals in the table tell how far each went.
+**Tolerances.** `tol` bounds ncjax's residuals relative to |H|, and ARPACK's estimates
+relative to each |λ|, which is stricter for small λ. The residuals in the table show the
+accuracy that each program reached.
 """
 
 import dataclasses
@@ -46,12 +47,12 @@ from benchmarks import _timing
 # Eigenpairs from each end.
 K = 5
 _ARPACK_RESTARTS = 2000
-# Seconds that PyHessian may take to reach the residual.
+# Largest number of seconds for PyHessian to reach the residual.
 CAP = 12.0
 
 
 class Problem(NamedTuple):
-    """A loss, float64 parameters, one batch, and the same for PyTorch."""
+    """A loss, float64 parameters and one batch, with the PyTorch version of them."""
 
     fn: Callable
     params: Any
@@ -60,7 +61,7 @@ class Problem(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a program returns."""
+    """Eigenpairs that a program returns."""
 
     values: np.ndarray  # (k,)
     vectors: np.ndarray  # (k, D)
@@ -69,13 +70,13 @@ class Found(NamedTuple):
 
 @dataclasses.dataclass
 class Program(_timing.Program):
-    """One row of the table: which pairs it gives, and what it found."""
+    """One row of the table, with the eigenpairs that it requests and finds."""
 
     pairs: str = "both ends"  # or "top", "bottom", "magnitude"
     found: list[Found] = dataclasses.field(default_factory=list)
 
     def keep(self, result: Found) -> None:
-        """For the residuals."""
+        """Store the eigenpairs for the residuals."""
         self.found.append(result)
 
 
@@ -90,14 +91,14 @@ def _mlp_logits(params, x):
 
 
 def mlp_loss(params, batch):
-    """Mean cross entropy of a tanh network."""
+    """Return the mean cross entropy of a tanh network."""
     x, labels = batch
     log_probabilities = jax.nn.log_softmax(_mlp_logits(params, x))
     return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
 
 
 def mlp(sizes: Sequence[int], samples: int, steps: int = 200) -> Problem:
-    """A network on overlapping Gaussian classes, after `steps` of gradient descent."""
+    """Train a network on overlapping Gaussian classes by `steps` of gradient descent."""
     rng = np.random.default_rng(0)
     labels = np.arange(samples) % sizes[-1]
     centres = rng.normal(size=(sizes[-1], sizes[0]))
@@ -120,7 +121,7 @@ def mlp(sizes: Sequence[int], samples: int, steps: int = 200) -> Problem:
 
 
 def layer_peeled(num_classes: int, per_class: int, dim: int, log_t: float) -> Problem:
-    """The log loss of the layer-peeled model at a point of its gradient flow."""
+    """Return the log loss of the layer-peeled model at a point of its gradient flow."""
     start = ncjax.init_params(jax.random.key(0), num_classes, per_class, dim)
     flow = ncjax.gradient_flow(start, np.array([log_t]))
     params = jax.tree.map(lambda leaf: leaf[0], flow.params)
@@ -181,14 +182,14 @@ def _torch_layer_peeled(params, batch):
 
 
 def _cast(tree, dtype: str):
-    """Floating leaves in `dtype`."""
+    """Cast floating leaves to `dtype`."""
     return jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )
 
 
 def hessian_product(fn: Callable, params, batch) -> Callable[[Any], jax.Array]:
-    """`v -> H v` for flat v, jitted: forward over reverse."""
+    """Return the jitted `v -> H v` for flat v, forward over reverse."""
     unravel = ravel_pytree(params)[1]
     data = () if batch is None else (batch,)
 
@@ -203,7 +204,7 @@ def hessian_product(fn: Callable, params, batch) -> Callable[[Any], jax.Array]:
 
 
 def ncjax_program(problem: Problem, dtype: str) -> Program:
-    """`hessian_eig`, as its docstring says."""
+    """Return `hessian_eig` as a program, called as in its docstring."""
     params, batch = _cast((problem.params, problem.batch), dtype)
     batches = None if batch is None else jax.tree.map(lambda x: x[None], batch)
 
@@ -232,7 +233,7 @@ def ncjax_program(problem: Problem, dtype: str) -> Program:
 
 
 def scipy_programs(problem: Problem, dtype: str) -> list[Program]:
-    """`eigsh` over a jitted product, at the tolerance of `hessian_eig`."""
+    """Return `eigsh` over a jitted product at the tolerance of `hessian_eig`."""
     params, batch = _cast((problem.params, problem.batch), dtype)
     dim = sum(leaf.size for leaf in jax.tree.leaves(params))
     product = hessian_product(problem.fn, params, batch)
@@ -270,7 +271,7 @@ def scipy_programs(problem: Problem, dtype: str) -> list[Program]:
 
 
 def pyhessian_call(problem: Problem, shift: float = 0.0, **options) -> Callable:
-    """PyHessian's power iteration on one batch, as its users call it."""
+    """Return PyHessian's power iteration on one batch, called as in its documentation."""
     import pyhessian
     import torch
 
@@ -284,7 +285,7 @@ def pyhessian_call(problem: Problem, shift: float = 0.0, **options) -> Callable:
             value = value - shift / 2 * sum((p**2).sum() for p in model.parameters())
         return value
 
-    # `pyhessian.hessian` is the class; the module of that name is under sys.modules.
+    # `pyhessian.hessian` is the class: the module of that name is in sys.modules.
     module = sys.modules["pyhessian.hessian"]
     product = module.hessian_vector_product
 
@@ -293,7 +294,7 @@ def pyhessian_call(problem: Problem, shift: float = 0.0, **options) -> Callable:
         model.zero_grad()
         counted = mock.patch.object(module, "hessian_vector_product", wraps=product)
         with warnings.catch_warnings(), counted as products:
-            # backward(create_graph=True) warns of the reference cycle that it makes.
+            # backward(create_graph=True) warns of its reference cycle.
             warnings.simplefilter("ignore")
             computer = pyhessian.hessian(model, criterion, data=data, cuda=False)
             values, vectors = computer.eigenvalues(top_n=K, **options)
@@ -305,7 +306,7 @@ def pyhessian_call(problem: Problem, shift: float = 0.0, **options) -> Callable:
 
 
 def tolerance(dtype: str) -> float:
-    """Default tolerance of `hessian_eig`."""
+    """Return the default tolerance of `hessian_eig`."""
     return float(np.finfo(dtype).eps) ** (2 / 3)
 
 
@@ -313,7 +314,7 @@ def tolerance(dtype: str) -> float:
 
 
 def residuals(product: Callable, found: Found) -> np.ndarray:
-    """|H v - λ v| of unit v, in float64 whatever the program's dtype."""
+    """Return |H v - λ v| of unit v in float64, whatever the dtype of the program."""
     norms = []
     for value, vector in zip(found.values, found.vectors.astype(float), strict=True):
         unit = vector / np.linalg.norm(vector)
@@ -322,7 +323,7 @@ def residuals(product: Callable, found: Found) -> np.ndarray:
 
 
 def _raised(problem: Problem, product: Callable, norm: float) -> Program:
-    """PyHessian with iterations quadrupled until its residual is within tolerance."""
+    """Quadruple PyHessian's iterations until its residual is within the tolerance."""
     iterations = 100
     while True:
         program = Program(
@@ -357,7 +358,7 @@ def _pyhessian_programs(problem: Problem, product: Callable, known: Found) -> li
 def measure(
     repeats: int, problems: Sequence[str] = ("mlp-22k", "layer-peeled-10k", "mlp-288k")
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows and notes, for names of `PROBLEMS`."""
+    """Return rows and notes for names of `PROBLEMS`."""
     skipped = _timing.missing("torch", "pyhessian")
     measured = []
     for name in problems:
@@ -371,7 +372,7 @@ def measure(
 def measure_one(
     name: str, problem: Problem, dtype: str, repeats: int, peers: bool
 ) -> list[dict[str, Any]]:
-    """All programs on one problem in one dtype."""
+    """Return the rows of all programs on one problem in one dtype."""
     params, batch = _cast(_cast((problem.params, problem.batch), dtype), "float64")
     product = hessian_product(problem.fn, params, batch)
     programs = [ncjax_program(problem, dtype), *scipy_programs(problem, dtype)]
@@ -401,7 +402,7 @@ def measure_one(
 
 
 def _best(programs: Sequence[Program]) -> dict[str, np.ndarray]:
-    """The outermost eigenvalues that any program with true ends found."""
+    """Return the outermost eigenvalues found by any program that computes both ends."""
     found = [
         np.sort(f.values)
         for program in programs
@@ -415,7 +416,7 @@ def _best(programs: Sequence[Program]) -> dict[str, np.ndarray]:
 
 
 def _quality(program, product, best, norm) -> dict[str, Any]:
-    """What a program found, against the best of all."""
+    """Compare the eigenpairs of a program with the best of all programs."""
     worst = [float(residuals(product, f).max(initial=0.0)) for f in program.found]
     expected = best[program.pairs]
     complete = all(len(f.values) == len(expected) for f in program.found)
@@ -440,13 +441,13 @@ def _note(program: Program, complete: bool, residual: float) -> str:
 
 
 def _product_seconds(problem: Problem, dtype: str, calls: int = 20) -> float:
-    """Median time of one jitted Hessian-vector product, called from Python."""
+    """Return the median seconds of one jitted Hessian-vector product from Python."""
     params, batch = _cast((problem.params, problem.batch), dtype)
     product = hessian_product(problem.fn, params, batch)
     vector = ravel_pytree(params)[0]
     times = []
     for _ in range(calls + 1):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         product(vector).block_until_ready()
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - started)
     return float(np.median(times[1:]))

@@ -1,8 +1,8 @@
-"""Both ends of the Hessian of ResNet18, 11 million parameters, and the memory it takes.
+"""Time both ends of the Hessian of ResNet18, 11 million parameters, and its memory.
 
-`hessian_eig(which="both", k=5, batches=...)` of the mean cross entropy of the network with
-the imagenet stem on images of 28x28, float32, batch normalisation with running averages,
-after two epochs on noise with ten class means added.
+`hessian_eig(which="both", k=5, batches=...)` is called on the mean cross entropy of the
+network with the imagenet stem on images of 28x28, in float32, with batch normalisation by
+running averages. The network was trained for two epochs on noise around ten class means.
 """
 
 import resource
@@ -28,7 +28,7 @@ PROBLEM = training_step.PROBLEMS["ResNet18, 28x28, imagenet stem"]
 
 
 def draw(count: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Images (count, *shape) of ten overlapping classes, uint8, and labels."""
+    """Draw uint8 images (count, *shape) of ten overlapping classes, and labels."""
     rng = np.random.default_rng(0)
     labels = (np.arange(count) % 10).astype(np.int32)
     centres = rng.normal(size=(10, *shape))
@@ -43,7 +43,7 @@ def measure(
     images: int = IMAGES,
     tol: float = TOL,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows and notes; one call whatever `repeats` is, for it takes minutes."""
+    """Return rows and notes; one call, whatever `repeats` is: a call takes minutes."""
     pixels, labels = draw(images, problem.image_shape)
     model, optimiser, mesh, dataset, state = training_step.set_up(problem, pixels, labels)
     epoch = jax.jit(train.make_epoch(model, optimiser, batch_size=BATCH, mesh=mesh))
@@ -99,6 +99,6 @@ def measure(
 
 
 def _peak_gigabytes() -> float:
-    """Largest resident memory of this process so far."""
+    """Return the largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e9 if sys.platform == "darwin" else 1e6)

@@ -1,10 +1,10 @@
-"""All collapse metrics of a set of features, float32, against PyTorch.
+"""Time all collapse metrics of a set of features, float32, against PyTorch.
 
-The first peer is the same 15 numbers written as whole-array PyTorch: one pass of means and
+The first peer computes the same 15 numbers in whole-array PyTorch: one pass of means and
 deviations, the pseudo-inverse of the between-class covariance by the singular values of the
-class means, distances to the centres by one product. The second is what peers publish: a
-loop over samples for the within-class covariance (d, d), here of as many samples as
-`LOOP_SAMPLES` and scaled up, and its product with the pseudo-inverse.
+class means, distances to the centres by one product. The second peer is the loop that many
+published codes run over samples for the within-class covariance (d, d). It is timed on
+`LOOP_SAMPLES` samples and scaled up.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ LOOP_SAMPLES = 100
 
 
 class Problem(NamedTuple):
-    """Sizes: classes, dimension, samples."""
+    """Numbers of classes, feature dimensions and samples."""
 
     num_classes: int
     dim: int
@@ -35,7 +35,7 @@ PROBLEMS = {
 
 
 def draw(problem: Problem):
-    """Float32 features about Gaussian class means, labels, a classifier near the means."""
+    """Draw float32 features around Gaussian class means, labels, and a classifier."""
     num_classes, dim, samples = problem
     rng = np.random.default_rng(0)
     labels = (np.arange(samples) % num_classes).astype(np.int32)
@@ -48,7 +48,7 @@ def draw(problem: Problem):
 def measure(
     repeats: int, problems: dict[str, Problem] = PROBLEMS
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows and notes."""
+    """Return rows and notes."""
     measured, skipped = [], missing("torch")
     for name, problem in problems.items():
         arrays = draw(problem)
@@ -100,7 +100,7 @@ def _loop(arrays) -> Program:
             total += torch.outer(deviation, deviation)
         return total
 
-    # Seconds for all samples: those of a call for each sample of it, times N.
+    # A call is samples / N of a step: the seconds are scaled up to all N samples.
     note = f"Σ_W only, from {samples} samples, scaled to all"
     steps = samples / len(labels)
     return Program("PyTorch, a loop over samples", call, lambda: call(0), note, steps)
@@ -115,7 +115,7 @@ def _class_means(features, labels, num_classes):
 
 
 def torch_metrics(features, labels, W, b) -> dict[str, float]:
-    """The fields of `CollapseMetrics`, the plain formulas."""
+    """Return the fields of `CollapseMetrics` by the plain formulas."""
     import torch
 
     num_classes = len(W)

@@ -3,21 +3,22 @@
     pip install -e .[bench] && python -m benchmarks.run
     python -m benchmarks.run --only=startup,metrics --repeats=9
 
-About half an hour on two cores, most of it `hessian_resnet` and `hessian`. The extra
-`bench` holds torch, whose default wheel for Linux brings gigabytes of CUDA; the CPU wheel
-does here: `pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu`
-and `pip install --no-deps pyhessian`. A peer that is not installed is left out, and a line
-says so.
+A run takes about half an hour on two cores, most of it for `hessian_resnet` and `hessian`.
+The extra `bench` includes torch, whose default wheel for Linux brings gigabytes of CUDA.
+The CPU wheel suffices here:
+`pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu` and
+`pip install --no-deps pyhessian`. A peer that is not installed is left out, and a note says
+so.
 
-All programs of a problem are warmed up, compiled apart, and take turns within each repeat
-of one process. A row gives the median of the seconds and the median over repeats of the
-ratio to ncjax in the same repeat: above 1, ncjax is faster.
+All programs of a problem are compiled first, then take turns within each repeat of one
+process. A row gives the median of the seconds and the median over repeats of the ratio to
+ncjax in the same repeat: above 1, ncjax is faster.
 
-**To add a section**, write a module with `measure(repeats) -> (rows, notes)`: make one
-`_timing.Program` for each program, the first being ncjax's, then call `_timing.warm_up`,
-`_timing.interleave` and `_timing.rows`; notes are lines for the reader, such as which peer
-was missing. Enter it in `SECTIONS`. Each section keeps its own command, date, versions and
-device, and a run replaces only the sections that it is asked for.
+**To add a section**, write a module with `measure(repeats) -> (rows, notes)`. Make one
+`_timing.Program` per program, with ncjax's first, then call `_timing.warm_up`,
+`_timing.interleave` and `_timing.rows`. Notes are lines for the reader, such as a missing
+peer. Enter the section in `SECTIONS`. Each section keeps its own command, date, versions
+and device, and a run replaces only the requested sections.
 """
 
 import dataclasses
@@ -47,6 +48,7 @@ SECTIONS: dict[str, Callable[[int], tuple[list[dict[str, Any]], list[str]]]] = {
     "flow_peers": flow.peers,
     "flow_reach": flow_reach.measure,
     "training_step": training_step.measure,
+    "training_step_winograd": training_step.measure_winograd,
     "metrics": metrics.measure,
     "startup": startup.measure,
     "hessian": hessian.measure,
@@ -63,25 +65,27 @@ class Config:
     """
 
     only: str = cli.flag(
-        ",".join(SECTIONS), "sections timed, with commas between", cli.TIME
+        ",".join(SECTIONS), "sections to time, separated by commas", cli.TIME
     )
-    repeats: int = cli.flag(5, "timed calls of each program; medians are told", cli.TIME)
-    torch_threads: int = cli.flag(
-        0, "threads of PyTorch; 0 for its own choice", cli.MACHINE
+    repeats: int = cli.flag(
+        5, "timed calls of each program; medians are reported", cli.TIME
     )
+    torch_threads: int = cli.flag(0, "threads of PyTorch; 0: its own choice", cli.MACHINE)
     cpu_devices: int = cli.flag(
-        0, "JAX devices to split the CPU into; 0: one a core", cli.MACHINE
+        0, "JAX devices to split the CPU into; 0: one per core", cli.MACHINE
     )
     out: str = cli.flag(
-        "benchmarks/results.json", "JSON file of the numbers; tables beside it", cli.OUTPUT
+        "benchmarks/results.json",
+        "JSON file of the numbers; the tables go beside it",
+        cli.OUTPUT,
     )
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Time the sections, print their tables, replace them in the file.
+    """Time the requested sections, print their tables and replace them in the file.
 
     Raises:
-      BadUse: a setting is out of range, or the file holds something else.
+      BadUse: a setting is out of range, or the file does not hold benchmark sections.
     """
     names = config.only.split(",")
     unknown = [name for name in names if name not in SECTIONS]
@@ -101,7 +105,7 @@ def run(config: Config) -> dict[str, Any]:
         print(f"timing {name}", file=sys.stderr)
         measured, notes = SECTIONS[name](config.repeats)
         section = {"rows": measured, "notes": notes} | _timing.provenance()
-        # Read again and after each: an interrupted run, and one beside it, lose nothing.
+        # Read and write after each section: no interrupted or parallel run loses results.
         sections = stored(path) | {name: section}
         files.write_json(path, sections)
         text = "\n".join(table(*item) for item in sections.items())
@@ -112,10 +116,10 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def stored(path: Path) -> dict[str, Any]:
-    """The sections in the file; none if there is no file.
+    """Return the sections in the file, none if the file does not exist.
 
     Raises:
-      BadUse: it cannot be read, or is no such file.
+      BadUse: the file cannot be read, or does not hold benchmark sections.
     """
     if not path.exists():
         return {}
@@ -126,12 +130,12 @@ def stored(path: Path) -> dict[str, Any]:
     if not isinstance(sections, dict) or not all(
         isinstance(section, dict) and "rows" in section for section in sections.values()
     ):
-        raise BadUse(f"--out={path} holds something else than benchmark sections")
+        raise BadUse(f"--out={path} does not hold benchmark sections")
     return sections
 
 
 def table(name: str, section: dict[str, Any]) -> str:
-    """A section in Markdown."""
+    """Return a section as Markdown."""
     lines = [
         f"**{name}**: `{section['command']}`, {section['date'][:10]}",
         "",

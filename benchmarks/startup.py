@@ -1,4 +1,4 @@
-"""Start-up: `import ncjax` and the help of an experiment, each in a fresh process."""
+"""Time `import ncjax` and the help of an experiment, each in a fresh process."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ COMMANDS = {
 
 
 def measure(repeats: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows and notes; files are in the cache after a first start of each."""
+    """Return rows and notes; a first, untimed start of each fills the file cache."""
     programs = [_program(name, arguments) for name, arguments in COMMANDS.items()]
     interleave(programs, 1)
     for program in programs:

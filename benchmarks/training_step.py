@@ -1,14 +1,15 @@
-"""A training step, batch 128, float32, against PyTorch on the same CPU.
+"""Time a training step, batch 128, float32, against PyTorch on the same CPU.
 
-Forward, backward and the update of SGD with momentum, on images that are shuffled, taken
-from a uint8 array in memory and normalised within the step. ncjax runs `train.make_epoch`;
-PyTorch torchvision's networks in channels-last layout, eager and under `torch.compile`
-(where that works); plain Flax the same network as ncjax with XLA's own convolution and
-pooling everywhere, a jitted step called in a loop. Seconds are those of one step, from
-calls of several.
+A step runs forward, backward and the update of SGD with momentum. It shuffles the images,
+takes them from a uint8 array in memory and normalises them. ncjax runs `train.make_epoch`.
+PyTorch runs torchvision's networks in channels-last layout, eager and, where it works,
+under `torch.compile`. Plain Flax runs ncjax's network with XLA's own convolution and
+pooling, and calls a jitted step in a loop. Seconds are of one step; a call runs several.
 """
 
+import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -33,7 +34,7 @@ class Problem(NamedTuple):
     name: str
     options: dict[str, Any]
     image_shape: tuple[int, int, int]
-    steps: int = 3  # in a call, the number of batches of an epoch
+    steps: int = 3  # steps per call: batches of an epoch
 
 
 PROBLEMS = {
@@ -51,7 +52,7 @@ def measure(
     batch: int = BATCH,
     compiled: bool = True,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows and notes."""
+    """Return rows and notes of ncjax and its peers."""
     skipped = missing("torch", "torchvision")
     measured, notes = [], [OPEN] + ([skipped] if skipped else [])
     for name, problem in problems.items():
@@ -76,15 +77,33 @@ def measure(
     return measured, notes
 
 
+def measure_winograd(
+    repeats: int, problems: dict[str, Problem] = PROBLEMS, batch: int = BATCH
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return rows and notes of ncjax with and without Winograd's algorithm."""
+    measured, loads = [], [os.getloadavg()[0]]
+    for name, problem in problems.items():
+        images, labels = draw(problem, batch * problem.steps)
+        programs = [
+            ncjax_program(problem, images, labels, batch),
+            ncjax_program(problem, images, labels, batch, winograd=False),
+        ]
+        warm_up(programs)
+        interleave(programs, repeats)
+        measured += rows(name, programs)
+        loads.append(os.getloadavg()[0])
+    return measured, [f"load averages of the machine: {min(loads):.0f} to {max(loads):.0f}"]
+
+
 def draw(problem: Problem, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images of noise, uint8, and labels."""
+    """Draw uint8 images of noise, and labels."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, size=(count, *problem.image_shape), dtype=np.uint8)
     return images, rng.integers(0, NUM_CLASSES, count).astype(np.int32)
 
 
 def set_up(problem: Problem, images, labels, devices=1):
-    """Model, optimiser, mesh of so many devices, data there and first state."""
+    """Return model, optimiser, mesh of `devices` devices, data on it and first state."""
     model = models.build(problem.name, NUM_CLASSES, **problem.options)
     optimiser = train.sgd(LEARNING_RATE)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:devices]), (train.AXIS,))
@@ -93,26 +112,31 @@ def set_up(problem: Problem, images, labels, devices=1):
     dataset = data.Dataset(images, labels, NUM_CLASSES)
     on_device = train.on_device(dataset, mean, deviation, mesh)
     state = train.init_state(model, optimiser, problem.image_shape, jax.random.key(0))
-    # Placed as an epoch returns it, or the second call would compile again.
+    # Place it as an epoch returns it; else the second call would compile again.
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     state = jax.device_put(state, everywhere)
     return model, optimiser, mesh, on_device, state
 
 
-def ncjax_program(problem: Problem, images, labels, batch: int) -> Program:
-    """`train.make_epoch` as experiments call it: all accelerators, or one CPU device."""
+def ncjax_program(
+    problem: Problem, images, labels, batch: int, winograd: bool = True
+) -> Program:
+    """Return `train.make_epoch` as a program, on all accelerators or one CPU device."""
     count = 1 if jax.default_backend() == "cpu" else jax.device_count()
     model, optimiser, mesh, dataset, state = set_up(problem, images, labels, count)
     epoch = jax.jit(
         train.make_epoch(model, optimiser, batch_size=batch, mesh=mesh), donate_argnums=0
     )
+    convolve = partial(convolution.convolve, winograd=winograd)
 
     def call(repeat):
         nonlocal state
-        state, log = epoch(state, dataset, jax.random.key(repeat))
+        with mock.patch.object(models, "convolve", convolve):  # used while tracing
+            state, log = epoch(state, dataset, jax.random.key(repeat))
         return jax.block_until_ready(log)
 
-    return Program("ncjax", call, lambda: call(0), steps=len(labels) // batch)
+    name = "ncjax" if winograd else "ncjax without Winograd"
+    return Program(name, call, lambda: call(0), steps=len(labels) // batch)
 
 
 def _reduce_window(x, size: int, stride: int, padding: int = 0):
@@ -128,7 +152,7 @@ def _reduce_window(x, size: int, stride: int, padding: int = 0):
 
 
 def flax_program(problem: Problem, images, labels, batch: int) -> Program:
-    """The same network by XLA's own convolution and pooling, a step at a time."""
+    """Return plain Flax as a program: XLA's own convolution and pooling, step by step."""
     model, optimiser, _, dataset, state = set_up(problem, images, labels)
 
     def loss_of(params, batch_stats, x, targets):
@@ -147,10 +171,10 @@ def flax_program(problem: Problem, images, labels, batch: int) -> Program:
     @jax.jit
     def step(state, dataset, index):
         x = data.normalise(dataset.images[index], dataset.mean, dataset.deviation)
-        slope, batch_stats = jax.grad(loss_of, has_aux=True)(
+        gradient, batch_stats = jax.grad(loss_of, has_aux=True)(
             state.params, state.batch_stats, x, dataset.labels[index]
         )
-        updates, opt_state = optimiser.update(slope, state.opt_state, state.params)
+        updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
         params = jax.tree.map(jnp.add, state.params, updates)
         return train.TrainState(params, batch_stats, opt_state)
 
@@ -170,7 +194,7 @@ def flax_program(problem: Problem, images, labels, batch: int) -> Program:
 
 
 def torch_network(problem: Problem):
-    """Torchvision's network of the same layers."""
+    """Return torchvision's network with the same layers."""
     import torchvision
     from torch import nn
 
@@ -193,7 +217,7 @@ def torch_network(problem: Problem):
 def torch_program(
     problem: Problem, images, labels, batch: int, compiled: bool = False
 ) -> Program:
-    """PyTorch, channels-last."""
+    """Return PyTorch, in channels-last layout, as a program."""
     import torch
 
     torch.manual_seed(0)

@@ -1,14 +1,21 @@
-"""Figures of the paper, over the iterated logarithm of time."""
+"""Draw the figures of the paper over the iterated logarithm of time."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from ncjax.checks import check_installed
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+except ModuleNotFoundError:
+    check_installed("experiments", "matplotlib")
+    raise
 
 _STYLE: Any = {
     "font.family": "STIXGeneral",
@@ -30,9 +37,9 @@ _EPOCHS = (2, 3, 5, 10, 20, 50, 100, 200, 350, 500, 1000, 2000, 5000, 10_000)
 
 
 class Curve(NamedTuple):
-    """One quantity over time, for several seeds."""
+    """One quantity over time for several seeds."""
 
-    values: np.ndarray  # (S, T) one row per seed
+    values: np.ndarray  # (S, T), one row per seed
     label: str
     colour: str
     style: str = "-"
@@ -58,10 +65,11 @@ class Ruler(NamedTuple):
 
 
 def collapse_panels(metrics: Mapping[str, np.ndarray]) -> list[Panel]:
-    """The four panels of Figure 2 of Ji et al. (ICLR 2022).
+    """Return the four panels of Figure 2 of Ji et al. (ICLR 2022).
 
     Args:
-      metrics: fields of `ncjax.CollapseMetrics` by name, each (S, T) for S seeds.
+      metrics: fields of `ncjax.CollapseMetrics` by name, each (S, T) for S seeds and T
+        times.
     """
 
     def three(means: str, classifier: str) -> list[Curve]:
@@ -98,7 +106,9 @@ def collapse_panels(metrics: Mapping[str, np.ndarray]) -> list[Panel]:
 def training_panels(
     train: Mapping[str, np.ndarray], test: Mapping[str, np.ndarray]
 ) -> list[Panel]:
-    """How a network trains: error, loss, margin, and NC4; zeros are not drawn.
+    """Return the panels of a training run: error, loss, margin and NC4.
+
+    Zeros have no logarithm and are left out.
 
     Args:
       train: fields of `ncjax.CollapseMetrics` and `ncjax.LastLayer` by name, each (S, T)
@@ -129,7 +139,7 @@ def training_panels(
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
-    """NaN, so not drawn, where zero."""
+    """Replace values that are not positive by NaN, which no curve shows."""
     return np.where(values > 0, values, np.nan)
 
 
@@ -140,16 +150,16 @@ def figure_over_log_log_t(
     reach: float | None = None,
     reach_label: str = "",
 ) -> Figure:
-    """Panels over log log t, logarithmic upwards: median and quartiles over seeds.
+    """Draw panels over log log t: the median over seeds and the band between quartiles.
 
     Args:
-      log_times: (T,) natural logarithms of time, of which those above 1 are drawn.
-      panels: four of them.
+      log_times: (T,) natural logarithms of time; only values above 1 are drawn.
+      panels: four panels.
       reach: natural logarithm of the time up to which the background is shaded.
-      reach_label: what the shade means.
+      reach_label: meaning of the shade.
 
     Raises:
-      ValueError: no time is above 1, or panels are not four, of curves (S, T).
+      ValueError: no time is above 1, the panels are not four, or a curve is not (S, T).
     """
     shown = log_times > 1
     if not shown.any():
@@ -170,15 +180,17 @@ def figure_over_log_log_t(
 def figure_over_log_log_epochs(
     epochs: np.ndarray, panels: Sequence[Panel], *, until: int | None = None
 ) -> Figure:
-    """Panels over log log of the epoch, as in the figures of networks in the paper.
+    """Draw panels over log log of the epoch, as the paper does for networks.
 
     Args:
-      epochs: (T,) of which those from 2 on are drawn.
-      panels: four of them.
-      until: first epoch with no training error, up to which the background is shaded.
+      epochs: (T,) numbers of epochs; only epochs from 2 on are drawn.
+      panels: four panels.
+      until: epoch up to which the background is shaded: the first one with zero training
+        error.
 
     Raises:
-      ValueError: no epoch is 2 or later, or panels are not four, of curves (S, T).
+      ValueError: no epoch is 2 or later, the panels are not four, or a curve is not
+        (S, T).
     """
     shown = epochs >= 2
     if not shown.any():
@@ -197,14 +209,16 @@ def figure_over_log_log_epochs(
 
 
 def _cut(panels: Sequence[Panel], shown: np.ndarray) -> list[Panel]:
-    """Panels at the times shown alone, once they are four and of as many times.
+    """Keep the times where `shown` is true.
 
     Raises:
-      ValueError: they are not.
+      ValueError: the panels are not four with curves of shape (S, T).
     """
     if len(panels) != 4 or not all(panel.curves for panel in panels):
         counts = [len(panel.curves) for panel in panels]
-        raise ValueError(f"expected four panels of a curve or more each, got {counts}")
+        raise ValueError(
+            f"expected four panels with at least one curve each, got {counts} curves"
+        )
     for curve in (curve for panel in panels for curve in panel.curves):
         if np.shape(curve.values)[1:] != shown.shape:
             raise ValueError(
@@ -222,7 +236,7 @@ def _cut(panels: Sequence[Panel], shown: np.ndarray) -> list[Panel]:
 def _four_panels(
     ruler: Ruler, panels: Sequence[Panel], edge: float | None, note: str
 ) -> Figure:
-    """Four panels over one ruler, shaded up to `edge`."""
+    """Draw four panels over one ruler, shaded up to `edge`."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(7.2, 5.2), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True).ravel()
@@ -240,7 +254,7 @@ def _four_panels(
 
 
 def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend above for the curves of all `axes`, those of one name being alike."""
+    """Draw one legend above all `axes`; curves of one label share an entry."""
     handles: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -255,7 +269,7 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 
 def _draw(axis: Axes, x: np.ndarray, curve: Curve, scale: str = "log") -> None:
-    """Median and band between the quartiles, over the seeds that got there."""
+    """Draw the median and the band between quartiles over seeds with finite values."""
     x, low, median, high = _quartiles(x, curve.values)
     if scale == "log":
         median = np.where(median > 0, median, np.nan)
@@ -268,16 +282,16 @@ def _draw(axis: Axes, x: np.ndarray, curve: Curve, scale: str = "log") -> None:
 
 
 def _quartiles(x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Where a seed is finite: x, lower quartile, median and upper quartile."""
+    """Return x, lower quartile, median and upper quartile where any seed is finite."""
     values = np.where(np.isfinite(values), values, np.nan)
-    done = np.isfinite(values).any(axis=0)
-    if not done.any():
-        return x[done], *np.zeros((3, 0))
-    return x[done], *np.nanquantile(values[:, done], (0.25, 0.5, 0.75), axis=0)
+    finite = np.isfinite(values).any(axis=0)
+    if not finite.any():
+        return x[finite], *np.zeros((3, 0))
+    return x[finite], *np.nanquantile(values[:, finite], (0.25, 0.5, 0.75), axis=0)
 
 
 def _draw_guide(axis: Axes, x: np.ndarray, values: np.ndarray, exponent: int) -> None:
-    """A dotted power law below the last sixth of a curve, where that is the asymptote."""
+    """Draw a dotted power law below the last sixth of a curve that reaches late times."""
     x, _, median, _ = _quartiles(x, values)
     if x.size == 0 or median[-1] <= 0:
         return
@@ -300,7 +314,7 @@ def _draw_guide(axis: Axes, x: np.ndarray, values: np.ndarray, exponent: int) ->
 
 
 def _finish(axis: Axes, panel: Panel, ruler: Ruler, edge: float | None) -> None:
-    """Scales, ticks, shade, legend."""
+    """Set scale, title, ticks, grid and shade."""
     axis.set_yscale(panel.scale)
     axis.set_title(panel.title, loc="left")
     if ruler.x[0] < ruler.x[-1]:
@@ -315,7 +329,7 @@ def _finish(axis: Axes, panel: Panel, ruler: Ruler, edge: float | None) -> None:
 
 
 def _number_short_axis(axis: Axes) -> None:
-    """Plain round numbers where powers of ten would leave few ticks."""
+    """Label a short logarithmic axis with round numbers: it holds few powers of ten."""
     low, high = axis.get_ylim()
     decades = np.log10(high / low)
     if decades > 2:
@@ -337,14 +351,14 @@ def saddle_figure(
     angles: np.ndarray,
     descents: Sequence[tuple[str, np.ndarray, np.ndarray]],
 ) -> Figure:
-    """Certificates along the flow, escapes from saddles, descents on the sphere.
+    """Draw KKT residuals along the flow, escapes from saddles, descents on the sphere.
 
     Args:
-      log_times: (T,) natural logarithms of time of the next two.
+      log_times: (T,) natural logarithms of time of `stationarity` and `excess`.
       stationarity: (S, T) KKT residual.
       excess: (S, T) distance of sigma_max from 1.
-      escapes: label, log times (T',), unstable part of Z/|Z| (S', T'), exponent predicted.
-      angles: (A,) radians.
+      escapes: label, log times (T',), unstable part of Z/|Z| (S', T'), predicted exponent.
+      angles: (A,), in radians.
       descents: label, log L along the circle over |Z|² (A,), its parabola (A,).
     """
     with matplotlib.rc_context(_STYLE):
@@ -380,7 +394,7 @@ def saddle_figure(
 
 
 def render(figure: Figure) -> dict[str, bytes]:
-    """The figure as files, by suffix: `.png` and `.pdf`, the PDF undated."""
+    """Return the bytes of `.png` and `.pdf` files by suffix; the PDF has no date."""
     options: dict[str, dict[str, Any]] = {
         ".png": {"dpi": 200},
         ".pdf": {"metadata": {"CreationDate": None}},

@@ -1,6 +1,9 @@
 """The benchmarks run on tiny problems, and their programs agree."""
 
+import importlib.metadata
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,7 @@ from benchmarks import (
     startup,
     training_step,
 )
-from ncjax.networks import models
+from ncjax.networks import convolution, models
 
 
 @pytest.fixture
@@ -59,6 +62,26 @@ def test_programs_take_turns_and_are_compared_within_a_repeat(monkeypatch):
         "compile_seconds": 4.0,
         "extra": 1,
     }
+
+
+def test_provenance_knows_the_version_of_a_clone(monkeypatch):
+    installed = importlib.metadata.version
+
+    def not_installed(package):
+        if package == "ncjax":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    found = _timing.provenance()["versions"]["ncjax"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", found)
+
+
+def test_stored_results_name_the_version_that_was_timed():
+    sections = run.stored(Path(run.__file__).with_name("results.json"))
+    assert run.SECTIONS.keys() <= sections.keys()
+    for section in sections.values():
+        assert re.match(r"\d+\.\d+\.\d+", section["versions"]["ncjax"])
 
 
 def fake(name, note=""):
@@ -142,6 +165,24 @@ def test_training_steps_are_timed():
     measured, notes = training_step.measure(1, {"tiny": tiny}, batch=8)
     assert [row["program"] for row in measured] == ["ncjax", "plain Flax"]
     assert notes == [training_step.OPEN, "peers left out: none wanted"]
+
+
+def test_winograd_is_timed_with_and_without(monkeypatch):
+    chosen = {True: set(), False: set()}
+    choose = convolution._formula
+
+    def spy(*arguments):
+        formula = choose(*arguments)
+        chosen[arguments[-1]].add(formula)
+        return formula
+
+    monkeypatch.setattr(convolution, "_formula", spy)
+    tiny = training_step.Problem("convnet", {"channels": (16,)}, (16, 16, 16), steps=1)
+    measured, (note,) = training_step.measure_winograd(1, {"tiny": tiny}, batch=4)
+    assert [row["program"] for row in measured] == ["ncjax", "ncjax without Winograd"]
+    assert note.startswith("load averages of the machine: ")
+    assert convolution.convolve_winograd in chosen[True]
+    assert chosen[False] == {convolution.convolve_canonical}
 
 
 @pytest.mark.parametrize("problem", training_step.PROBLEMS.values())

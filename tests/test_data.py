@@ -312,7 +312,7 @@ def test_names_of_no_data_set(tmp_path, offline, name):
 )
 def test_known_sets_without_images_and_labels(tmp_path, name, features):
     """Before anything is downloaded."""
-    with pytest.raises(ValueError, match="no image classification set") as raised:
+    with pytest.raises(ValueError, match="not an image classification set") as raised:
         data.load(name, "train", str(tmp_path))
     assert name in str(raised.value)
     assert features in str(raised.value)

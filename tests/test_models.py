@@ -1,7 +1,9 @@
 """The networks against torchvision's, with the same weights, and against their contract."""
 
+import importlib
 import json
 import math
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -446,3 +448,12 @@ def test_adaptive_mean_matches_the_definition(size, grid):
     half = models.adaptive_mean(jnp.asarray(x, jnp.bfloat16), grid)
     assert half.dtype == jnp.bfloat16
     assert_near(np.asarray(half, float), expected, 0.03)
+
+
+@pytest.mark.parametrize("package", ["flax", "orbax.checkpoint", "sklearn"])
+def test_without_a_package_the_import_names_the_extra(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "ncjax.networks")
+    message = rf"^{package} not found: pip install 'ncjax\[networks\]'"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        importlib.import_module("ncjax.networks")

@@ -1,6 +1,8 @@
 """Figures hold the medians, quartiles and ticks of what they are given."""
 
+import importlib
 import statistics
+import sys
 
 import numpy as np
 import pytest
@@ -230,3 +232,11 @@ def test_files_are_images_and_the_same_every_time(seed, shape, holes):
     if WIDE:
         again = plotting.figure_over_log_log_t(times, panels)
         assert plotting.render(again) == files
+
+
+def test_without_matplotlib_the_import_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "ncjax.plotting")
+    message = r"matplotlib not found: pip install 'ncjax\[experiments\]'"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        importlib.import_module("ncjax.plotting")

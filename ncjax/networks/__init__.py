@@ -6,4 +6,8 @@ need the packages of `pip install 'ncjax[networks]'`; `import ncjax` loads none 
 
 from ncjax.checks import check_installed
 
-check_installed("networks", "flax", "optax", "orbax.checkpoint", "tensorflow_datasets")
+check_installed(
+    "networks",
+    *("flax", "optax", "orbax.checkpoint", "tensorflow_datasets"),
+    *("array_record", "importlib_resources", "PIL", "sklearn", "tqdm"),
+)

@@ -1,15 +1,16 @@
-r"""Convolution and max pooling, by whichever formula is fast for the shape and platform.
+r"""Convolve and max-pool by the formula that is fast for the shape and platform.
 
-All compute the same sums. On accelerators they are XLA's own. On CPU some of XLA's are up
-to a hundred times slower than the same arithmetic written as matrix products and shifted
-slices: convolutions of 1x1 and 2x2 maps, the gradient of the window maximum, and, within
-the body of a loop, the gradient of a convolution by its kernel (jax-ml/jax#12868). Most
-3x3 convolutions take a quarter of the arithmetic, see `ncjax.networks.winograd`.
+All formulas compute the same sums. On accelerators they are XLA's own. On CPU, some of
+XLA's are up to a hundred times slower than the same arithmetic as matrix products and
+shifted slices: convolutions of 1x1 and 2x2 maps, the gradient of the window maximum, and,
+within the body of a loop, the gradient of a convolution by its kernel (jax-ml/jax#12868).
+Most 3x3 convolutions run by Winograd's algorithm with a quarter of the products.
 """
 
 import math
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,34 +20,38 @@ from ncjax.networks import winograd
 from ncjax.networks.grouping import map_groups, sum_groups
 from ncjax.types import Array
 
-# Up to so many input positions, every one meets every output: one matrix product.
+# Up to this many input positions, one dense matrix maps all inputs to all outputs.
 _DENSE_POSITIONS = 4
-# Below either, Winograd's transforms outweigh the products that it saves.
+# Below either bound, Winograd's transforms cost more than the products they save.
 _WINOGRAD_CHANNELS = 16
 _WINOGRAD_TILES = 64
-# Fewer channels, and XLA's strided convolution is faster than gathered windows.
+# With fewer channels, XLA's strided convolution is faster than gathered windows.
 _GATHER_CHANNELS = 16
-# Elements of the windows that are gathered at a time: they stay in the cache.
+# Elements of the windows gathered at a time: they fit into the cache.
 _GATHER_ELEMENTS = 2**19
 
 
-def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Array:
-    r"""Convolution (cross-correlation) of images with zero padding.
+def convolve(
+    x: Array, kernel: Array, stride: int = 1, padding: int = 0, *, winograd: bool = True
+) -> Array:
+    r"""Return the convolution (cross-correlation) of images with zero padding.
 
     $$y_{b,p,q,o} = \sum_{i,j,c} x_{b,\, s p + i - r,\, s q + j - r,\, c}\, k_{i,j,c,o}$$
 
     Args:
       x: (B, height, width, C).
       kernel: (h, w, C, O).
-      stride: s, both ways.
-      padding: r, zeros on every side.
+      stride: s, in both directions.
+      padding: r, number of zeros on every side.
+      winograd: whether Winograd's algorithm may be used; the benchmark compares both.
 
     Returns:
       (B, height', width', O), height' = (height + 2 r - h) // s + 1. On CPU it has a
-      reverse derivative, which can be differentiated again either way, and no forward one.
+      reverse derivative, which can be differentiated again in either mode, but no forward
+      derivative.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, or the padded image is smaller than the
+      ValueError: shapes or dtypes do not match, or the padded image is smaller than the
         kernel.
     """
     if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != kernel.shape[2]:
@@ -60,12 +65,14 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Arra
             f"{x.dtype} and {kernel.dtype} {kernel.shape}"
         )
     _output_size(x.shape[1:3], kernel.shape[:2], stride, padding)
-    formula = _formula(x.shape, kernel.shape, stride, padding, x.dtype)
+    formula = _formula(x.shape, kernel.shape, stride, padding, x.dtype, winograd)
     return formula(x, kernel, stride, padding)
 
 
-def _formula(x_shape, kernel_shape, stride: int, padding: int, dtype):
-    """The fastest formula, measured on CPU at batches of 128 within a loop."""
+def _formula(
+    x_shape, kernel_shape, stride: int, padding: int, dtype, with_winograd: bool = True
+):
+    """Choose the fastest formula, as measured on CPU at batches of 128 within a loop."""
     window, channels = kernel_shape[:2], min(kernel_shape[2:])
     if jax.default_backend() != "cpu" or 0 in (*x_shape, *kernel_shape):
         return convolve_lax
@@ -75,20 +82,21 @@ def _formula(x_shape, kernel_shape, stride: int, padding: int, dtype):
         return convolve_dense
     tiles = x_shape[0] * winograd.count_tiles(x_shape[1:3])
     if (
-        (*window, stride, padding) == (3, 3, 1, 1)
+        with_winograd
+        and (*window, stride, padding) == (3, 3, 1, 1)
         and channels >= _WINOGRAD_CHANNELS
         and tiles >= _WINOGRAD_TILES
         and jnp.finfo(dtype).bits >= 32
     ):
         return convolve_winograd
-    # Over the gradient of some strided kernels that are not square, XLA 0.10 aborts.
+    # XLA 0.10 aborts on the gradient of some strided kernels that are not square.
     if stride > 1 and (channels >= _GATHER_CHANNELS or window[0] != window[1]):
         return convolve_gathered
     return convolve_canonical
 
 
 def convolve_lax(x: Array, kernel: Array, stride: int, padding: int) -> Array:
-    """`convolve` by `jax.lax.conv_general_dilated`."""
+    """Convolve by `jax.lax.conv_general_dilated`."""
     return _lax(x, kernel, (stride, stride), ((padding, padding), (padding, padding)))
 
 
@@ -105,7 +113,7 @@ def _lax(x: Array, kernel: Array, strides, pads, spread=(1, 1)) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve_canonical(x: Array, kernel: Array, stride: int, padding: int) -> Array:
-    """`convolve_lax` whose gradients keep to the one layout that XLA runs fast on CPU."""
+    """Convolve by XLA, with gradients in the one layout that XLA runs fast on CPU."""
     return convolve_lax(x, kernel, stride, padding)
 
 
@@ -116,7 +124,7 @@ def _canonical_forward(x, kernel, stride, padding):
 def _canonical_backward(stride, padding, saved, cotangent):
     x, kernel = saved
     window = kernel.shape[:2]
-    # The mirrored kernel over the cotangent, spread by the stride.
+    # Convolve the cotangent, spread by the stride, with the mirrored kernel.
     pads = [
         (width - 1 - padding, length + padding - (out - 1) * stride - 1)
         for length, width, out in zip(
@@ -131,12 +139,12 @@ convolve_canonical.defvjp(_canonical_forward, _canonical_backward)
 
 
 def _mirrored(kernel: Array) -> Array:
-    """The kernel of the gradient by the input."""
+    """Return the kernel of the gradient by the input."""
     return kernel[::-1, ::-1].transpose(0, 1, 3, 2)
 
 
 def _by_kernel(x: Array, cotangent: Array, window, stride: int, padding: int) -> Array:
-    """Gradient by the kernel: gathered windows times the cotangent."""
+    """Return the gradient by the kernel: gathered windows times the cotangent."""
 
     def of_images(x, cotangent):
         windows = _gathered(x, window, stride, padding)
@@ -144,11 +152,12 @@ def _by_kernel(x: Array, cotangent: Array, window, stride: int, padding: int) ->
 
     each = _images_at_once(cotangent.shape, window, x.shape[3])
     total = sum_groups(of_images, each, x, cotangent)
+    chex.assert_shape(total, (math.prod(window) * x.shape[3], cotangent.shape[3]))
     return total.reshape(*window, x.shape[3], cotangent.shape[3])
 
 
 def _gathered(x: Array, window, stride: int, padding: int) -> Array:
-    """Windows (B, height', width', h w C), side by side."""
+    """Gather the windows side by side: (B, height', width', h w C)."""
     return jnp.concatenate(_windows(x, window, stride, padding, 0), axis=-1)
 
 
@@ -158,7 +167,7 @@ def _images_at_once(out_shape, window, channels: int) -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve_winograd(x: Array, kernel: Array, stride: int = 1, padding: int = 1) -> Array:
-    """`convolve` of 3x3, stride 1 and padding 1, by `ncjax.networks.winograd`."""
+    """Convolve with 3x3, stride 1 and padding 1, by Winograd's algorithm."""
     return winograd.correlate(x, kernel)
 
 
@@ -176,13 +185,13 @@ convolve_winograd.defvjp(_winograd_forward, _winograd_backward)
 
 
 def convolve_pointwise(x: Array, kernel: Array, stride: int, padding: int = 0) -> Array:
-    """`convolve` of 1x1 without padding: one product for every position that is kept."""
+    """Convolve with 1x1 and no padding: one matrix product over all kept positions."""
     return jnp.matmul(x[:, ::stride, ::stride], kernel[0, 0])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve_gathered(x: Array, kernel: Array, stride: int, padding: int) -> Array:
-    """`convolve` as the windows, gathered side by side, times one matrix."""
+    """Convolve as gathered windows times one matrix."""
     return _gathered_product(x, kernel, stride, padding)
 
 
@@ -208,7 +217,7 @@ def _gathered_backward(stride, padding, saved, cotangent):
     matrix = kernel.reshape(-1, channels[1]).T
 
     def of_images(cotangent):
-        # The transpose of gathering: each tap's part, spread by the stride and added up.
+        # Transpose the gathering: spread the part of each tap by the stride, add all up.
         parts = jnp.matmul(cotangent, matrix).reshape(*cotangent.shape[:3], -1, channels[0])
         total = jnp.zeros((), parts.dtype)
         for tap in range(math.prod(window)):
@@ -235,13 +244,14 @@ convolve_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def convolve_dense(x: Array, kernel: Array, stride: int, padding: int) -> Array:
-    """`convolve` as one matrix from all input positions to all output positions."""
+    """Convolve by one matrix from all input positions to all output positions."""
     size = x.shape[1:3]
     out = _output_size(size, kernel.shape[:2], stride, padding)
     taps = _taps(size, out, kernel.shape[:2], stride, padding)
     channels = kernel.shape[2:]
     with_zero = jnp.pad(kernel.reshape(-1, *channels), ((0, 1), (0, 0), (0, 0)))
-    matrix = with_zero[taps].transpose(0, 2, 1, 3)  # (in, C, out, O)
+    matrix = with_zero[taps].transpose(0, 2, 1, 3)
+    chex.assert_shape(matrix, (math.prod(size), channels[0], math.prod(out), channels[1]))
     matrix = matrix.reshape(math.prod(size) * channels[0], math.prod(out) * channels[1])
     return jnp.matmul(x.reshape(x.shape[0], -1), matrix).reshape(
         x.shape[0], *out, channels[1]
@@ -249,13 +259,13 @@ def convolve_dense(x: Array, kernel: Array, stride: int, padding: int) -> Array:
 
 
 def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:
-    r"""Maximum over square windows, as `torch.nn.MaxPool2d`.
+    r"""Return the maximum over square windows, as `torch.nn.MaxPool2d` does.
 
     Args:
       x: (B, height, width, C).
-      size: of the window.
-      stride: both ways.
-      padding: on every side, of minus infinity.
+      size: height and width of the window.
+      stride: step between windows, in both directions.
+      padding: number of entries, minus infinity, on every side.
 
     Returns:
       (B, height', width', C), height' = (height + 2 padding - size) // stride + 1. The
@@ -263,7 +273,7 @@ def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:
 
     Raises:
       ValueError: x has another rank, a size is out of range, the padded image is smaller
-        than the window, or the padding is more than half of it.
+        than the window, or the padding is more than half the window.
     """
     check_integer("size", size, least=1)
     if x.ndim != 4 or padding > size // 2:
@@ -289,7 +299,7 @@ def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:
 
 
 def _output_size(size, window, stride: int, padding: int) -> tuple[int, int]:
-    """Height and width of the output."""
+    """Return height and width of the output."""
     check_integer("stride", stride, least=1)
     check_integer("padding", padding, least=0)
     padded = [length + 2 * padding for length in size]
@@ -305,7 +315,7 @@ def _output_size(size, window, stride: int, padding: int) -> tuple[int, int]:
 
 
 def _windows(x: Array, window, stride: int, padding: int, fill: float) -> list[Array]:
-    """For each place in the window, in rows, the (B, height', width', C) values there."""
+    """Return the (B, height', width', C) values at each place of the window, by rows."""
     height, width = _output_size(x.shape[1:3], window, stride, padding)
     border = (padding, padding)
     padded = jnp.pad(x, ((0, 0), border, border, (0, 0)), constant_values=fill)
@@ -321,10 +331,10 @@ def _windows(x: Array, window, stride: int, padding: int, fill: float) -> list[A
 
 
 def _taps(size, out, window, stride: int, padding: int) -> np.ndarray:
-    """Which tap of the kernel, in rows, leads from an input to an output position.
+    """Return the tap of the kernel, by rows, that links each input to each output.
 
     Returns:
-      (inputs, outputs) integers; h * w, one past the last tap, where none does.
+      (inputs, outputs) integers; h * w, one past the last tap, if no tap links them.
     """
     rows, columns = (
         np.arange(n)[:, None] + padding - stride * np.arange(m)[None]

@@ -1,6 +1,7 @@
-"""Image classification sets as arrays: TFDS by name, scikit-learn's digits with no network.
+"""Load image classification sets as arrays: TFDS by name, or scikit-learn's digits.
 
-Reading needs no TensorFlow; preparing a set from its official archive, once, does.
+Reading needs no TensorFlow. Preparing a set from its official archive, once, does. The
+digits need no network.
 """
 
 import difflib
@@ -23,7 +24,7 @@ from ncjax.checks import check_integer
 from ncjax.types import Array
 
 DIGITS = "digits"
-_DIGITS_TRAIN = 1437  # of 1797, the others are the split "test"
+_DIGITS_TRAIN = 1437  # of 1797; the rest is the split "test"
 _CHUNK = 1000
 # Google's storage, where TFDS looks first.
 _PROBE = "https://storage.googleapis.com/tfds-data"
@@ -32,7 +33,7 @@ _CROP = 4
 
 
 class Part(NamedTuple):
-    """Some successive samples of a split, at least one."""
+    """Consecutive samples of a split, at least one."""
 
     name: str
     start: int
@@ -45,27 +46,28 @@ class Dataset(NamedTuple):
     images: np.ndarray  # (N, height, width, C) uint8, C = 1 or 3
     labels: np.ndarray  # (N,) int32 in [0, K)
     num_classes: int  # K
-    parts: tuple[Part, ...] = ()  # of a set on disk that they were taken from
+    parts: tuple[Part, ...] = ()  # ranges of the set on disk that hold the images
 
 
 def load(
     name: str, split: str, data_dir: str | None = None, *, per_class: int | None = None
 ) -> Dataset:
-    """A split of a data set, in the order of its files.
+    """Load a split of a data set in the order of its files.
 
     Args:
       name: "digits" (1797 real handwritten digits of 8x8 that scikit-learn ships, 1437 of
         them "train" and 360 "test"), or any image classification set of TFDS, such as
-        "mnist", "cifar10", "kmnist", "fashion_mnist". Not prepared yet, it is downloaded.
-      split: in the syntax of TFDS: "train", "test", "train[:20%]", "train[:5000]".
-      data_dir: TFDS's data directory; its own default (TFDS_DATA_DIR, else
-        ~/tensorflow_datasets) if None or empty.
+        "mnist", "cifar10", "kmnist", "fashion_mnist". A set that is not prepared yet is
+        downloaded and prepared.
+      split: split in the syntax of TFDS: "train", "test", "train[:20%]", "train[:5000]".
+      data_dir: TFDS's data directory; if None or empty, TFDS's default: TFDS_DATA_DIR, else
+        ~/tensorflow_datasets.
       per_class: keep the first `per_class` samples of each class; all if None or 0.
 
     Raises:
-      ValueError: no such set or split, no images or labels in it, images of several
-        sizes, or too few samples of a class.
-      OSError: it is neither prepared nor to be downloaded, or its files are damaged.
+      ValueError: the set or split does not exist, it has no images or labels, images have
+        several sizes, or a class has too few samples.
+      OSError: the set is not prepared and cannot be downloaded, or its files are damaged.
 
     Source: Wiesner et al., TensorFlow Datasets; Alpaydin, Kaynak (1998) for the digits.
 
@@ -82,10 +84,10 @@ def load(
 
 
 def first_of_each_class(dataset: Dataset, per_class: int) -> Dataset:
-    """The first `per_class` samples of each class, in their order.
+    """Keep the first `per_class` samples of each class, in their order.
 
     Raises:
-      ValueError: a class has fewer.
+      ValueError: a class has fewer samples.
     """
     counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
     if counts.min() < per_class:
@@ -101,7 +103,7 @@ def first_of_each_class(dataset: Dataset, per_class: int) -> Dataset:
 
 
 def _digits(name: str, split: str, data_dir: str | None) -> Dataset:
-    """Scikit-learn's digits, values 0 to 16 stretched to 0 to 255."""
+    """Load scikit-learn's digits with values 0 to 16 stretched to 0 to 255."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -121,36 +123,36 @@ def _digits(name: str, split: str, data_dir: str | None) -> Dataset:
 
 
 def _parts(name: str, split: str, splits: Any) -> tuple[Part, ...]:
-    """What a split in the syntax of TFDS asks for.
+    """Return the ranges of samples that a split in the syntax of TFDS selects.
 
-    TFDS itself reads a slice that ends before it starts as some other samples.
+    A slice that ends before it starts is empty here; TFDS reads other samples for it.
 
     Raises:
-      ValueError: not in that syntax, of a split that is not there, or empty.
+      ValueError: the syntax is wrong, the split does not exist or is empty.
     """
     import tensorflow_datasets as tfds
 
-    held = ", ".join(f"{key} ({info.num_examples})" for key, info in splits.items())
+    available = ", ".join(f"{key} ({info.num_examples})" for key, info in splits.items())
     try:
-        asked = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
+        requested = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"cannot read split {split!r} of {name}, which has {held}: {reason}"
+            f"cannot read split {split!r} of {name}, which has {available}: {reason}"
         ) from None
     parts = []
-    for part in asked:
+    for part in requested:
         size = splits[part.splitname].num_examples
         start, stop, _ = slice(part.from_, part.to).indices(size)
         parts.append(Part(part.splitname, start, stop))
     parts = [part for part in parts if part.start < part.stop]
     if not parts:
-        raise ValueError(f"split {split!r} of {name}, which has {held}, is empty")
+        raise ValueError(f"split {split!r} of {name}, which has {available}, is empty")
     return tuple(parts)
 
 
 def overlap(first: Dataset, second: Dataset) -> bool:
-    """Whether two splits of one set were cut from common samples."""
+    """Return whether two splits of one set share samples."""
     return any(
         a.name == b.name and max(a.start, b.start) < min(a.stop, b.stop)
         for a in first.parts
@@ -159,13 +161,15 @@ def overlap(first: Dataset, second: Dataset) -> bool:
 
 
 def _tfds(name: str, split: str, data_dir: str | None) -> Dataset:
-    """A set of TensorFlow Datasets, prepared first where it is not."""
+    """Load a set of TensorFlow Datasets; prepare it first if needed."""
     builder = _builder(name, os.path.expanduser(data_dir) if data_dir else None)
     features = _image_features(builder)
     if not builder.is_prepared():
         _prepare(builder)
     if not builder.info.splits:
-        raise OSError(f"{builder.data_dir} is incomplete: prepare {name} anew without it")
+        raise OSError(
+            f"{builder.data_dir} is incomplete: delete it and prepare {name} again"
+        )
     parts = _parts(name, split, builder.info.splits)
     try:
         source = builder.as_data_source(
@@ -174,7 +178,7 @@ def _tfds(name: str, split: str, data_dir: str | None) -> Dataset:
     except NotImplementedError:
         raise OSError(
             f"{builder.data_dir} holds {name} as {builder.info.file_format.value}, which "
-            "needs TensorFlow to read: prepare it as array_record, in another data_dir"
+            "needs TensorFlow to read: prepare it as array_record in another data_dir"
         ) from None
     except Exception as error:
         raise _damaged(builder, error) from None
@@ -199,7 +203,7 @@ def _tfds(name: str, split: str, data_dir: str | None) -> Dataset:
 
 
 def _builder(name: str, data_dir: str | None) -> Any:
-    """TFDS's builder of that name."""
+    """Return the builder of a set of TFDS."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.registered import DatasetNotFoundError
 
@@ -210,7 +214,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
     try:
         return tfds.builder(name, data_dir=data_dir)
     except DatasetNotFoundError as error:
-        # The message lists them; `tfds.list_builders` would import TensorFlow.
+        # Read the names off the message: `tfds.list_builders` would import TensorFlow.
         known = [DIGITS, *re.findall(r"^\s*- (\w+)", str(error), flags=re.MULTILINE)]
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "digits needs no network"
@@ -230,17 +234,17 @@ def _builder(name: str, data_dir: str | None) -> Any:
 
 
 class _Names(NamedTuple):
-    """Names of the features of a set."""
+    """Names of the features that hold the image and the label."""
 
     image: str
     label: str
 
 
 def _image_features(builder: Any) -> _Names:
-    """Which features hold the image and the label.
+    """Find the features that hold the image and the label.
 
     Raises:
-      ValueError: there is not one of each.
+      ValueError: the set has not exactly one of each.
     """
     import tensorflow_datasets as tfds
 
@@ -251,8 +255,8 @@ def _image_features(builder: Any) -> _Names:
         images, labels = ["image"], ["label"]
     if len(images) != 1 or len(labels) != 1:
         raise ValueError(
-            f"{builder.name} is no image classification set: expected one image and one "
-            f"label, got features {', '.join(features)}"
+            f"{builder.name} is not an image classification set: expected one image and "
+            f"one label, got features {', '.join(features)}"
         )
     image = features[images[0]]
     if image.np_dtype != np.uint8 or image.shape[-1] not in (1, 3):
@@ -264,7 +268,7 @@ def _image_features(builder: Any) -> _Names:
 
 
 def _damaged(builder: Any, error: Exception) -> OSError:
-    """An error that names the files at fault, each being opened by itself."""
+    """Return an error that names the damaged files; each file is opened by itself."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     try:
@@ -273,7 +277,7 @@ def _damaged(builder: Any, error: Exception) -> OSError:
             for split in builder.info.splits.values()
             for shard in zip(split.filepaths, split.shard_lengths, strict=True)
         ]
-    except Exception:  # their names are damaged
+    except Exception:  # the file names are damaged
         shards = []
     suspects = []
     for path, length in shards:
@@ -289,18 +293,18 @@ def _damaged(builder: Any, error: Exception) -> OSError:
 
 
 def _prepare(builder: Any) -> None:
-    """Download and prepare a set, or say at once why that cannot be.
+    """Download and prepare a set, or say at once why that is impossible.
 
     Raises:
-      OSError: no TensorFlow or no network.
+      OSError: TensorFlow or the network is missing, or the preparation fails.
     """
     root = Path(builder.data_dir).parents[len(Path(builder.info.full_name).parts) - 1]
-    there = sorted(str(path) for path in _prepared(root))
-    held = f"there: {', '.join(there)}" if there else "nothing is there"
-    missing = f"{builder.info.full_name} is not prepared in {root} ({held})"
+    prepared = sorted(str(path) for path in _prepared(root))
+    found = f"there: {', '.join(prepared)}" if prepared else "nothing is there"
+    missing = f"{builder.info.full_name} is not prepared in {root} ({found})"
     choices = (
-        "choose a prepared set, give --data_dir or TFDS_DATA_DIR of a folder that has it, "
-        f"or use {DIGITS}, which needs none"
+        "choose a prepared set, set --data_dir or TFDS_DATA_DIR to a folder that has it, "
+        f"or use {DIGITS}, which needs no network"
     )
     if not _has_network():
         raise OSError(f"{missing} and there is no network to download it: {choices}")
@@ -313,31 +317,33 @@ def _prepare(builder: Any) -> None:
         builder.download_and_prepare(file_format="array_record")
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
-        raise OSError(f"{missing} and could not be: {reason.splitlines()[0]}") from error
+        raise OSError(
+            f"{missing} and preparing it failed: {reason.splitlines()[0]}"
+        ) from error
 
 
 def _prepared(root: Path) -> list[Path]:
-    """Folders of prepared sets, relative to the data directory."""
-    # name/version or name/config/version; downloads may lie beside them, by the million.
+    """List the folders of prepared sets, relative to the data directory."""
+    # name/version or name/config/version. A recursive search would walk the downloads.
     patterns = ("*/*/dataset_info.json", "*/*/*/dataset_info.json")
     paths = [path for pattern in patterns for path in root.glob(pattern)]
     return [path.parent.relative_to(root) for path in paths]
 
 
 def _has_network() -> bool:
-    """Whether TFDS's storage answers, within a few seconds and through any proxy."""
+    """Return whether TFDS's storage answers within a few seconds, through any proxy."""
     answered = threading.Event()
 
     def ask():
         try:
             urllib.request.urlopen(_PROBE, timeout=_PROBE_SECONDS)
         except urllib.error.HTTPError:
-            pass  # an answer too
+            pass  # also an answer
         except Exception:
-            return  # a thread has nobody to raise to
+            return  # nobody catches the errors of a thread
         answered.set()
 
-    # Name look-up has no time limit of its own.
+    # A thread, because the look-up of a name has no time limit.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_PROBE_SECONDS)
@@ -345,10 +351,10 @@ def _has_network() -> bool:
 
 
 def pad_to(images: np.ndarray, size: int) -> np.ndarray:
-    """Images (N, height, width, C) with a border of zeros up to `size` both ways.
+    """Pad images (N, height, width, C) with zeros to `size` both ways.
 
     Raises:
-      ValueError: they are larger already.
+      ValueError: the images are larger.
     """
     before = [(size - length) // 2 for length in images.shape[1:3]]
     if min(before) < 0:
@@ -361,9 +367,9 @@ def pad_to(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (C,) float32 of each channel, of values in [0, 1].
+    """Return mean and standard deviation (C,) of each channel, float32, on [0, 1].
 
-    A channel of one value has standard deviation 1, so that it can be divided by.
+    A constant channel gets standard deviation 1, because images are divided by it.
     """
     counts = np.stack(
         [np.bincount(c.ravel(), minlength=256) for c in np.moveaxis(images, -1, 0)]
@@ -377,20 +383,20 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def normalise(images: Array, mean: Array, deviation: Array) -> Array:
-    """`(images / 255 - mean) / deviation` in float32, by channel; images uint8."""
+    """Return `(images / 255 - mean) / deviation` by channel, float32, of uint8 images."""
     scaled = images.astype(jnp.float32) / 255
     return (scaled - mean[None, None, None]) / deviation[None, None, None]
 
 
 def augment(key: Array, images: Array) -> Array:
-    """Each image shifted by up to 4 pixels, zeros moving in, and mirrored or not.
+    """Shift each image by up to 4 pixels, fill with zeros, and mirror it or not.
 
     Args:
       key: PRNG key.
       images: (B, height, width, C).
 
     Returns:
-      Of the same shape and dtype.
+      Images of the same shape and dtype.
     """
     key_shift, key_flip = jax.random.split(key)
     batch, height, width, channels = images.shape

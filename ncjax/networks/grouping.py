@@ -1,4 +1,4 @@
-"""A function of a batch of images, a few at a time: its memory stays in the cache."""
+"""Apply a function to a batch a few images at a time, so its memory stays in the cache."""
 
 import math
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from ncjax.types import Array
 def map_groups(
     fn: Callable[..., Array], each: int, *arrays: Array, abreast: int = 1
 ) -> Array:
-    """`fn(*arrays)`, which treats every image alike, at most `each` images at a time.
+    """Return `fn(*arrays)` of a function of single images, `each` images at a time.
 
-    XLA may run `abreast` of these groups side by side.
+    XLA may run `abreast` groups side by side.
     """
     groups = _grouped(each, arrays)
     if len(groups[0]) == 1:
@@ -26,7 +26,7 @@ def map_groups(
 
 
 def sum_groups(fn: Callable[..., Array], each: int, *arrays: Array) -> Array:
-    """`fn(*arrays)`, a sum over images that is 0 for zeros, `each` at a time at most."""
+    """Return `fn(*arrays)`, a sum over images that is 0 at zeros, `each` at a time."""
     groups = _grouped(each, arrays)
     if len(groups[0]) == 1:
         return fn(*arrays)
@@ -36,7 +36,7 @@ def sum_groups(fn: Callable[..., Array], each: int, *arrays: Array) -> Array:
 
 
 def _grouped(each: int, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Arrays (B, ...) as (groups, B', ...), B' at most `each`, filled up with zeros."""
+    """Reshape arrays (B, ...) to (groups, B', ...), B' <= `each`; zeros fill the end."""
     count = len(arrays[0])
     groups = max(1, math.ceil(count / max(1, each)))
     size = math.ceil(count / groups)

@@ -1,15 +1,14 @@
-"""Networks that return their logits and the features of the last layer.
+"""Define networks that return their logits and the features of the last layer.
 
 Every network maps images (B, height, width, C) to `(logits, features)`, logits (B, K) and
 features (B, d) with `logits = features @ W.T + b`: W.T and b are the kernel and bias of
 the parameters under "classifier". Parameters, normalisation, features and the last layer
-are float32; the rest is computed in `dtype`, products of float32 on GPU and TPU at JAX's
-default precision. Batch normalisation averages over the whole batch, on all devices
-together.
+are float32; the rest is computed in `dtype`. On GPU and TPU, float32 products run at JAX's
+default precision. Batch normalisation averages over the whole batch, across all devices.
 
-The published layouts, weights drawn as torchvision draws them, biases zero. Parameter
-counts are those of torchvision (`stem="imagenet"`, `head="mlp"`) and of the usual variants
-for small images (`stem="cifar"`, `head="linear"`).
+Layouts follow the papers. Weights are drawn as in torchvision, biases start at zero.
+Parameter counts equal torchvision's (`stem="imagenet"`, `head="mlp"`) or match the usual
+variants for small images (`stem="cifar"`, `head="linear"`).
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +40,7 @@ _normal_hundredth = nn.initializers.normal(0.01)
 
 
 class Conv(nn.Module):
-    """Square convolution with zero padding; kernel (size, size, C, channels)."""
+    """Convolve with a square kernel (size, size, C, channels) and zero padding."""
 
     channels: int
     size: int
@@ -52,7 +51,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """(B, height, width, C) to (B, height', width', channels)."""
+        """Map (B, height, width, C) to (B, height', width', channels)."""
         shape = (self.size, self.size, x.shape[-1], self.channels)
         kernel = self.param("kernel", _kaiming_fan_out, shape, jnp.float32)
         y = convolve(
@@ -65,7 +64,7 @@ class Conv(nn.Module):
 
 
 def _norm(train: bool, dtype, name: str) -> Callable[[Array], Array]:
-    """Batch normalisation with PyTorch's momentum and epsilon, itself in float32."""
+    """Return batch normalisation, in float32, with PyTorch's momentum and epsilon."""
     norm = nn.BatchNorm(
         use_running_average=not train,
         momentum=0.9,
@@ -78,7 +77,7 @@ def _norm(train: bool, dtype, name: str) -> Callable[[Array], Array]:
 
 
 def _dense(units: int, dtype, name: str, use_bias: bool = True, init=_torch_linear):
-    """Fully connected layer with float32 parameters."""
+    """Return a fully connected layer with float32 parameters."""
     return nn.Dense(
         units,
         use_bias=use_bias,
@@ -91,7 +90,7 @@ def _dense(units: int, dtype, name: str, use_bias: bool = True, init=_torch_line
 
 
 def _classify(features: Array, num_classes: int, use_bias: bool, init=_torch_linear):
-    """`(logits, features)` of the last layer, in float32."""
+    """Apply the last layer; return `(logits, features)` in float32."""
     features = features.astype(jnp.float32)
     last = _dense(num_classes, jnp.float32, "classifier", use_bias, init)
     return last(features), features
@@ -102,7 +101,7 @@ def _scaled(channels: int, width: float) -> int:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; He et al. (2016), Figure 5 left."""
+    """Apply two 3x3 convolutions and a shortcut; He et al. (2016), Figure 5 left."""
 
     channels: int
     stride: int
@@ -112,7 +111,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        """(B, height, width, C) to (B, height', width', channels)."""
+        """Map (B, height, width, C) to (B, height', width', channels)."""
         y = Conv(self.channels, 3, self.stride, 1, dtype=self.dtype, name="conv1")(x)
         y = nn.relu(_norm(train, self.dtype, "bn1")(y))
         y = Conv(self.channels, 3, 1, 1, dtype=self.dtype, name="conv2")(y)
@@ -121,7 +120,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (strided) and 1x1 convolutions and a shortcut, as in torchvision."""
+    """Apply 1x1, strided 3x3 and 1x1 convolutions and a shortcut, as in torchvision."""
 
     channels: int
     stride: int
@@ -131,7 +130,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        """(B, height, width, C) to (B, height', width', 4 channels)."""
+        """Map (B, height, width, C) to (B, height', width', 4 channels)."""
         y = Conv(self.channels, 1, dtype=self.dtype, name="conv1")(x)
         y = nn.relu(_norm(train, self.dtype, "bn1")(y))
         y = Conv(self.channels, 3, self.stride, 1, dtype=self.dtype, name="conv2")(y)
@@ -142,7 +141,7 @@ class Bottleneck(nn.Module):
 
 
 def _shortcut(x: Array, channels: int, stride: int, train: bool, dtype) -> Array:
-    """The input of a block, projected where its shape changes."""
+    """Return the input of a block, projected if its shape changes."""
     if stride == 1 and x.shape[-1] == channels:
         return x
     x = Conv(channels, 1, stride, dtype=dtype, name="shortcut")(x)
@@ -155,14 +154,14 @@ class ResNet(nn.Module):
     num_classes: int
     block: type[BasicBlock] | type[Bottleneck]
     depths: Sequence[int]
-    stem: str = "cifar"  # 3x3; "imagenet": 7x7 with stride 2 and a 3x3 maximum
+    stem: str = "cifar"  # 3x3; "imagenet" is 7x7 with stride 2, then a 3x3 maximum
     width: float = 1.0  # multiplies all channels
     use_bias: bool = True  # of the classifier
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, Array]:
-        """Images (B, height, width, C) to `(logits (B, K), features (B, d))`."""
+        """Map images (B, height, width, C) to `(logits (B, K), features (B, d))`."""
         check_choice("stem", self.stem, STEMS)
         channels = _scaled(64, self.width)
         if self.stem == "imagenet":
@@ -183,18 +182,18 @@ class ResNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """VGG with batch normalisation, of Simonyan and Zisserman (ICLR 2015); no dropout."""
+    """VGG of Simonyan and Zisserman (ICLR 2015), with batch normalisation, no dropout."""
 
     num_classes: int
     depths: Sequence[int]
-    head: str = "linear"  # on the mean over positions; "mlp": two layers of 4096 before
+    head: str = "linear"  # on the mean over positions; "mlp" adds two layers of 4096
     width: float = 1.0  # multiplies all channels and units
     use_bias: bool = True  # of the classifier
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, Array]:
-        """Images (B, height, width, C) to `(logits (B, K), features (B, d))`.
+        """Map images (B, height, width, C) to `(logits (B, K), features (B, d))`.
 
         Raises:
           ValueError: the images are smaller than 32x32.
@@ -238,7 +237,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, Array]:
-        """Images (B, height, width, C) to `(logits (B, K), features (B, d))`."""
+        """Map images (B, height, width, C) to `(logits (B, K), features (B, d))`."""
         x = x.reshape(x.shape[0], -1).astype(self.dtype)
         for i, units in enumerate(self.hidden):
             layer = _dense(_scaled(units, self.width), self.dtype, f"fc{i + 1}")
@@ -257,7 +256,7 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, Array]:
-        """Images (B, height, width, C) to `(logits (B, K), features (B, d))`."""
+        """Map images (B, height, width, C) to `(logits (B, K), features (B, d))`."""
         for i, channels in enumerate(self.channels):
             name = f"conv{i + 1}"
             x = Conv(_scaled(channels, self.width), 3, 1, 1, dtype=self.dtype, name=name)(x)
@@ -268,11 +267,11 @@ class ConvNet(nn.Module):
 
 
 def adaptive_mean(x: Array, grid: int) -> Array:
-    """Means over a `grid` x `grid` of windows, as `torch.nn.AdaptiveAvgPool2d`.
+    """Average over a `grid` x `grid` of windows, as `torch.nn.AdaptiveAvgPool2d` does.
 
     Args:
       x: (B, height, width, C).
-      grid: windows each way; they overlap where it does not divide the size.
+      grid: windows each way; they overlap if it does not divide the image size.
 
     Returns:
       (B, grid, grid, C).
@@ -282,7 +281,7 @@ def adaptive_mean(x: Array, grid: int) -> Array:
 
 
 def _window_means(size: int, grid: int) -> np.ndarray:
-    """Matrix (grid, size) of the means over the windows of one axis."""
+    """Return the matrix (grid, size) that averages over the windows of one axis."""
     matrix = np.zeros((grid, size))
     for i in range(grid):
         start, stop = i * size // grid, -(-(i + 1) * size // grid)
@@ -311,21 +310,20 @@ _OPTIONS = {
 
 
 def build(name: str, num_classes: int, **options) -> nn.Module:
-    """A network by name, one of `MODELS`.
+    """Return a network by name, one of `MODELS`.
 
     Args:
       name: such as "resnet18" or "vgg13".
       num_classes: K.
-      **options: fields of the network: `width`, `use_bias` and `dtype` of all; `stem` and
-        `depths` of ResNet, `head` and `depths` of VGG, `hidden` of MLP, `channels` of
-        ConvNet.
+      **options: fields of the network. All have `width`, `use_bias` and `dtype`; ResNet has
+        `stem` and `depths`, VGG `head` and `depths`, MLP `hidden`, ConvNet `channels`.
 
     Returns:
-      A Flax module; `module.init(key, images)` makes its variables, with collections
+      A Flax module. `module.init(key, images)` returns its variables: the collection
       "params" and, with batch normalisation, "batch_stats".
 
     Raises:
-      ValueError: no network of that name, no such option, or one out of range.
+      ValueError: the name or an option is unknown, or an option is out of range.
 
     >>> from ncjax.networks import models
     >>> models.count_parameters(models.build("resnet18", 10), (32, 32, 3))
@@ -346,7 +344,9 @@ def build(name: str, num_classes: int, **options) -> nn.Module:
 
 
 def abstract_variables(model: nn.Module, image_shape: Sequence[int]):
-    """Shapes and dtypes of the variables for images (height, width, C), nothing computed.
+    """Return shapes and dtypes of the variables for images (height, width, C).
+
+    Nothing is computed.
 
     Raises:
       ValueError: the images are too small for the network.
@@ -356,6 +356,6 @@ def abstract_variables(model: nn.Module, image_shape: Sequence[int]):
 
 
 def count_parameters(model: nn.Module, image_shape: Sequence[int]) -> int:
-    """Number of trained parameters for images (height, width, C)."""
+    """Count the trained parameters for images (height, width, C)."""
     shapes = jax.tree.leaves(abstract_variables(model, image_shape)["params"])
     return sum(leaf.size for leaf in shapes)

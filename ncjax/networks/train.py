@@ -1,8 +1,8 @@
-"""Training a network on a data set that lives on the device, an epoch in one call.
+"""Train a network on a data set that lives on the device, one epoch per call.
 
-Stochastic gradient descent with momentum on cross entropy. Everything is a pure function
-of a state, a data set and a key; `jax.vmap` over states and keys trains many seeds at
-once, and a `jax.sharding.Mesh` spreads every batch over devices.
+The recipe is stochastic gradient descent with momentum on cross entropy. An epoch is a pure
+function of a state, a data set and a key: `jax.vmap` over states and keys trains many seeds
+at once, and a `jax.sharding.Mesh` spreads every batch over devices.
 """
 
 from collections.abc import Callable
@@ -23,11 +23,11 @@ from ncjax.peeled.losses import softmax_cross_entropy
 from ncjax.types import Array
 
 AXIS = "data"  # of the mesh: batches are split along it
-_CHUNK = 512  # images in one call of an evaluation
+_CHUNK = 512  # images per call of an evaluation
 
 
 class TrainState(NamedTuple):
-    """Everything that an epoch changes."""
+    """State that an epoch updates."""
 
     params: Any  # of the network, float32
     batch_stats: Any  # running means and variances; empty without batch normalisation
@@ -35,7 +35,7 @@ class TrainState(NamedTuple):
 
 
 class DeviceData(NamedTuple):
-    """A data set on the device, and how to normalise it."""
+    """Data set on the device, with the statistics that normalise it."""
 
     images: Array  # (N, height, width, C) uint8
     labels: Array  # (N,) int32
@@ -44,7 +44,7 @@ class DeviceData(NamedTuple):
 
 
 class EpochLog(NamedTuple):
-    """Means over the samples of an epoch, each before the step that used it. Scalars."""
+    """Means over the samples of an epoch, each measured before its step. Scalars."""
 
     loss: Array
     accuracy: Array
@@ -57,18 +57,19 @@ def sgd(
     weight_decay: float = 0.0,
     drops: tuple[int, ...] = (),
 ) -> optax.GradientTransformation:
-    r"""Stochastic gradient descent with momentum.
+    r"""Return stochastic gradient descent with momentum.
 
     $$v \leftarrow \mu v + \nabla L + \lambda \theta, \qquad
     \theta \leftarrow \theta - \eta v$$
 
-    As `torch.optim.SGD`. No clipping; weight decay is off unless asked for.
+    It equals `torch.optim.SGD`. Gradients are not clipped; weight decay is 0 by default.
 
     Args:
       learning_rate: $\eta$.
       momentum: $\mu$.
       weight_decay: $\lambda$, on all parameters.
-      drops: steps from which on $\eta$ is a tenth of what it was before.
+      drops: numbers of the steps that divide $\eta$ by ten, for themselves and all later
+        steps.
     """
 
     def schedule(step):
@@ -81,7 +82,7 @@ def sgd(
 
 
 def on_device(dataset: Dataset, mean, deviation, mesh: Mesh) -> DeviceData:
-    """The data set, whole, on every device of the mesh."""
+    """Copy the whole data set to every device of the mesh."""
     arrays = (dataset.images, dataset.labels, mean, deviation)
     return DeviceData(*jax.device_put(arrays, NamedSharding(mesh, PartitionSpec())))
 
@@ -92,7 +93,7 @@ def init_state(
     image_shape: tuple[int, ...],
     key: Array,
 ) -> TrainState:
-    """A freshly drawn state, for images (height, width, C)."""
+    """Draw the first state of a network for images (height, width, C)."""
     variables = model.init(key, jnp.zeros((1, *image_shape), jnp.float32))
     params = variables["params"]
     return TrainState(params, variables.get("batch_stats", {}), optimiser.init(params))
@@ -106,16 +107,16 @@ def make_epoch(
     mesh: Mesh,
     augment: bool = False,
 ) -> Callable[[TrainState, DeviceData, Array], tuple[TrainState, EpochLog]]:
-    """One epoch as a pure function: shuffle, then a step for every full batch.
+    """Return one epoch as a pure function: shuffle, then one step per full batch.
 
-    The N mod `batch_size` samples left over sit out, others in every epoch.
+    The last N mod `batch_size` samples of the shuffled order are left out of the epoch.
 
     Args:
       model: a network of `ncjax.networks.models`.
       optimiser: such as `sgd`.
       batch_size: B, a multiple of the number of devices.
-      mesh: with the axis `AXIS`; every batch is split along it.
-      augment: shift and mirror images, see `ncjax.networks.data.augment`.
+      mesh: device mesh with the axis `AXIS`; every batch is split along it.
+      augment: whether to shift and mirror images, see `ncjax.networks.data.augment`.
 
     Returns:
       `(state, data, key) -> (state, EpochLog)`, to be jitted with the state donated.
@@ -132,14 +133,14 @@ def make_epoch(
 
     def step(state, batch):
         images, labels = batch
-        gradient = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (batch_stats, logits)), slope = gradient(
+        loss_and_gradient = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, (batch_stats, logits)), gradient = loss_and_gradient(
             state.params, state.batch_stats, images, labels
         )
-        updates, opt_state = optimiser.update(slope, state.opt_state, state.params)
+        updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        right = jax.lax.argmax(logits, 1, jnp.int32) == labels
-        log = EpochLog(loss, jnp.mean(right.astype(jnp.float32)))
+        correct = jax.lax.argmax(logits, 1, jnp.int32) == labels
+        log = EpochLog(loss, jnp.mean(correct.astype(jnp.float32)))
         return TrainState(params, batch_stats, opt_state), log
 
     def epoch(state, dataset, key):
@@ -166,7 +167,10 @@ def make_epoch(
 def make_forward(
     model: nn.Module, mesh: Mesh
 ) -> Callable[[TrainState, DeviceData, Array], Array]:
-    """Features in evaluation mode, `(state, data, index (B,)) -> (B, d)`, to be jitted."""
+    """Return the function `(state, data, index (B,)) -> features (B, d)`, to be jitted.
+
+    The network runs in evaluation mode.
+    """
     split = NamedSharding(mesh, PartitionSpec(AXIS))
 
     def forward(state, dataset, index):
@@ -179,11 +183,13 @@ def make_forward(
 
 
 def extract_features(forward, state: TrainState, dataset: DeviceData) -> Array:
-    """Features (N, d), or (S, N, d) of a vmapped `forward`, on the first local device.
+    """Compute features (N, d), or (S, N, d) if `forward` is vmapped over S networks.
+
+    The result lies on the first local device.
 
     Args:
-      forward: `make_forward`, jitted, with a result that all devices hold.
-      state: of one network, or of S.
+      forward: the jitted result of `make_forward`, replicated over all devices.
+      state: state of one network, or of S networks.
       dataset: N images.
     """
     size = dataset.labels.shape[0]
@@ -191,25 +197,25 @@ def extract_features(forward, state: TrainState, dataset: DeviceData) -> Array:
     chunk = min(_CHUNK, size) // devices * devices or devices
     parts = []
     for start in range(0, size, chunk):
-        # The last chunk is filled up with the last image, so as to compile once.
+        # Repeat the last image to fill the last chunk: one shape compiles once.
         index = np.minimum(np.arange(start, start + chunk, dtype=np.int32), size - 1)
         parts.append(forward(state, dataset, index).addressable_data(0))
     return jnp.concatenate(parts, axis=-2)[..., :size, :]
 
 
 def classifier(params) -> tuple[Array, Array | None]:
-    """Weight W (K, d) and bias b (K,), None without one, of the last layer."""
+    """Return weight W (K, d) and bias b (K,), or None, of the last layer."""
     last = params["classifier"]
     return last["kernel"].T, last.get("bias")
 
 
 def measure(features: Array, labels: Array, params) -> dict[str, float]:
-    """Collapse metrics, loss, margins and alignment of one network on one data set.
+    """Measure collapse metrics, loss, margins and alignment of a network on a data set.
 
     Args:
-      features: (N, d) in evaluation mode.
+      features: (N, d), computed in evaluation mode.
       labels: (N,).
-      params: of the network.
+      params: parameters of the network.
 
     Returns:
       The fields of `ncjax.CollapseMetrics` and of `ncjax.LastLayer` by name.
@@ -222,5 +228,5 @@ def measure(features: Array, labels: Array, params) -> dict[str, float]:
 
 
 def first_device(array: Array) -> Array:
-    """What the first local device holds of an array that all devices hold alike."""
+    """Return the copy on the first local device of an array that is replicated."""
     return array.addressable_data(0)

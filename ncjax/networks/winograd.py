@@ -1,19 +1,20 @@
-r"""3x3 convolution by the fast algorithm of Winograd, for CPUs.
+r"""Compute 3x3 convolutions by Winograd's fast algorithm, for CPUs.
 
-A tile of 4x4 outputs hangs on 6x6 inputs. Both the inputs and the kernel are evaluated at
-six points each way, multiplied there and interpolated: 36 products where the definition
-takes 144. The sums over channels at the 36 points are matrix products, the gradients are of
-the same form, and a few images at a time keep everything in the cache.
+A tile of 4x4 outputs depends on 6x6 inputs. Inputs and kernel are evaluated at six points
+each way, multiplied there and interpolated: 36 products in place of 144 by the definition.
+The sums over channels at the 36 points are matrix products. The gradients have the same
+form. A few images at a time keep everything in the cache.
 
-The result is that of the definition but for rounding, which is two to three times that of
-XLA's own: in float32 about 1e-6 of the typical output, root mean square. The points 0,
-±1/√2, ±√2 and infinity round least among the usual ones.
+The result equals the definition up to rounding. The rounding error is two to three times
+that of XLA's convolution: in float32 about 1e-6 of the output, in root mean square. The
+points 0, ±1/√2, ±√2 and infinity have the smallest rounding error of the usual choices.
 
 Source: Lavin and Gray (CVPR 2016), Section 4.
 """
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,17 +26,17 @@ from ncjax.types import Array
 WINDOW = 3
 _TILE = 4
 _POINTS = (0.0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2), -math.sqrt(2))
-# Tiles times channels of one pass: enough for a fast matrix product by all cores, few
-# enough for the cache. Passes that do not add to one sum can go side by side: smaller ones,
-# whose transforms keep all cores busy.
+# Tiles times channels of one pass: enough for a fast matrix product on all cores, few
+# enough for the cache. Passes that do not add to one sum run side by side. They are
+# smaller, and their transforms keep all cores busy.
 _ELEMENTS_AT_ONCE = 2**15
 _ABREAST = 4
-# With fewer the products by a large kernel are slow.
+# With fewer tiles, products with a large kernel are slow.
 _FEWEST_TILES = 128
 
 
 def _transforms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of a tile's 36 inputs, a kernel's 9 taps, and to its 16 outputs: (36, ·), (·, 36)."""
+    """Return the transforms of inputs (36, 36), taps (36, 9) and outputs (16, 36)."""
     size = len(_POINTS) + 1
     inputs, taps, outputs = (np.zeros((size, n)) for n in (size, WINDOW, _TILE))
     for row, point in enumerate(_POINTS):
@@ -43,7 +44,7 @@ def _transforms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         inputs[row, :-1] = np.poly(others)[::-1]
         taps[row] = point ** np.arange(WINDOW) / np.prod(point - np.array(others))
         outputs[row] = point ** np.arange(_TILE)
-    # Infinity takes the leading coefficient.
+    # At infinity the value is the leading coefficient.
     inputs[-1] = np.poly(_POINTS)[::-1]
     taps[-1, -1] = outputs[-1, -1] = 1
     return np.kron(inputs, inputs), np.kron(taps, taps), np.kron(outputs, outputs).T
@@ -53,12 +54,12 @@ _INPUTS, _TAPS, _OUTPUTS = _transforms()
 
 
 def count_tiles(size) -> int:
-    """Tiles of an output of this height and width."""
+    """Count the tiles of an output of height and width `size`."""
     return math.prod(_grid(size))
 
 
 def correlate(x: Array, kernel: Array) -> Array:
-    """Cross-correlation with a border of zeros.
+    """Return the cross-correlation with a border of zeros.
 
     Args:
       x: (B, height, width, C).
@@ -73,6 +74,7 @@ def correlate(x: Array, kernel: Array) -> Array:
 
     def of_images(images):
         at_points = matmul(_evaluate(images), points)
+        chex.assert_shape(at_points, (len(points), None, channels[1]))
         tiles = _product(_OUTPUTS, at_points.reshape(len(points), -1))
         return _assemble(tiles.reshape(-1, channels[1]), len(images), size)
 
@@ -81,11 +83,11 @@ def correlate(x: Array, kernel: Array) -> Array:
 
 
 def kernel_gradient(x: Array, cotangent: Array) -> Array:
-    """Cotangent of the kernel of `correlate`.
+    """Return the cotangent of the kernel of `correlate`.
 
     Args:
       x: (B, height, width, C).
-      cotangent: (B, height, width, O), of the result.
+      cotangent: (B, height, width, O), cotangent of the result.
 
     Returns:
       (3, 3, C, O).
@@ -119,12 +121,12 @@ def _product(matrix: np.ndarray, rows: Array) -> Array:
 
 
 def _grid(size) -> tuple[int, int]:
-    """Rows and columns of tiles."""
+    """Return the numbers of rows and columns of tiles."""
     return -(-size[0] // _TILE), -(-size[1] // _TILE)
 
 
 def _padded(images: Array, border: int) -> Array:
-    """Images filled up to whole tiles, and with `border` zeros on every side of that."""
+    """Pad images with zeros to whole tiles, then by `border` on every side."""
     sides = [
         (border, _TILE * tiles + border - length)
         for tiles, length in zip(_grid(images.shape[1:3]), images.shape[1:3], strict=True)
@@ -133,25 +135,27 @@ def _padded(images: Array, border: int) -> Array:
 
 
 def _evaluate(images: Array) -> Array:
-    """Values (36, tiles, C) at the points, of images (B, height, width, C)."""
+    """Evaluate images (B, height, width, C) at the points: (36, tiles, C)."""
     rows, columns = _grid(images.shape[1:3])
     padded = _padded(images, 1)
     width = _TILE + WINDOW - 1
     inputs = jnp.stack([_strided(padded, i, rows, axis=1) for i in range(width)])
     inputs = jnp.stack([_strided(inputs, j, columns, axis=3) for j in range(width)], axis=1)
+    chex.assert_shape(inputs, (width, width, len(images), rows, columns, None))
     values = _product(_INPUTS, inputs.reshape(width**2, -1))
     return values.reshape(width**2, -1, images.shape[3])
 
 
 def _strided(array: Array, start: int, count: int, axis: int) -> Array:
-    """Every fourth entry, `count` of them."""
+    """Take every fourth entry along `axis`, `count` entries from `start`."""
     stop = start + _TILE * (count - 1) + 1
     return jax.lax.slice_in_dim(array, start, stop, _TILE, axis)
 
 
 def _assemble(tiles: Array, count: int, size) -> Array:
-    """Images (count, height, width, O) of their tiles, (16, tiles, O) in rows."""
+    """Join tiles, (16 * tiles, O) point by point, to images (count, height, width, O)."""
     rows, columns = _grid(size)
+    chex.assert_shape(tiles, (_TILE**2 * count * rows * columns, None))
     tiles = tiles.reshape(_TILE, _TILE, count, rows, columns, -1).transpose(
         2, 3, 0, 4, 1, 5
     )
@@ -160,7 +164,7 @@ def _assemble(tiles: Array, count: int, size) -> Array:
 
 
 def _disassemble(images: Array) -> Array:
-    """The transpose of `_assemble`: (16, tiles * O), with zeros beyond the border."""
+    """Apply the transpose of `_assemble`: (16, tiles * O), zeros beyond the border."""
     rows, columns = _grid(images.shape[1:3])
     tiles = _padded(images, 0).reshape(len(images), rows, _TILE, columns, _TILE, -1)
     return tiles.transpose(2, 4, 0, 1, 3, 5).reshape(_TILE**2, -1)
