@@ -11,15 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_integer
-from ncjax.curvature.hessian import (
-    Flat,
-    check_floating,
-    check_fn,
-    concrete,
-    hashable,
-    tangent_operator,
-)
+from ncjax.curvature.hessian import Flat, tangent_operator
+from ncjax.curvature.inputs import check_floating, check_fn, concrete, hashable
 from ncjax.curvature.lanczos import EigenPairs, eigh_ends, gauss_quadrature, rayleigh
+from ncjax.curvature.meter import meter
 from ncjax.types import Array
 
 # Up to this dimension method="auto" forms the Hessian and calls LAPACK or cuSOLVER.
@@ -269,7 +264,7 @@ def _solve(
             num_vectors=num_vectors,
             max_matvecs=max_hvps,
             dtype=flat.dtype,
-            report=_meter if progress else None,
+            report=meter if progress else None,
         )
     return HessianEig(
         eigenvalues=pairs.values,
@@ -279,28 +274,6 @@ def _solve(
         num_hvps=pairs.num_matvecs,
         method=method,
     )
-
-
-class _Meter:
-    """A tqdm line that a compiled loop feeds, from its first word to its last."""
-
-    def __init__(self) -> None:
-        self._line: Any = None
-
-    def __call__(self, products, residual, last) -> None:
-        if self._line is None:
-            from tqdm import tqdm
-
-            self._line = tqdm(desc="Hessian", unit=" products")
-        self._line.set_postfix(residual=f"{float(residual):.1e}", refresh=False)
-        self._line.update(int(products) - self._line.n)
-        if last:
-            self._line.close()
-            self._line = None
-
-
-# One object, since it is compiled in.
-_meter = _Meter()
 
 
 def _eigh_dense(matvec, dim: int, dtype, count: int, which: str, tol) -> EigenPairs:
