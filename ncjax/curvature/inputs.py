@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.checks import check_finite
+
 
 def hashable(fn: Callable) -> Callable:
     """`fn`, wrapped if it has no hash (a module that holds arrays)."""
@@ -29,21 +31,16 @@ def check_floating(params, sphere: bool):
     leaves = [jnp.asarray(leaf) for _, leaf in named]
     if sum(leaf.size for leaf in leaves) == 0:
         raise ValueError("params must hold at least one number, got an empty pytree")
-    for (path, _), leaf in zip(named, leaves, strict=True):
+    values = [concrete(leaf) for leaf in leaves]
+    for (path, _), leaf, value in zip(named, leaves, values, strict=True):
         name = f"params{jax.tree_util.keystr(path)}"
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
                 f"{name} must be real and floating, got {leaf.dtype}: cast it, or close "
                 "over what is not to be differentiated"
             )
-    values = [concrete(leaf) for leaf in leaves]
-    for (path, leaf), value in zip(named, values, strict=True):
-        bad = 0 if value is None else np.count_nonzero(~np.isfinite(value))
-        if bad:
-            raise ValueError(
-                f"params{jax.tree_util.keystr(path)} must be finite, got {bad} of "
-                f"{leaf.size} entries NaN or infinite"
-            )
+        if value is not None:
+            check_finite(name, leaf)
     if sphere and all(value is not None and not value.any() for value in values):
         raise ValueError(
             "sphere=True needs params away from the origin, got all zeros: pass "

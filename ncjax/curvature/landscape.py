@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.checks import check_integer
+from ncjax.checks import check_choice, check_installed, check_integer, check_positive
 from ncjax.curvature.hessian import Flat, tangent_operator
 from ncjax.curvature.inputs import check_floating, check_fn, concrete, hashable
 from ncjax.curvature.lanczos import EigenPairs, eigh_ends, gauss_quadrature, rayleigh
@@ -24,11 +24,7 @@ DENSE_LIMIT = 1000
 _DENSE_BATCH = 16
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["eigenvalues", "eigenvectors", "residuals", "converged", "num_hvps"],
-    meta_fields=["method"],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class HessianEig:
     """Eigenpairs of a Hessian, and how they were computed."""
@@ -38,7 +34,7 @@ class HessianEig:
     residuals: Array  # (k,)  |H v - λ v|, from a Hessian-vector product of its own
     converged: Array  # (k,)  residual within tol * |H|, and no copy or pair missed
     num_hvps: Array  # ()    Hessian-vector products (int32)
-    method: str  # "dense" or "lanczos"
+    method: str = field(metadata={"static": True})  # "dense" or "lanczos"
 
 
 class SpectralDensity(NamedTuple):
@@ -111,6 +107,7 @@ def hessian_eig(
       ValueError: params are not floating and finite, fn is not scalar, Z = 0 with
         `sphere`, k or another argument is out of range, or (outside jit) a
         Hessian-vector product holds NaN or infinity.
+      ModuleNotFoundError: `progress` is set and tqdm is not installed.
 
     Source: the Riemannian Hessian sharpens Theorem 3.3 of Ji et al. (ICLR 2022); at a
     KKT direction its least eigenvalue tells saddles from minimisers. Lanczos with thick
@@ -123,12 +120,15 @@ def hessian_eig(
     >>> [round(float(value), 3) for value in eig.eigenvalues]
     [-0.25, -0.25]
     """
+    if progress:
+        check_installed("experiments", "tqdm")
     params = check_floating(params, sphere)
     batches = check_fn(fn, params, batches)
     flat = Flat(params)
-    dim = flat.dim - 1 if sphere else flat.dim
+    dim = _dimension(flat, sphere)
     count = _check_count(k, which, dim, sphere)
-    tol = flat.eps ** (2 / 3) if tol is None else _check_tol(tol)
+    tol = flat.eps ** (2 / 3) if tol is None else tol
+    check_positive("tol", tol)
     check_integer("max_hvps", max_hvps, least=1)
     num_vectors = _check_num_vectors(num_vectors, count, dim)
     method = _choose_method(method, which, dim, num_vectors)
@@ -136,7 +136,7 @@ def hessian_eig(
         params,
         batches,
         jax.random.key(0) if key is None else key,
-        tol,
+        float(tol),
         max_hvps,
         fn=hashable(fn),
         count=count,
@@ -202,13 +202,12 @@ def spectral_density(
     params = check_floating(params, sphere)
     batches = check_fn(fn, params, batches)
     flat = Flat(params)
-    dim = flat.dim - 1 if sphere else flat.dim
-    _check_count(1, "smallest", dim, sphere)
+    dim = _dimension(flat, sphere)
     for name, value in (("num_probes", num_probes), ("num_steps", num_steps)):
         check_integer(name, value, least=1)
     check_integer("num_points", num_points, least=2)
-    if width is not None and not (math.isfinite(width) and width > 0):
-        raise ValueError(f"width must be positive and finite, got {width}")
+    if width is not None:
+        check_positive("width", width)
     if grid is not None:
         grid = jnp.asarray(grid, flat.dtype)
         if grid.ndim != 1:
@@ -335,26 +334,24 @@ def _mixture(grid: Array, nodes: Array, weights: Array, spread: Array) -> Array:
     return jax.lax.map(at, grid)
 
 
-def _check_count(k, which: str, dim: int, sphere: bool) -> int:
-    """Number of eigenpairs that `k` and `which` ask for."""
-    choices = ("smallest", "largest", "both", "all")
-    if which not in choices:
-        raise ValueError(f"which must be one of {choices}, got {which!r}")
-    k = (dim if which == "all" else 1) if k is None else k
+def _dimension(flat: Flat, sphere: bool) -> int:
+    """Dimension of the parameters, or of the tangent space of the sphere."""
+    dim = flat.dim - 1 if sphere else flat.dim
     if not dim:
         raise ValueError("sphere=True needs at least 2 parameters, got 1")
+    return dim
+
+
+def _check_count(k, which: str, dim: int, sphere: bool) -> int:
+    """Number of eigenpairs that `k` and `which` ask for."""
+    check_choice("which", which, ("smallest", "largest", "both", "all"))
+    k = (dim if which == "all" else 1) if k is None else k
     check_integer("k", k, least=1)
     space = "the tangent space" if sphere else "params"
     if k > dim or (which == "all" and k != dim):
         expected = f"{dim} or None for which='all'" if which == "all" else f"at most {dim}"
         raise ValueError(f"k must be {expected}, the dimension of {space}, got {k}")
     return min(2 * k, dim) if which == "both" else int(k)
-
-
-def _check_tol(tol) -> float:
-    if not (math.isfinite(tol) and tol > 0):
-        raise ValueError(f"tol must be positive and finite, got {tol}")
-    return float(tol)
 
 
 def _check_num_vectors(num_vectors, count: int, dim: int) -> int:
@@ -373,9 +370,7 @@ def _check_num_vectors(num_vectors, count: int, dim: int) -> int:
 
 def _choose_method(method: str, which: str, dim: int, num_vectors: int) -> str:
     """The method that "auto" stands for, or the one given."""
-    choices = ("auto", "dense", "lanczos")
-    if method not in choices:
-        raise ValueError(f"method must be one of {choices}, got {method!r}")
+    check_choice("method", method, ("auto", "dense", "lanczos"))
     if method == "lanczos" and which == "all":
         raise ValueError("which='all' needs method='dense' or 'auto', got 'lanczos'")
     small = dim <= DENSE_LIMIT or num_vectors == dim or which == "all"
