@@ -9,7 +9,7 @@ import numpy as np
 
 from ncjax.checks import check_integer, check_params
 from ncjax.metrics import measures, statistics
-from ncjax.metrics.inputs import check_features
+from ncjax.metrics.inputs import check_classifier, check_features, computing_dtype
 from ncjax.metrics.statistics import ClassStatistics, Comparison
 from ncjax.numerics import at_unit_scale, power_of_two
 from ncjax.types import Array, Params
@@ -64,7 +64,7 @@ def collapse_metrics(params: Params) -> CollapseMetrics:
     True
     """
     W, H = check_params(params)
-    dtype = statistics.computing_dtype(W.dtype)
+    dtype = computing_dtype(W.dtype)
     return _metrics_of_params(Params(W.astype(dtype), H.astype(dtype)))
 
 
@@ -90,7 +90,7 @@ def _metrics_of_params(params: Params) -> CollapseMetrics:
         jnp.repeat(jnp.arange(num_classes, dtype=jnp.int32), per_class),
         W,
     )
-    return metrics_from_statistics(first_pass, second_pass, W)
+    return _metrics(first_pass, second_pass, W)
 
 
 def collapse_metrics_from_features(
@@ -171,17 +171,27 @@ def _metrics_in_chunks(features, labels, W, b, chunk_size):
         return statistics.compare(state, first_pass, against, features, labels, W, b, mask)
 
     second_pass = fold(compare, statistics.init_comparison(num_classes, dtype))
-    return metrics_from_statistics(first_pass, second_pass, W)
+    return _metrics(first_pass, second_pass, W)
 
 
-@jax.jit
 def metrics_from_statistics(
     first_pass: ClassStatistics, second_pass: Comparison, W: Array
 ) -> CollapseMetrics:
     """Collapse metrics from both passes of `ncjax.statistics` and the classifier (K, d).
 
     The second pass must have been taken against `statistics.reference(first_pass)`.
+
+    Raises:
+      ValueError: `W` is not (K, d).
     """
+    W, _ = check_classifier(W, None, first_pass.anchor.shape)
+    return _metrics(first_pass, second_pass, W)
+
+
+@jax.jit
+def _metrics(
+    first_pass: ClassStatistics, second_pass: Comparison, W: Array
+) -> CollapseMetrics:
     means = statistics.centred_means(first_pass)
     W = W.astype(means.dtype)
     centred_W = measures.centre_rows(W)

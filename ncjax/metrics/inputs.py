@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_finite, check_sizes
-from ncjax.metrics import statistics
 from ncjax.types import Array
 
 
@@ -25,10 +24,8 @@ def check_features(features, labels, W, b=None, num_classes=None):
     if num_classes is not None and num_classes != W.shape[0]:
         raise ValueError(f"num_classes is {num_classes} but W has {W.shape[0]} rows")
     features, labels = check_samples(features, labels, W.shape[0])
-    b = None if b is None else jnp.asarray(b)
-    if b is not None and b.shape != W.shape[:1]:
-        raise ValueError(f"expected b ({W.shape[0]},), got {b.shape}")
-    dtype = statistics.computing_dtype(features.dtype)
+    W, b = check_classifier(W, b, W.shape)
+    dtype = computing_dtype(features.dtype)
     W = _floating("W", W, dtype)
     return features, labels, W, None if b is None else _floating("b", b, dtype)
 
@@ -52,6 +49,68 @@ def check_samples(features, labels, num_classes: int) -> tuple[Array, Array]:
             f"{features.shape}"
         )
     return features, labels.astype(jnp.int32)
+
+
+def check_batch(features, labels, mask, dim: int) -> tuple[Array, Array, Array | None]:
+    """Features (B, d), labels (B,) and mask (B,) or None as arrays, once they fit.
+
+    Values are not looked at, so that a batch costs no wait for the device: a label outside
+    [0, K) leaves its sample out.
+
+    Raises:
+      ValueError: says what was given and what is expected.
+    """
+    features = jnp.asarray(features)
+    if features.ndim != 2 or features.shape[1] != dim:
+        raise ValueError(f"expected features (B, {dim}), got {features.shape}")
+    labels = _integers(labels, features.shape[0])
+    if mask is None:
+        return features, labels, None
+    mask = jnp.asarray(mask)
+    if mask.shape != labels.shape or mask.dtype != bool:
+        raise ValueError(
+            f"expected mask of booleans {labels.shape}, got {mask.dtype} {mask.shape}"
+        )
+    return features, labels, mask
+
+
+def check_classifier(W, b, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
+    """W (K, d) and b (K,), or None, as arrays, once they have these shapes.
+
+    Raises:
+      ValueError: says what was given and what is expected.
+    """
+    W, b = jnp.asarray(W), None if b is None else jnp.asarray(b)
+    if W.shape != shape:
+        turned = W.shape == shape[::-1]
+        raise ValueError(
+            f"expected W {shape}, got {W.shape}" + (": transpose W" if turned else "")
+        )
+    if b is not None and b.shape != shape[:1]:
+        raise ValueError(f"expected b ({shape[0]},), got {b.shape}")
+    return W, b
+
+
+def check_rows(*matrices) -> tuple[Array, ...]:
+    """Matrices as arrays, once they are floating and all (K, d).
+
+    Raises:
+      ValueError: says what was given and what is expected.
+    """
+    arrays = tuple(jnp.asarray(matrix) for matrix in matrices)
+    shapes = [array.shape for array in arrays]
+    if len(set(shapes)) != 1 or len(shapes[0]) != 2:
+        given = " and ".join(map(str, shapes))
+        raise ValueError(f"expected rows of one shape (K, d), got {given}")
+    for array in arrays:
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"rows must be floating, got {array.dtype}")
+    return arrays
+
+
+def computing_dtype(dtype) -> jnp.dtype:
+    """float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def _integers(labels, num_samples: int) -> Array:

@@ -2,7 +2,8 @@
 
 Each is the plain definition, for any rows: class means, centred class means, a classifier
 or a centred one. `ncjax.metrics` applies them; the variants that other codebases publish
-are one argument or one more function away. Quotients hold at any scale of the rows.
+are one argument or one more function away. Quotients hold at any scale of the rows. Each
+raises ValueError unless its matrices are floating, (K, d) and of one shape.
 """
 
 import math
@@ -10,17 +11,20 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.metrics.inputs import check_rows
 from ncjax.numerics import at_unit_scale, matmul
 from ncjax.types import Array
 
 
 def centre_rows(rows: Array) -> Array:
     r"""$v_k - \tfrac1K \sum_j v_j$ of `rows` (K, d)."""
+    (rows,) = check_rows(rows)
     return rows - jnp.mean(rows, axis=0, keepdims=True)
 
 
 def unit_rows(rows: Array) -> Array:
     r"""$v_k / |v_k|$ of `rows` (K, d)."""
+    (rows,) = check_rows(rows)
     rows = at_unit_scale(rows, axis=1)
     return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
@@ -35,6 +39,7 @@ def norm_variation(rows: Array, ddof: int = 1) -> Array:
     Returns:
       Scalar, 0 for equal norms.
     """
+    (rows,) = check_rows(rows)
     norms = jnp.linalg.norm(at_unit_scale(rows), axis=1)
     return jnp.std(norms, ddof=ddof) / jnp.mean(norms)
 
@@ -43,7 +48,7 @@ def pair_cosines(rows: Array) -> Array:
     r"""Cosines $\cos(v_j, v_k)$ of the K(K-1)/2 pairs j < k of `rows` (K, d)."""
     unit = unit_rows(rows)
     gram = matmul(unit, unit.T)
-    return gram[np.triu_indices(rows.shape[0], k=1)]
+    return gram[np.triu_indices(len(gram), k=1)]
 
 
 def cosine_deviation(rows: Array) -> Array:
@@ -51,7 +56,7 @@ def cosine_deviation(rows: Array) -> Array:
 
     Source: Papyan, Han, Donoho (2020), Figure 3, for `rows` (K, d).
     """
-    return jnp.mean(jnp.abs(pair_cosines(rows) + 1 / (rows.shape[0] - 1)))
+    return jnp.mean(jnp.abs(pair_cosines(rows) + 1 / (len(rows) - 1)))
 
 
 def etf_gram_error(rows: Array) -> Array:
@@ -68,6 +73,7 @@ def product_etf_error(rows: Array, others: Array) -> Array:
 
     Source: Zhu et al. (2021), NC3, for `rows` V (K, d) and `others` C (K, d).
     """
+    rows, others = check_rows(rows, others)
     size = rows.shape[0]
     rows, others = at_unit_scale(rows), at_unit_scale(others)
     product = at_unit_scale(matmul(rows, others.T))
@@ -80,6 +86,7 @@ def self_duality(rows: Array, others: Array, squared: bool = False) -> Array:
 
     Papyan, Han, Donoho (2020) plot the square: `squared=True`.
     """
+    rows, others = check_rows(rows, others)
     rows, others = at_unit_scale(rows), at_unit_scale(others)
     difference = rows / jnp.linalg.norm(rows) - others / jnp.linalg.norm(others)
     distance_squared = jnp.sum(difference**2)
@@ -88,14 +95,17 @@ def self_duality(rows: Array, others: Array, squared: bool = False) -> Array:
 
 def row_cosines(rows: Array, others: Array) -> Array:
     r"""$\cos(v_k, c_k)$ (K,) of matching rows of two (K, d) matrices."""
+    rows, others = check_rows(rows, others)
     return jnp.sum(unit_rows(rows) * unit_rows(others), axis=1)
 
 
 def row_dots(rows: Array, others: Array) -> Array:
     r"""$v_k^\top c_k$ (K,) of matching rows of two (K, d) matrices."""
+    rows, others = check_rows(rows, others)
     return jnp.sum(rows * others, axis=1)
 
 
 def row_distances(rows: Array, others: Array) -> Array:
     r"""$|v_k - c_k|$ (K,) of matching rows of two (K, d) matrices."""
+    rows, others = check_rows(rows, others)
     return jnp.linalg.norm(rows - others, axis=1)

@@ -16,6 +16,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ncjax.checks import check_choice
+from ncjax.metrics.inputs import check_batch, check_classifier
+from ncjax.metrics.inputs import computing_dtype as computing_dtype
 from ncjax.numerics import matmul
 from ncjax.types import Array
 
@@ -69,11 +72,6 @@ def class_statistics(features: Array, labels: Array, num_classes: int) -> ClassS
     return update(empty, features, labels)
 
 
-def computing_dtype(dtype) -> jnp.dtype:
-    """float64 for float64, else float32."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
-
-
 def update(
     statistics: ClassStatistics, features: Array, labels: Array, mask: Array | None = None
 ) -> ClassStatistics:
@@ -88,8 +86,12 @@ def update(
     Returns:
       `ClassStatistics` of the samples before and the batch, in any order and grouping the
       same to rounding.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
     """
-    num_classes, dtype = statistics.counts.shape[0], statistics.anchor.dtype
+    (num_classes, dim), dtype = statistics.anchor.shape, statistics.anchor.dtype
+    features, labels, mask = check_batch(features, labels, mask, dim)
     members, features, labels = _members(features, labels, mask, num_classes, dtype)
     first = jnp.argmax(members, axis=0)
     seen = jnp.any(members, axis=0)
@@ -184,9 +186,13 @@ def centred_means(statistics: ClassStatistics, centring: str = "class_mean") -> 
     Raises:
       ValueError: centring is neither.
     """
+    return _about_mean(statistics, _shares(statistics, centring))
+
+
+def _about_mean(statistics: ClassStatistics, shares: Array) -> Array:
+    """Class means minus their mean with weights `shares` (K,), from differences alone."""
     relative = (statistics.anchor - statistics.anchor[:1]) + statistics.offset
-    share = _shares(statistics, centring)
-    return relative - matmul(share, relative)[None]
+    return relative - matmul(shares, relative)[None]
 
 
 def deviations(statistics: ClassStatistics, features: Array, labels: Array) -> Array:
@@ -206,11 +212,12 @@ def reference(statistics: ClassStatistics, centring: str = "class_mean") -> Refe
       statistics: of every sample, at least one of every class.
       centring: as in `centred_means`; the global mean that $\Sigma_B$ is taken about.
     """
-    centred = centred_means(statistics, centring)
+    shares = _shares(statistics, centring)
+    centred = _about_mean(statistics, shares)
     num_classes, dtype = centred.shape[0], centred.dtype
     # The rows of M, weighted by the shares, sum to zero: M loses one dimension. It is taken
     # off exactly, so that no singular value left is rounding in disguise.
-    basis = _complement(_shares(statistics, centring))
+    basis = _complement(shares)
     rows = matmul(basis, centred)
     _, singular, right = jnp.linalg.svd(rows, full_matrices=False)
     cutoff = num_classes * jnp.finfo(dtype).eps * jnp.max(singular)
@@ -267,8 +274,13 @@ def compare(
 
     Returns:
       `Comparison` of the samples before and the batch.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
     """
-    num_classes, dtype = statistics.counts.shape[0], statistics.anchor.dtype
+    (num_classes, dim), dtype = statistics.anchor.shape, statistics.anchor.dtype
+    features, labels, mask = check_batch(features, labels, mask, dim)
+    W, b = check_classifier(W, b, (num_classes, dim))
     members, features, labels = _members(features, labels, mask, num_classes, dtype)
     deviation = deviations(statistics, features, labels)
     projected = matmul(deviation, against.centred.T)
@@ -297,9 +309,8 @@ def compare(
 
 def _shares(statistics: ClassStatistics, centring: str) -> Array:
     """Weight (K,) of each class mean in the global mean."""
+    check_choice("centring", centring, CENTRINGS)
     count, dtype = statistics.counts, statistics.anchor.dtype
-    if centring not in CENTRINGS:
-        raise ValueError(f"centring must be one of {CENTRINGS}, got {centring!r}")
     weights = count if centring == "sample_mean" else (count > 0).astype(jnp.int32)
     return fraction(weights, jnp.sum(weights, dtype=jnp.int32), dtype)
 

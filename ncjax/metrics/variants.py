@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.checks import check_choice
 from ncjax.metrics import measures, statistics
 from ncjax.metrics.classifier import SquaredErrorParts as SquaredErrorParts
 from ncjax.metrics.classifier import cosine_margins as cosine_margins
@@ -25,7 +26,13 @@ from ncjax.metrics.classifier import logit_margins as logit_margins
 from ncjax.metrics.classifier import mean_cross_entropy as mean_cross_entropy
 from ncjax.metrics.classifier import mean_squared_error as mean_squared_error
 from ncjax.metrics.classifier import squared_error_parts as squared_error_parts
-from ncjax.metrics.inputs import check_features, check_samples
+from ncjax.metrics.inputs import (
+    check_classifier,
+    check_features,
+    check_rows,
+    check_samples,
+    computing_dtype,
+)
 from ncjax.metrics.statistics import ClassStatistics, Comparison
 from ncjax.numerics import matmul
 from ncjax.types import Array
@@ -62,8 +69,7 @@ def within_class_variation(
     Raises:
       ValueError: shapes, dtypes, values or names do not fit.
     """
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}")
+    check_choice("weighting", weighting, WEIGHTINGS)
     seen = _compare_with_means(features, labels, num_classes, centring)
     dtype = seen.whitened_scatter.dtype
     if weighting == "sample":
@@ -152,16 +158,16 @@ def uniformity_kernel(rows: Array, kernel: str, exponent: float | None = None) -
     Source: Liu et al. (2023), "Generalizing and decoupling neural collapse via
     hyperspherical uniformity gap". They report mean and variance over pairs.
     """
-    squares = statistics.squared_distances(measures.unit_rows(rows))
-    distances = jnp.sqrt(squares[np.triu_indices(rows.shape[0], k=1)])
+    check_choice("kernel", kernel, KERNELS)
+    unit = measures.unit_rows(rows)
+    squares = statistics.squared_distances(unit)
+    distances = jnp.sqrt(squares[np.triu_indices(len(unit), k=1)])
     if kernel == "distance":
         return distances
     if kernel == "log":
         return -jnp.log(distances)
-    if kernel == "riesz":
-        power = float(rows.shape[1] - 2 if exponent is None else exponent)
-        return math.copysign(1.0, power) * distances**-power
-    raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}")
+    power = float(unit.shape[1] - 2 if exponent is None else exponent)
+    return math.copysign(1.0, power) * distances**-power
 
 
 def one_vs_rest_distances(W: Array) -> np.ndarray:
@@ -204,15 +210,21 @@ def one_vs_rest_distances(W: Array) -> np.ndarray:
 
 
 def mean_logits_norm(
-    first_pass: ClassStatistics, W: Array, b: Array, centring: str = "sample_mean"
+    first_pass: ClassStatistics,
+    W: Array,
+    b: Array | None,
+    centring: str = "sample_mean",
 ) -> Array:
     r"""$|W h_G + b|$, zero where the bias takes off the global mean.
 
     Source: Zhu et al. (2021), NC3; `W` (K, d), `b` (K,), a scalar.
     """
+    W, b = check_classifier(W, b, first_pass.anchor.shape)
     centre = statistics.global_mean(first_pass, centring)
     product = matmul(W.astype(centre.dtype), centre)
-    return jnp.linalg.norm(product + b.astype(centre.dtype))
+    if b is not None:
+        product = product + b.astype(centre.dtype)
+    return jnp.linalg.norm(product)
 
 
 def nearest_centre_accuracy(features: Array, labels: Array, num_classes: int) -> Array:
@@ -247,13 +259,15 @@ def ood_cosines(means: Array, ood_mean: Array) -> Array:
     Source: Ammar et al. (2024), "NECO: neural collapse based out-of-distribution
     detection", NC5. They report the mean.
     """
-    return jnp.abs(measures.row_cosines(means, ood_mean[None]))
+    (means,) = check_rows(means)
+    other = jnp.broadcast_to(ood_mean, means.shape)
+    return jnp.abs(measures.row_cosines(means, other))
 
 
 def _samples(features, labels, num_classes):
     """Checked features in the dtype of the computation, and labels."""
     features, labels = check_samples(features, labels, num_classes)
-    return features.astype(statistics.computing_dtype(features.dtype)), labels
+    return features.astype(computing_dtype(features.dtype)), labels
 
 
 def _first_pass(features, labels, num_classes):
