@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -258,6 +259,7 @@ def _extend(matvec, krylov: _Krylov, kept: Array, *, threshold: float) -> _Krylo
 
 def _ritz(projected: Array, order: np.ndarray) -> tuple[Array, Array]:
     """Ritz values (m,) and their coefficients in the basis (m, m), columns, in `order`."""
+    chex.assert_shape(projected, (len(order), len(order)))
     unit = power_of_two(projected)
     theta, rotation = jnp.linalg.eigh(projected / unit)
     return theta[order] * unit, rotation[:, order]
@@ -274,6 +276,7 @@ def _is_clear(theta, estimate, count: int, ends: int, tolerance: Array) -> Array
 def _restart(krylov: _Krylov, theta, rotation, count: int, fresh) -> tuple[_Krylov, Array]:
     """Keep the best Ritz vectors; go on with r, or with a random vector if `fresh`."""
     size = len(theta)
+    chex.assert_shape([rotation, krylov.projected], (size, size))
     most = min(count + (size - count) // 2, max(size - 1, count))
     kept = jnp.where(fresh, count, most).astype(jnp.int32)
     within = jnp.arange(size, dtype=jnp.int32) < kept
@@ -295,6 +298,7 @@ def _orthogonalise(basis: Array, vector: Array) -> tuple[Array, Array]:
     the CPU is off by 1e-3 at D = 1e7 where its dot product is exact to rounding.
     Elsewhere the product, which reads the basis at twice the speed or better.
     """
+    chex.assert_shape(vector, basis.shape[1:])
     coefficients = jnp.zeros(len(basis), vector.dtype)
     by_row = vector.dtype == jnp.float32 and len(vector) > _WIDE
     for _ in range(2):

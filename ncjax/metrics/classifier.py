@@ -6,6 +6,7 @@ Notation and conventions as in `ncjax.variants`, which gives these functions too
 import math
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -142,6 +143,7 @@ def _others(labels, num_classes):
 
 
 def _own_minus_best_other(scores, labels):
+    chex.assert_shape(scores, (len(labels), None))
     own = jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
     best = jnp.max(scores, axis=1, where=_others(labels, scores.shape[1]), initial=-jnp.inf)
     return own - best

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,6 +194,7 @@ def _metrics(
     first_pass: ClassStatistics, second_pass: Comparison, W: Array
 ) -> CollapseMetrics:
     means = statistics.centred_means(first_pass)
+    chex.assert_equal_shape([W, means])
     W = W.astype(means.dtype)
     centred_W = measures.centre_rows(W)
     samples = jnp.sum(first_pass.counts, dtype=jnp.int32).astype(means.dtype)

@@ -13,6 +13,7 @@ from the origin, or that vary by 1e-7 of their mean, keep their digits.
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -111,7 +112,9 @@ def _class_sums(rows: Array, labels: Array, members: Array) -> Array:
     A product with the memberships, which takes 2 B K operations for each column, but on
     CPU B additions one after the other; elsewhere these would come in any order.
     """
-    num_classes = members.shape[1]
+    batch, num_classes = members.shape
+    chex.assert_shape(rows, (batch, ...))
+    chex.assert_shape(labels, (batch,))
     if jax.default_backend() == "cpu":
         labels = jnp.where(jnp.any(members, axis=1), labels, num_classes)
         return jax.ops.segment_sum(rows, labels, num_classes)
@@ -320,6 +323,7 @@ def _complement(weights: Array) -> Array:
 
     All but the first row of the Householder reflection that turns them to the first axis.
     """
+    chex.assert_rank(weights, 1)
     identity = jnp.eye(weights.shape[0], dtype=weights.dtype)
     normal = weights / jnp.linalg.norm(weights) + identity[0]
     return (identity - 2 * jnp.outer(normal, normal) / jnp.sum(normal**2))[1:]
