@@ -1,4 +1,4 @@
-"""Hessian-vector products of a scalar function of a pytree, on the sphere too."""
+"""Hessian-vector products of a scalar function of a pytree, also on the sphere."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,21 +12,22 @@ from ncjax.types import Array
 
 
 def hvp(fn: Callable, params, vector, *, batches=None, sphere: bool = False):
-    r"""Hessian-vector product, forward over reverse.
+    r"""Return the Hessian of `fn` times a vector, by forward over reverse differentiation.
 
     $$H v = \nabla^2 f(Z)\, v, \qquad \text{or with } P = I - \tfrac{Z Z^\top}{|Z|^2}
     \quad H v = P\, \nabla^2 f\, P v - \tfrac{\langle \nabla f, Z \rangle}{|Z|^2}\, P v$$
 
-    the Riemannian Hessian on the sphere $|Z|$ = const for `sphere=True`. Matrix products
-    inside `fn` that name no precision of their own are taken at the highest.
+    The second form, for `sphere=True`, is the Riemannian Hessian: the curvature of f along
+    great circles of the sphere $|Z|$ = const. Matrix products inside `fn` run at the
+    highest precision unless they name their own.
 
     Args:
       fn: scalar function of `params`, or of `params` and a batch if `batches` is given.
       params: any pytree of floating arrays, Z.
       vector: pytree like `params`.
       batches: pytree of arrays with a leading axis of C batches; f is then
-        `sum_c fn(params, batches[c])`, taken one batch at a time.
-      sphere: Riemannian Hessian on the sphere.
+        `sum_c fn(params, batches[c])`, one batch at a time.
+      sphere: use the Riemannian Hessian on the sphere.
 
     Returns:
       Pytree like `params`.
@@ -53,7 +54,7 @@ def hvp(fn: Callable, params, vector, *, batches=None, sphere: bool = False):
 
 
 class Flat:
-    """Parameters as one vector (D,) of the widest dtype among them, float32 at least."""
+    """Convert parameters to one vector (D,), in their widest dtype, at least float32."""
 
     def __init__(self, params):
         leaves, self.treedef = jax.tree.flatten(params)
@@ -68,12 +69,12 @@ class Flat:
         self.eps = max(float(jnp.finfo(dtype).eps) for dtype in self.dtypes)
 
     def ravel(self, tree) -> Array:
-        """`tree` in the structure of the parameters as a vector (D,)."""
+        """Return a tree with the structure of the parameters as a vector (D,)."""
         leaves = jax.tree.leaves(tree)
         return jnp.concatenate([leaf.reshape(-1).astype(self.dtype) for leaf in leaves])
 
     def unravel(self, vector: Array):
-        """Inverse of `ravel`, in the dtypes of the parameters."""
+        """Invert `ravel`, in the dtypes of the parameters."""
         parts = [
             vector[start:end].reshape(shape).astype(dtype)
             for start, end, shape, dtype in zip(
@@ -84,11 +85,11 @@ class Flat:
 
 
 def tangent_operator(fn, params, batches, sphere: bool) -> tuple[Callable, Callable, int]:
-    """The Hessian in orthonormal coordinates, the embedding of these, their number.
+    """Return the Hessian in orthonormal coordinates, their embedding and their number.
 
-    On the sphere the coordinates are those of the tangent space: the Householder
-    reflection that takes the first unit vector to the line of Z takes the others to an
-    orthonormal basis of its complement.
+    On the sphere these are coordinates of the tangent space, the vectors orthogonal to Z.
+    A Householder reflection maps the first unit vector to the line of Z, and the other
+    unit vectors to an orthonormal basis of the tangent space.
     """
     hessian = _hessian(fn, params, batches, sphere)
     flat = Flat(params)
@@ -108,7 +109,7 @@ def tangent_operator(fn, params, batches, sphere: bool) -> tuple[Callable, Calla
 
 
 def _hessian(fn, params, batches, sphere: bool) -> Callable[[Array], Array]:
-    """`hvp` as a function of a flat vector (D,)."""
+    """Return `hvp` as a function of a flat vector (D,)."""
     flat = Flat(params)
     gradient = _gradient(fn, batches)
 
@@ -134,7 +135,7 @@ def _hessian(fn, params, batches, sphere: bool) -> Callable[[Array], Array]:
 
 
 def _gradient(fn, batches) -> Callable:
-    """Gradient in `params`, summed over batches one after the other."""
+    """Return the gradient in `params` as a function, summed over one batch at a time."""
     if batches is None:
         return jax.grad(fn)
 
@@ -148,7 +149,7 @@ def _gradient(fn, batches) -> Callable:
 
 
 def _direction(vector: Array) -> tuple[Array, Array]:
-    """`vector` (D,) over its norm, and the norm, at any scale."""
+    """Return `vector` (D,) divided by its norm, and the norm, without overflow."""
     largest = jnp.max(jnp.abs(vector))
     length = jnp.linalg.norm(vector / largest)
     return vector / largest / length, length * largest

@@ -1,4 +1,4 @@
-"""A function, its parameters and its batches from outside, checked."""
+"""Check the function, parameters and batches that a caller passes."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from ncjax.checks import check_finite
 
 
 def hashable(fn: Callable) -> Callable:
-    """`fn`, wrapped if it has no hash (a module that holds arrays)."""
+    """Return `fn`, wrapped if it has no hash (a module that holds arrays)."""
     try:
         hash(fn)
     except TypeError:
@@ -19,14 +19,14 @@ def hashable(fn: Callable) -> Callable:
 
 
 def concrete(array) -> np.ndarray | None:
-    """The value of `array`; None where it is not known here, as under `jax.jit`."""
+    """Return the value of `array`, or None if it is unknown here, as under `jax.jit`."""
     if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
         return None
     return np.asarray(array)
 
 
 def check_floating(params, sphere: bool):
-    """`params` with JAX arrays as leaves, once floating, finite and not empty."""
+    """Return `params` as JAX arrays; raise ValueError unless floating and finite."""
     named, treedef = jax.tree_util.tree_flatten_with_path(params)
     leaves = [jnp.asarray(leaf) for _, leaf in named]
     if sum(leaf.size for leaf in leaves) == 0:
@@ -36,8 +36,8 @@ def check_floating(params, sphere: bool):
         name = f"params{jax.tree_util.keystr(path)}"
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
-                f"{name} must be real and floating, got {leaf.dtype}: cast it, or close "
-                "over what is not to be differentiated"
+                f"{name} must be real and floating, got {leaf.dtype}: cast it, or "
+                "leave it out of params and let fn close over it"
             )
         if value is not None:
             check_finite(name, leaf)
@@ -50,7 +50,7 @@ def check_floating(params, sphere: bool):
 
 
 def check_fn(fn, params, batches):
-    """`batches` as JAX arrays, once they fit together and `fn` is scalar on one."""
+    """Return `batches` as JAX arrays; raise ValueError unless `fn` of one is a scalar."""
     if batches is None:
         value = jax.eval_shape(fn, params)
     else:
@@ -72,6 +72,6 @@ def check_fn(fn, params, batches):
         return batches
     given = f"{value.dtype} of shape {value.shape}" if is_array else type(value).__name__
     raise ValueError(
-        f"fn must return one real floating scalar, got {given}: reduce it, or pick the "
-        "loss from what it returns"
+        f"fn must return one real floating scalar, got {given}: reduce it, or "
+        "return the loss alone"
     )

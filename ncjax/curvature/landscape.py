@@ -1,4 +1,4 @@
-"""Curvature of a loss: Hessian eigenpairs, on the sphere too, and spectral densities."""
+"""Hessian eigenpairs of a loss, also on the sphere, and densities of the spectrum."""
 
 import math
 from collections.abc import Callable
@@ -31,8 +31,8 @@ class HessianEig:
 
     eigenvalues: Array  # (k,)  ascending
     eigenvectors: Any  # (k, ...) leaves in the structure of `params`, orthonormal
-    residuals: Array  # (k,)  |H v - λ v|, from a Hessian-vector product of its own
-    converged: Array  # (k,)  residual within tol * |H|, and no copy or pair missed
+    residuals: Array  # (k,)  |H v - λ v|, from a separate Hessian-vector product
+    converged: Array  # (k,)  residual at most tol * |H|, and no eigenpair missing
     num_hvps: Array  # ()    Hessian-vector products (int32)
     method: str = field(metadata={"static": True})  # "dense" or "lanczos"
 
@@ -61,47 +61,50 @@ def hessian_eig(
     max_hvps: int = 20_000,
     progress: bool = False,
 ) -> HessianEig:
-    r"""Eigenvalues and eigenvectors of the Hessian of a scalar function of a pytree.
+    r"""Return eigenvalues and eigenvectors of the Hessian of a scalar function of a pytree.
 
     $$\nabla^2 f(Z)\, v = \lambda v, \qquad \text{or} \quad \Bigl( P\, \nabla^2 f\, P
     - \tfrac{\langle \nabla f, Z \rangle}{|Z|^2} P \Bigr) v = \lambda v, \quad
     P = I - \tfrac{Z Z^\top}{|Z|^2}$$
 
-    on the tangent space, of dimension D - 1, of the sphere $|Z|$ = const for
-    `sphere=True`. Dense up to `DENSE_LIMIT` = 1000 parameters. Above it Lanczos with full
-    reorthogonalisation and thick restarts; where k > 1 a fresh random start must then
-    find nothing that was missed, so multiple eigenvalues come with all their copies.
+    The second equation, for `sphere=True`, is the Riemannian Hessian on the sphere
+    $|Z|$ = const; v lies in its tangent space, of dimension D - 1. Up to `DENSE_LIMIT` =
+    1000 parameters the Hessian is formed and decomposed. Above, Lanczos runs with full
+    reorthogonalisation and thick restarts. If k > 1, a fresh random start must then find no
+    further eigenpair, so multiple eigenvalues appear with all their copies.
 
-    Works under `jax.jit`, with `params` or `batches` sharded over devices too. Compiled
-    once per function object: pass the same `fn` with other params.
+    Works under `jax.jit`, and with `params` or `batches` sharded over devices. It compiles
+    once per function object: for other params pass the same `fn`.
 
     Args:
       fn: scalar function of `params`, or of `params` and a batch if `batches` is given.
-        Arrays it closes over are compiled in, so pass large data as `batches`.
+        Arrays that it closes over become constants of the program, so pass large data as
+        `batches`.
       params: any pytree of floating arrays, Z.
       batches: pytree of arrays with a leading axis of C batches; f is then
-        `sum_c fn(params, batches[c])`, taken one batch at a time in bounded memory.
-      k: number of eigenpairs, from each end for `which="both"`; 1 if None.
+        `sum_c fn(params, batches[c])`, one batch at a time in bounded memory.
+      k: number of eigenpairs, at each end for `which="both"`. If None, 1, or all for
+        `which="all"`.
       which: "smallest", "largest", "both" (2k in all, at most D) or "all" (dense).
-      sphere: Riemannian Hessian on the sphere. For the layer-peeled model pass
-        `ncjax.log_cross_entropy`: at a critical direction its Hessian on the sphere is
-        that of the loss over the loss, and it does not underflow.
+      sphere: use the Riemannian Hessian on the sphere. For the layer-peeled model pass
+        `ncjax.log_cross_entropy`, which does not underflow: at a critical direction, where
+        the gradient is radial, its Hessian on the sphere is the Hessian of the loss divided
+        by the loss.
       method: "dense", "lanczos", or "auto" to choose by size.
       key: PRNG key of the start vectors, `jax.random.key(0)` if None.
-      tol: residuals are to be below `tol` times the largest |eigenvalue| (met or
-        estimated); `eps**(2/3)` of the coarsest dtype in `params` if None, which is
-        4e-11 in float64 and 2e-5 in float32. Eigenvalues are then accurate to the square
-        of it over their distance to the next one.
-      num_vectors: Lanczos basis, `max(2 k + 10, 20)` vectors (k counting both ends) if
-        None. Memory is twice `num_vectors * D` numbers at the most.
-      max_hvps: Lanczos begins no restart once so many products are spent.
-      progress: show a tqdm line of the products and the largest residual of Lanczos, which
-        is to fall below `tol`.
+      tol: a pair has converged once its residual is below `tol` times the largest
+        |eigenvalue|, as far as known. If None, `eps**(2/3)` of the coarsest dtype in
+        `params`: 4e-11 in float64, 2e-5 in float32. The error of an eigenvalue is at most
+        its squared residual divided by its distance to the next eigenvalue.
+      num_vectors: size of the Lanczos basis, `max(2 k + 10, 20)` if None, where k counts
+        both ends. Lanczos keeps at most twice `num_vectors * D` numbers.
+      max_hvps: after this many products Lanczos begins no new restart.
+      progress: show a tqdm line with the number of Lanczos products and the largest
+        residual, which must fall below `tol`. Needs `pip install 'ncjax[experiments]'`.
 
     Returns:
-      `HessianEig`. Eigenvectors are unit vectors of the flattened parameters, in the
-      dtypes of `params`. Under jit, values that are not finite come back as NaN, and
-      `converged` as False.
+      `HessianEig`. Eigenvectors have norm 1 over all leaves together, and the dtypes of
+      `params`. Under jit, values that are not finite become NaN, and `converged` False.
 
     Raises:
       ValueError: params are not floating and finite, fn is not scalar, Z = 0 with
@@ -109,9 +112,9 @@ def hessian_eig(
         Hessian-vector product holds NaN or infinity.
       ModuleNotFoundError: `progress` is set and tqdm is not installed.
 
-    Source: the Riemannian Hessian sharpens Theorem 3.3 of Ji et al. (ICLR 2022); at a
-    KKT direction its least eigenvalue tells saddles from minimisers. Lanczos with thick
-    restarts: Wu and Simon (SIAM J. Matrix Anal. Appl. 22, 2000).
+    Source: the Riemannian Hessian sharpens Theorem 3.3 of Ji et al. (ICLR 2022): at a
+    KKT direction its least eigenvalue separates saddles from minimisers. Lanczos with
+    thick restarts: Wu and Simon (SIAM J. Matrix Anal. Appl. 22, 2000).
 
     >>> import ncjax
     >>> saddle = ncjax.block_saddle(num_blocks=2, block_size=2, per_class=1, dim=4)
@@ -163,26 +166,26 @@ def spectral_density(
     width: float | None = None,
     key: Array | None = None,
 ) -> SpectralDensity:
-    r"""Density of the eigenvalues of a Hessian, by stochastic Lanczos quadrature.
+    r"""Estimate the density of Hessian eigenvalues by stochastic Lanczos quadrature.
 
     $$\rho(x) = \frac1D \sum_i \delta(x - \lambda_i) \approx \frac1P \sum_{p,s}
     w_{ps}\, \mathcal N(x;\, x_{ps}, \text{width}^2)$$
 
-    The P probes are random unit vectors $u_p$ and $\sum_s w_{ps} f(x_{ps})$ is Gauss
-    quadrature of $u_p^\top f(H) u_p$, exact for polynomials up to degree `2 m - 1`: the
-    only error of the moments is that of the Monte Carlo mean over probes.
+    The P probes $u_p$ are random unit vectors. $\sum_s w_{ps} f(x_{ps})$ is Gauss
+    quadrature of $u_p^\top f(H) u_p$, exact for polynomials f up to degree `2 m - 1`. So
+    moments up to this degree have only the Monte Carlo error of a mean over P probes.
 
     Args:
       fn: scalar function of `params`, or of `params` and a batch if `batches` is given.
       params: any pytree of floating arrays.
       batches: as in `hessian_eig`.
       sphere: Riemannian Hessian on the sphere, as in `hessian_eig`.
-      grid: (T,) eigenvalues at which to give the density; if None, `num_points` evenly
-        spaced ones that reach 5 widths beyond the outermost nodes.
-      num_points: T where `grid` is None, at least 2.
+      grid: (T,) eigenvalues at which the density is evaluated. If None, `num_points` evenly
+        spaced ones, from 5 widths below the lowest node to 5 above the highest.
+      num_points: T if `grid` is None, at least 2.
       num_probes: P, at least 1.
-      num_steps: m, Lanczos steps per probe, at most D. The memory is m * D numbers.
-      width: standard deviation of the Gaussians; 1 % of the nodes' range if None.
+      num_steps: m, Lanczos steps per probe, at most D. The basis holds m * D numbers.
+      width: standard deviation of the Gaussians; 1 % of the range of the nodes if None.
       key: PRNG key of the probes, `jax.random.key(0)` if None.
 
     Returns:
@@ -191,8 +194,8 @@ def spectral_density(
     Raises:
       ValueError: as `hessian_eig`, or `grid` or `width` is out of range.
 
-    Source: Ubaru, Chen and Saad (SIAM J. Matrix Anal. Appl. 38, 2017); for networks
-    Papyan (JMLR 21, 2020).
+    Source: Ubaru, Chen and Saad (SIAM J. Matrix Anal. Appl. 38, 2017); applied to
+    networks by Papyan (JMLR 21, 2020).
 
     >>> import jax.numpy as jnp, ncjax
     >>> density = ncjax.spectral_density(lambda x: jnp.sum(x**2), jnp.ones(5))
@@ -228,10 +231,10 @@ def spectral_density(
     return density
 
 
-_HOW = ("fn", "count", "which", "sphere", "method", "num_vectors", "progress")
+_STATIC = ("fn", "count", "which", "sphere", "method", "num_vectors", "progress")
 
 
-@partial(jax.jit, static_argnames=_HOW)
+@partial(jax.jit, static_argnames=_STATIC)
 def _solve(
     params,
     batches,
@@ -276,7 +279,7 @@ def _solve(
 
 
 def _eigh_dense(matvec, dim: int, dtype, count: int, which: str, tol) -> EigenPairs:
-    """Eigenpairs at the ends of the spectrum from the matrix itself."""
+    """Form the matrix and return eigenpairs at the ends of its spectrum."""
     size = min(_DENSE_BATCH, dim)
     identity = jnp.eye(-(-dim // size) * size, dim, dtype=dtype)
     columns = jax.lax.map(jax.vmap(matvec), identity.reshape(-1, size, dim))
@@ -308,7 +311,7 @@ def _density(
     weights = weights / num_probes
     low, high = jnp.min(nodes), jnp.max(nodes)
     if width is None:
-        # Of a single point, repeated, a little more than its rounding error.
+        # If all nodes coincide, a little more than their rounding error.
         size = jnp.maximum(jnp.abs(low), jnp.abs(high))
         spread = jnp.maximum((high - low) / 100, math.sqrt(flat.eps) * size)
         spread = jnp.where(spread > 0, spread, 0.01)
@@ -325,7 +328,7 @@ def _density(
 
 
 def _mixture(grid: Array, nodes: Array, weights: Array, spread: Array) -> Array:
-    """Density at `grid` (T,) of Gaussians about `nodes`, with `weights`."""
+    """Return the density at `grid` (T,) of Gaussians about `nodes`, with `weights`."""
 
     def at(x):
         kernel = jnp.exp(-(((x - nodes) / spread) ** 2) / 2)
@@ -335,7 +338,7 @@ def _mixture(grid: Array, nodes: Array, weights: Array, spread: Array) -> Array:
 
 
 def _dimension(flat: Flat, sphere: bool) -> int:
-    """Dimension of the parameters, or of the tangent space of the sphere."""
+    """Return the dimension of the parameters, or of the tangent space of the sphere."""
     dim = flat.dim - 1 if sphere else flat.dim
     if not dim:
         raise ValueError("sphere=True needs at least 2 parameters, got 1")
@@ -343,7 +346,7 @@ def _dimension(flat: Flat, sphere: bool) -> int:
 
 
 def _check_count(k, which: str, dim: int, sphere: bool) -> int:
-    """Number of eigenpairs that `k` and `which` ask for."""
+    """Return the number of eigenpairs that `k` and `which` request."""
     check_choice("which", which, ("smallest", "largest", "both", "all"))
     k = (dim if which == "all" else 1) if k is None else k
     check_integer("k", k, least=1)
@@ -355,7 +358,7 @@ def _check_count(k, which: str, dim: int, sphere: bool) -> int:
 
 
 def _check_num_vectors(num_vectors, count: int, dim: int) -> int:
-    """Size of the Lanczos basis."""
+    """Return the size of the Lanczos basis."""
     least = min(count + 4, dim)
     if num_vectors is None:
         return min(max(2 * count + 10, 20), dim)
@@ -369,7 +372,7 @@ def _check_num_vectors(num_vectors, count: int, dim: int) -> int:
 
 
 def _choose_method(method: str, which: str, dim: int, num_vectors: int) -> str:
-    """The method that "auto" stands for, or the one given."""
+    """Return `method`, with "auto" replaced by the method for this size."""
     check_choice("method", method, ("auto", "dense", "lanczos"))
     if method == "lanczos" and which == "all":
         raise ValueError("which='all' needs method='dense' or 'auto', got 'lanczos'")

@@ -4,7 +4,7 @@ from typing import Any
 
 
 class _Meter:
-    """A tqdm line that a compiled loop feeds, from its first word to its last."""
+    """A tqdm line that a compiled loop updates; the loop's last report closes it."""
 
     def __init__(self) -> None:
         self._line: Any = None
@@ -21,5 +21,5 @@ class _Meter:
             self._line = None
 
 
-# One object, since it is compiled in.
+# A single object, because the compiled program refers to it.
 meter = _Meter()
