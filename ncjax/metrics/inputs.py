@@ -1,4 +1,4 @@
-"""Features, labels, classifier and bias from outside, checked."""
+"""Check features, labels, classifier and bias that a caller passes."""
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +9,19 @@ from ncjax.types import Array
 
 
 def check_features(features, labels, W, b=None, num_classes=None):
-    """Features, labels, classifier and bias as arrays of one dtype, once they are sound.
+    """Return features, labels, classifier and bias as arrays; raise ValueError if unsound.
+
+    W and b come in the dtype of the computation, labels as int32.
 
     Raises:
       ValueError: as in `collapse_metrics_from_features`.
     """
     W, shape = jnp.asarray(W), jnp.shape(features)
     if W.ndim != 2 or len(shape) != 2 or shape[1] != W.shape[1]:
-        turned = W.ndim == 2 and len(shape) == 2 and shape[1] == W.shape[0]
+        transposed = W.ndim == 2 and len(shape) == 2 and shape[1] == W.shape[0]
         raise ValueError(
             f"expected features (N, d) and W (K, d), got {shape} and {W.shape}"
-            + (": transpose W" if turned else "")
+            + (": transpose W" if transposed else "")
         )
     if num_classes is not None and num_classes != W.shape[0]:
         raise ValueError(f"num_classes is {num_classes} but W has {W.shape[0]} rows")
@@ -31,7 +33,7 @@ def check_features(features, labels, W, b=None, num_classes=None):
 
 
 def check_samples(features, labels, num_classes: int) -> tuple[Array, Array]:
-    """Features (N, d) and labels (N,) as arrays, labels as int32, once they are sound.
+    """Return features (N, d) and int32 labels (N,) as arrays; raise ValueError if unsound.
 
     Raises:
       ValueError: as in `collapse_metrics_from_features`.
@@ -43,7 +45,7 @@ def check_samples(features, labels, num_classes: int) -> tuple[Array, Array]:
     check_sizes(num_classes=num_classes, dim=features.shape[1])
     features = _floating("features", features, features.dtype)
     _check_labels(labels, num_classes)
-    if features.shape[0] < num_classes:  # under jit labels cannot tell
+    if features.shape[0] < num_classes:  # under jit the labels have no values
         raise ValueError(
             f"expected a sample of each of {num_classes} classes, got features "
             f"{features.shape}"
@@ -52,13 +54,13 @@ def check_samples(features, labels, num_classes: int) -> tuple[Array, Array]:
 
 
 def check_batch(features, labels, mask, dim: int) -> tuple[Array, Array, Array | None]:
-    """Features (B, d), labels (B,) and mask (B,) or None as arrays, once they fit.
+    """Return features (B, d), labels (B,) and mask (B,) or None as arrays.
 
-    Values are not looked at, so that a batch costs no wait for the device: a label outside
-    [0, K) leaves its sample out.
+    Only shapes and dtypes are checked, because values would have to wait for the device.
+    A sample with a label outside [0, K) is left out later.
 
     Raises:
-      ValueError: says what was given and what is expected.
+      ValueError: a shape or dtype does not fit; the message gives the expected one.
     """
     features = jnp.asarray(features)
     if features.ndim != 2 or features.shape[1] != dim:
@@ -75,16 +77,16 @@ def check_batch(features, labels, mask, dim: int) -> tuple[Array, Array, Array |
 
 
 def check_classifier(W, b, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
-    """W (K, d) and b (K,), or None, as arrays, once they have these shapes.
+    """Return W (K, d) and b (K,) or None as arrays.
 
     Raises:
-      ValueError: says what was given and what is expected.
+      ValueError: a shape does not fit; the message gives the expected one.
     """
     W, b = jnp.asarray(W), None if b is None else jnp.asarray(b)
     if W.shape != shape:
-        turned = W.shape == shape[::-1]
+        transposed = W.shape == shape[::-1]
         raise ValueError(
-            f"expected W {shape}, got {W.shape}" + (": transpose W" if turned else "")
+            f"expected W {shape}, got {W.shape}" + (": transpose W" if transposed else "")
         )
     if b is not None and b.shape != shape[:1]:
         raise ValueError(f"expected b ({shape[0]},), got {b.shape}")
@@ -92,11 +94,7 @@ def check_classifier(W, b, shape: tuple[int, ...]) -> tuple[Array, Array | None]
 
 
 def check_rows(*matrices) -> tuple[Array, ...]:
-    """Matrices as arrays, once they are floating and all (K, d).
-
-    Raises:
-      ValueError: says what was given and what is expected.
-    """
+    """Return matrices as arrays; raise ValueError unless all are floating and (K, d)."""
     arrays = tuple(jnp.asarray(matrix) for matrix in matrices)
     shapes = [array.shape for array in arrays]
     if len(set(shapes)) != 1 or len(shapes[0]) != 2:
@@ -109,14 +107,14 @@ def check_rows(*matrices) -> tuple[Array, ...]:
 
 
 def computing_dtype(dtype) -> jnp.dtype:
-    """float64 for float64, else float32."""
+    """Return the dtype of the computation: float64 for float64, else float32."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def _integers(labels, num_samples: int) -> Array:
-    """`labels` as an array of integers (N,), or what to do about others."""
+    """Return `labels` as an array of integers (N,); raise ValueError with advice if not."""
     kind = getattr(getattr(labels, "dtype", None), "kind", "")
-    if kind in ("O", "S", "U"):  # no array of JAX can hold them
+    if kind in ("O", "S", "U"):  # JAX has no arrays of objects or strings
         raise ValueError(
             f"expected labels of integers ({num_samples},), got {labels.dtype}: number the "
             "classes by np.unique(labels, return_inverse=True)[1]"
@@ -138,7 +136,7 @@ def _integers(labels, num_samples: int) -> Array:
 
 
 def _floating(name: str, array: Array, dtype) -> Array:
-    """`array` in `dtype`, once floating and, where it is known, finite there."""
+    """Return `array` in `dtype`; raise ValueError unless it is floating and finite."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating, got {array.dtype}")
     array = array.astype(dtype)
@@ -147,7 +145,7 @@ def _floating(name: str, array: Array, dtype) -> Array:
 
 
 def _check_labels(labels: Array, num_classes: int) -> None:
-    """Raise ValueError unless concrete labels lie in [0, K) and leave no class out."""
+    """Raise ValueError unless concrete labels lie in [0, K) and occur for every class."""
     if isinstance(labels, jax.core.Tracer):
         return
     values = np.asarray(labels)
@@ -163,5 +161,5 @@ def _check_labels(labels: Array, num_classes: int) -> None:
     if missing.size:
         raise ValueError(
             f"every class needs a sample, none has label {missing.tolist()}: add samples, "
-            "or leave these classes out of W and b and number the others anew"
+            "or leave these classes out of W and b and renumber the others"
         )
