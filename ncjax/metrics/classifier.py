@@ -7,7 +7,6 @@ conventions are those in `ncjax.variants`, which re-exports these functions.
 import math
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -138,12 +137,11 @@ def _logits(features, W, b=None):
 
 
 def _others(labels, num_classes):
-    """Return booleans (N, K), False at the sample's own class."""
+    """(N, K), False at the sample's own class."""
     return labels[:, None] != jnp.arange(num_classes, dtype=labels.dtype)[None]
 
 
 def _own_minus_best_other(scores, labels):
-    chex.assert_shape(scores, (len(labels), None))
     own = jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
     best = jnp.max(scores, axis=1, where=_others(labels, scores.shape[1]), initial=-jnp.inf)
     return own - best
