@@ -53,7 +53,7 @@ class _Krylov(NamedTuple):
     projected: Array  # (m, m)  T
     remainder: Array  # (D,)  r, orthogonal to the basis
     coupling: Array  # ()  |r|; zero after a breakdown, and before a fresh start
-    scale: Array  # ()  largest |A v| seen, an estimate of the norm of A
+    scale: Array  # ()  largest |A v| or |Ritz value| so far, an estimate of the norm of A
     key: Array
 
 
