@@ -26,7 +26,8 @@ MODULES = (
 )
 # Modules that have no page in the reference: they serve others.
 PRIVATE = {
-    *("checks", "numerics", "curvature.lanczos", "metrics.inputs"),
+    *("checks", "numerics", "metrics.inputs"),
+    *("curvature.inputs", "curvature.lanczos", "curvature.meter"),
     *("flow.block_solve", "flow.settle", "networks.grouping", "networks.winograd"),
 }
 REFERENCE = (DOCS / "reference" / "index.md").read_text()

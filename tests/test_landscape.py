@@ -1,5 +1,7 @@
 """Hessian eigenpairs: closed forms, LAPACK and ARPACK, breakdown, ties, bad input."""
 
+import dataclasses
+import importlib.util
 import itertools
 import math
 import os
@@ -444,6 +446,27 @@ def test_progress_is_shown_and_changes_nothing(capfd, max_hvps):
         # The products of the true residuals come after the last restart.
         assert f"Hessian: {int(eig.num_hvps) - 3} products [" in last
         assert "residual=" in last
+
+
+def test_progress_without_tqdm_names_the_extra_to_install(monkeypatch):
+    """Before any product is taken."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    def fn(x):
+        pytest.fail("called although tqdm is missing")
+
+    message = r"tqdm not found: pip install 'ncjax\[experiments\]'"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        ncjax.hessian_eig(fn, jnp.ones(4), progress=True)
+
+
+def test_the_result_is_a_pytree_of_arrays():
+    """`method` is static: it takes part in the structure and not in the leaves."""
+    eig = ncjax.hessian_eig(quadratic, jnp.ones(5), batches=symmetric(np.arange(5.0)))
+    assert len(jax.tree.leaves(eig)) == 5
+    assert jax.tree.map(jnp.zeros_like, eig).method == eig.method == "dense"
+    other = dataclasses.replace(eig, method="lanczos")
+    assert jax.tree.structure(other) != jax.tree.structure(eig)
 
 
 # Transformations and devices.

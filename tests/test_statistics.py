@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jax.tree_util import Partial
 
 from ncjax import statistics
+from ncjax.metrics import collapse
 
 K, D, N = 4, 3, 24
 
@@ -256,6 +257,49 @@ def test_unknown_centring_is_refused():
     ):
         with pytest.raises(ValueError, match="centring must be one of"):
             function(seen, "median")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"features": np.ones((3, 5))}, r"expected features \(B, 4\), got \(3, 5\)"),
+        ({"features": np.ones(4)}, r"expected features \(B, 4\), got \(4,\)"),
+        ({"labels": np.zeros(3)}, r"got float\d+ \(3,\): cast them"),
+        ({"labels": np.zeros((3, 1), int)}, r"got int\d+ \(3, 1\): take labels\[:, 0\]"),
+        ({"mask": np.ones(2, bool)}, r"expected mask of booleans \(3,\), got bool \(2,\)"),
+        ({"mask": np.ones(3, int)}, r"expected mask of booleans \(3,\), got int\d+ \(3,\)"),
+    ],
+)
+@pytest.mark.parametrize("transform", [lambda fn: fn, jax.jit], ids=["eager", "jit"])
+def test_batches_that_do_not_fit_are_refused(changed, message, transform):
+    """In both passes: a wrong shape would broadcast to a wrong number."""
+    good = {"features": np.ones((3, 4)), "labels": np.zeros(3, int), "mask": None}
+    features, labels, mask = (good | changed).values()
+    first = statistics.init(2, 4, jnp.float64)
+    with pytest.raises(ValueError, match=message):
+        transform(statistics.update)(first, features, labels, mask)
+    against = statistics.Reference(jnp.eye(2, 4), jnp.eye(2), jnp.ones((1, 4)))
+    second, W = statistics.init_comparison(2, jnp.float64), jnp.ones((2, 4))
+    with pytest.raises(ValueError, match=message):
+        transform(statistics.compare)(
+            second, first, against, features, labels, W, None, mask
+        )
+
+
+def test_a_classifier_that_does_not_fit_is_refused():
+    first = statistics.class_statistics(jnp.eye(3, 4), jnp.arange(3), 3)
+    against = statistics.reference(first)
+    second = statistics.init_comparison(3, first.anchor.dtype)
+    batch = jnp.eye(3, 4), jnp.arange(3)
+    for W, b, message in (
+        (jnp.ones((4, 3)), None, r"expected W \(3, 4\), got \(4, 3\): transpose W"),
+        (jnp.ones((1, 4)), None, r"expected W \(3, 4\), got \(1, 4\)$"),
+        (jnp.ones((3, 4)), jnp.ones(1), r"expected b \(3,\), got \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            statistics.compare(second, first, against, *batch, W, b)
+    with pytest.raises(ValueError, match=r"expected W \(3, 4\), got \(4, 3\)"):
+        collapse.metrics_from_statistics(first, second, jnp.ones((4, 3)))
 
 
 def test_all_merge_over_eight_devices_equals_one_pass():

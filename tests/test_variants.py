@@ -421,6 +421,28 @@ def test_unknown_names_are_refused():
         variants.nearest_centre_accuracy(data.features[0], data.labels, 5)
 
 
+def test_rows_that_do_not_fit_are_refused():
+    """A single row would otherwise be taken for each of the others."""
+    rows, one = jnp.ones((3, 4)), jnp.ones((1, 4))
+    pairs = (
+        *(measures.self_duality, measures.product_etf_error),
+        *(measures.row_cosines, measures.row_dots, measures.row_distances),
+    )
+    message = r"expected rows of one shape \(K, d\), got \(3, 4\) and \(1, 4\)"
+    for function in pairs:
+        with pytest.raises(ValueError, match=message):
+            function(rows, one)
+    for function in (measures.norm_variation, measures.cosine_deviation):
+        with pytest.raises(ValueError, match=r"\(K, d\), got \(4,\)"):
+            function(one[0])
+        with pytest.raises(ValueError, match="rows must be floating, got int32"):
+            function(jnp.ones((3, 4), jnp.int32))
+    seen = first_pass(RANDOM["wide"])
+    W, b = RANDOM["wide"].W, RANDOM["wide"].b
+    with pytest.raises(ValueError, match=r"expected b \(5,\), got \(4,\)"):
+        variants.mean_logits_norm(seen, W, b[:4])
+
+
 @pytest.mark.parametrize(
     ("W", "message"),
     [

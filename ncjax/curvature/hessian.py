@@ -1,32 +1,33 @@
-"""Hessian-vector products of a scalar function of a pytree, on the sphere too."""
+"""Hessian-vector products of a scalar function of a pytree, also on the sphere."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from ncjax.curvature.inputs import check_floating, check_fn
 from ncjax.numerics import dot
 from ncjax.types import Array
 
 
 def hvp(fn: Callable, params, vector, *, batches=None, sphere: bool = False):
-    r"""Hessian-vector product, forward over reverse.
+    r"""Return the Hessian of `fn` times a vector, by forward over reverse differentiation.
 
     $$H v = \nabla^2 f(Z)\, v, \qquad \text{or with } P = I - \tfrac{Z Z^\top}{|Z|^2}
     \quad H v = P\, \nabla^2 f\, P v - \tfrac{\langle \nabla f, Z \rangle}{|Z|^2}\, P v$$
 
-    the Riemannian Hessian on the sphere $|Z|$ = const for `sphere=True`. Matrix products
-    inside `fn` that name no precision of their own are taken at the highest.
+    The second form, for `sphere=True`, is the Riemannian Hessian: the curvature of f along
+    great circles of the sphere $|Z|$ = const. Matrix products inside `fn` run at the
+    highest precision unless they name their own.
 
     Args:
       fn: scalar function of `params`, or of `params` and a batch if `batches` is given.
       params: any pytree of floating arrays, Z.
       vector: pytree like `params`.
       batches: pytree of arrays with a leading axis of C batches; f is then
-        `sum_c fn(params, batches[c])`, taken one batch at a time.
-      sphere: Riemannian Hessian on the sphere.
+        `sum_c fn(params, batches[c])`, one batch at a time.
+      sphere: use the Riemannian Hessian on the sphere.
 
     Returns:
       Pytree like `params`.
@@ -53,7 +54,7 @@ def hvp(fn: Callable, params, vector, *, batches=None, sphere: bool = False):
 
 
 class Flat:
-    """Parameters as one vector (D,) of the widest dtype among them, float32 at least."""
+    """Convert parameters to one vector (D,), in their widest dtype, at least float32."""
 
     def __init__(self, params):
         leaves, self.treedef = jax.tree.flatten(params)
@@ -68,12 +69,12 @@ class Flat:
         self.eps = max(float(jnp.finfo(dtype).eps) for dtype in self.dtypes)
 
     def ravel(self, tree) -> Array:
-        """`tree` in the structure of the parameters as a vector (D,)."""
+        """Return a tree with the structure of the parameters as a vector (D,)."""
         leaves = jax.tree.leaves(tree)
         return jnp.concatenate([leaf.reshape(-1).astype(self.dtype) for leaf in leaves])
 
     def unravel(self, vector: Array):
-        """Inverse of `ravel`, in the dtypes of the parameters."""
+        """Invert `ravel`, in the dtypes of the parameters."""
         parts = [
             vector[start:end].reshape(shape).astype(dtype)
             for start, end, shape, dtype in zip(
@@ -84,11 +85,11 @@ class Flat:
 
 
 def tangent_operator(fn, params, batches, sphere: bool) -> tuple[Callable, Callable, int]:
-    """The Hessian in orthonormal coordinates, the embedding of these, their number.
+    """Return the Hessian in orthonormal coordinates, their embedding and their number.
 
-    On the sphere the coordinates are those of the tangent space: the Householder
-    reflection that takes the first unit vector to the line of Z takes the others to an
-    orthonormal basis of its complement.
+    On the sphere these are coordinates of the tangent space, the vectors orthogonal to Z.
+    A Householder reflection maps the first unit vector to the line of Z, and the other
+    unit vectors to an orthonormal basis of the tangent space.
     """
     hessian = _hessian(fn, params, batches, sphere)
     flat = Flat(params)
@@ -108,7 +109,7 @@ def tangent_operator(fn, params, batches, sphere: bool) -> tuple[Callable, Calla
 
 
 def _hessian(fn, params, batches, sphere: bool) -> Callable[[Array], Array]:
-    """`hvp` as a function of a flat vector (D,)."""
+    """Return `hvp` as a function of a flat vector (D,)."""
     flat = Flat(params)
     gradient = _gradient(fn, batches)
 
@@ -134,7 +135,7 @@ def _hessian(fn, params, batches, sphere: bool) -> Callable[[Array], Array]:
 
 
 def _gradient(fn, batches) -> Callable:
-    """Gradient in `params`, summed over batches one after the other."""
+    """Return the gradient in `params` as a function, summed over one batch at a time."""
     if batches is None:
         return jax.grad(fn)
 
@@ -148,80 +149,7 @@ def _gradient(fn, batches) -> Callable:
 
 
 def _direction(vector: Array) -> tuple[Array, Array]:
-    """`vector` (D,) over its norm, and the norm, at any scale."""
+    """Return `vector` (D,) divided by its norm, and the norm, without overflow."""
     largest = jnp.max(jnp.abs(vector))
     length = jnp.linalg.norm(vector / largest)
     return vector / largest / length, length * largest
-
-
-def hashable(fn: Callable) -> Callable:
-    """`fn`, wrapped if it has no hash (a module that holds arrays)."""
-    try:
-        hash(fn)
-    except TypeError:
-        return lambda *args: fn(*args)
-    return fn
-
-
-def concrete(array) -> np.ndarray | None:
-    """The value of `array`; None where it is not known here, as under `jax.jit`."""
-    if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
-        return None
-    return np.asarray(array)
-
-
-def check_floating(params, sphere: bool):
-    """`params` with JAX arrays as leaves, once floating, finite and not empty."""
-    named, treedef = jax.tree_util.tree_flatten_with_path(params)
-    leaves = [jnp.asarray(leaf) for _, leaf in named]
-    if sum(leaf.size for leaf in leaves) == 0:
-        raise ValueError("params must hold at least one number, got an empty pytree")
-    for (path, _), leaf in zip(named, leaves, strict=True):
-        name = f"params{jax.tree_util.keystr(path)}"
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"{name} must be real and floating, got {leaf.dtype}: cast it, or close "
-                "over what is not to be differentiated"
-            )
-    values = [concrete(leaf) for leaf in leaves]
-    for (path, leaf), value in zip(named, values, strict=True):
-        bad = 0 if value is None else np.count_nonzero(~np.isfinite(value))
-        if bad:
-            raise ValueError(
-                f"params{jax.tree_util.keystr(path)} must be finite, got {bad} of "
-                f"{leaf.size} entries NaN or infinite"
-            )
-    if sphere and all(value is not None and not value.any() for value in values):
-        raise ValueError(
-            "sphere=True needs params away from the origin, got all zeros: pass "
-            "sphere=False for the plain Hessian there"
-        )
-    return jax.tree.unflatten(treedef, leaves)
-
-
-def check_fn(fn, params, batches):
-    """`batches` as JAX arrays, once they fit together and `fn` is scalar on one."""
-    if batches is None:
-        value = jax.eval_shape(fn, params)
-    else:
-        batches = jax.tree.map(jnp.asarray, batches)
-        shapes = [leaf.shape for leaf in jax.tree.leaves(batches)]
-        counts = {shape[0] if shape else 0 for shape in shapes}
-        if len(counts) != 1 or 0 in counts:
-            raise ValueError(
-                "batches must be arrays with one leading axis of at least 1 batch in "
-                f"common, got shapes {shapes}"
-            )
-        value = jax.eval_shape(
-            lambda params, batches: fn(params, jax.tree.map(lambda x: x[0], batches)),
-            params,
-            batches,
-        )
-    is_array = isinstance(value, jax.ShapeDtypeStruct)
-    if is_array and not value.shape and jnp.issubdtype(value.dtype, jnp.floating):
-        return batches
-    given = f"{value.dtype} of shape {value.shape}" if is_array else type(value).__name__
-    raise ValueError(
-        f"fn must return one real floating scalar, got {given}: reduce it, or pick the "
-        "loss from what it returns"
-    )

@@ -1,17 +1,22 @@
 r"""Lanczos iterations for a symmetric operator given as a function of a flat vector.
 
-Thick restarts, full reorthogonalisation, fixed shapes (so it runs under `jax.jit`), and
-two things that libraries leave out. On breakdown, where the Krylov space is invariant,
-the iteration goes on with a random vector orthogonal to it: matfree 0.6.3 returns 1 and
-3 on `2 I` there, and NaN on the zero matrix. And since a Krylov space holds one vector
-of each eigenspace only, a fresh random start orthogonal to what was found must find
-nothing new before the result is taken: multiplicities come out right.
+The iteration builds an orthonormal basis of the Krylov space span(v, A v, A² v, ...) and
+takes eigenpairs of A restricted to it: Ritz values and Ritz vectors. It reorthogonalises
+fully, and restarts thickly: a full basis shrinks to its best Ritz vectors. Shapes are
+fixed, so it runs under `jax.jit`. It adds two steps that libraries leave out:
+
+- Breakdown: if the Krylov space is invariant, the iteration continues with a random vector
+  orthogonal to it. Without this matfree 0.6.3 returns 1 and 3 on `2 I`, and NaN on zero.
+- Multiplicity: a Krylov space holds only one vector of each eigenspace. Therefore a fresh
+  random start, orthogonal to the vectors found, must find nothing new before the
+  iteration ends. So multiple eigenvalues appear with all their copies.
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,14 +25,14 @@ from ncjax.numerics import dot, matmul, power_of_two
 
 Array = jax.Array
 
-# Ritz pairs are locked once their estimated residual is this share of the tolerance, so
-# that what later fresh starts leave out of them stays below it.
+# Ritz pairs are locked once their estimated residual falls to this share of the tolerance.
+# Later fresh starts ignore these residuals, which therefore must stay well below it.
 _LOCK = 0.1
-# A fresh start has found nothing new once the residual of its best Ritz value is below
-# this share of the distance to the eigenvalues already found.
+# A fresh start has found nothing new once the residual of its best Ritz value falls below
+# this share of its distance to the eigenvalues already found.
 _CLEAR = 0.1
-# Up to this length XLA's product of a float32 matrix and a vector on the CPU is off by
-# 1e-6 at most, which the second pass of Gram-Schmidt puts right.
+# Up to this length the error of XLA's float32 matrix-vector product on the CPU is at most
+# 1e-6, and the second pass of Gram-Schmidt corrects it.
 _WIDE = 2**15
 
 
@@ -44,19 +49,19 @@ class EigenPairs(NamedTuple):
 class _Krylov(NamedTuple):
     """`A V = V T + r e_mᵀ`, with the rows of `basis` as the columns of V."""
 
-    basis: Array  # (m, D) orthonormal rows, zero where not yet reached
+    basis: Array  # (m, D) orthonormal rows, zero if not yet computed
     projected: Array  # (m, m)  T
     remainder: Array  # (D,)  r, orthogonal to the basis
     coupling: Array  # ()  |r|; zero after a breakdown, and before a fresh start
-    scale: Array  # ()  norm of A as far as met
+    scale: Array  # ()  largest |A v| or |Ritz value| so far, an estimate of the norm of A
     key: Array
 
 
 class _State(NamedTuple):
     krylov: _Krylov
     kept: Array  # ()  rows of the basis that survived the restart
-    locked: Array  # (k,)  wanted Ritz values at the last fresh start
-    fresh: Array  # ()  whether there has been a fresh start
+    locked: Array  # (k,)  requested Ritz values at the last fresh start
+    fresh: Array  # ()  bool, a fresh start has happened
     done: Array  # ()  bool
     num_matvecs: Array  # ()  int32
 
@@ -75,30 +80,31 @@ def eigh_ends(
     dtype,
     report: Callable[[Array, Array, Array], None] | None = None,
 ) -> EigenPairs:
-    r"""Smallest, largest or both ends of the spectrum of a symmetric operator.
+    r"""Return eigenpairs at one end or both ends of the spectrum of a symmetric operator.
 
     Args:
       matvec: `v -> A v`, (D,) to (D,), symmetric and linear.
       dim: D.
       key: PRNG key for the start vectors.
-      count: number of eigenpairs, at least 1; for both ends the sum of the two.
+      count: number of eigenpairs, at least 1; for "both" the sum of both ends.
       which: "smallest", "largest" or "both".
       tol: a pair has converged once its residual is below `tol` times the norm of A.
       eps: relative rounding error of `matvec`.
       num_vectors: m, size of the basis; at least `min(dim, count + 4)`, at most `dim`.
-      max_matvecs: no restart begins once so many products are spent.
+      max_matvecs: after this many products no new restart begins.
       dtype: floating dtype of the vectors.
       report: called on the host at each restart with the number of products, the largest
         residual in units of the norm of A, and whether this was the last.
 
     Returns:
-      `EigenPairs`; a pair that has not converged, or whose multiplicity was not settled
-      within `max_matvecs`, says so. NaN if the operator gives NaN or infinity.
+      `EigenPairs`. `converged` is False for a pair whose residual is too large, and for
+      all pairs if multiplicity was not settled within `max_matvecs`. NaN if the operator
+      gives NaN or infinity.
     """
     ends = 2 if which == "both" else 1
     order = _order(which, num_vectors)
     exhaustive = num_vectors == dim
-    # A single smallest eigenvalue has no second copy to be missed.
+    # With one eigenvalue per end no second copy can be missing.
     verify = count > ends and not exhaustive
     advance = partial(_extend, matvec, threshold=eps**0.8)
 
@@ -151,7 +157,7 @@ def eigh_ends(
 
 
 def rayleigh(matvec, vectors: Array, tolerance: Array) -> EigenPairs:
-    r"""Rayleigh quotients of the rows of `vectors` (k, D), ascending, and true residuals.
+    r"""Return Rayleigh quotients of the rows of `vectors` (k, D), ascending, and residuals.
 
     $$\lambda = v^\top A v, \qquad r = |A v - \lambda v|, \qquad |v| = 1$$
     """
@@ -183,17 +189,17 @@ def gauss_quadrature(
     eps: float,
     dtype,
 ) -> tuple[Array, Array]:
-    r"""Gauss rule of the spectral measure of a random unit vector u.
+    r"""Return the Gauss rule of the spectral measure of a random unit vector u.
 
     $$u^\top f(A)\, u \approx \sum_i w_i f(x_i)$$
 
-    Exact for polynomials up to degree `2 num_steps - 1`. After a breakdown the nodes that
-    belong to other vectors carry no weight, so the rule stays exact.
+    The rule is exact for polynomials f up to degree `2 num_steps - 1`. It stays exact after
+    a breakdown, because nodes that belong to other vectors have weight 0.
 
     Args:
       matvec: `v -> A v`, (D,) to (D,), symmetric and linear.
       dim: D.
-      key: PRNG key, for u and for the vectors that follow a breakdown.
+      key: PRNG key for u and for the random vectors after a breakdown.
       num_steps: number of nodes, at most D.
       eps: relative rounding error of `matvec`.
       dtype: floating dtype of the vectors.
@@ -208,7 +214,7 @@ def gauss_quadrature(
 
 
 def _order(which: str, size: int) -> np.ndarray:
-    """Indices of `size` ascending values with the wanted ones first."""
+    """Return the indices that put the requested ones of `size` ascending values first."""
     up, down = np.arange(size), np.arange(size)[::-1]
     if which == "both":
         return np.stack([up, down], axis=1).reshape(-1)[:size]
@@ -216,7 +222,7 @@ def _order(which: str, size: int) -> np.ndarray:
 
 
 def _empty(num_vectors: int, dim: int, dtype, key: Array) -> _Krylov:
-    """No basis yet: the first step draws a random vector, as after a breakdown."""
+    """Return a state without a basis; the first step draws a random vector."""
     zero = jnp.zeros((), dtype)
     return _Krylov(
         basis=jnp.zeros((num_vectors, dim), dtype),
@@ -229,7 +235,7 @@ def _empty(num_vectors: int, dim: int, dtype, key: Array) -> _Krylov:
 
 
 def _extend(matvec, krylov: _Krylov, kept: Array, *, threshold: float) -> _Krylov:
-    """Lanczos steps that fill the basis from row `kept` on."""
+    """Take Lanczos steps until the basis is full, starting at row `kept`."""
     size = len(krylov.projected)
 
     def step(j, krylov: _Krylov) -> _Krylov:
@@ -257,23 +263,25 @@ def _extend(matvec, krylov: _Krylov, kept: Array, *, threshold: float) -> _Krylo
 
 
 def _ritz(projected: Array, order: np.ndarray) -> tuple[Array, Array]:
-    """Ritz values (m,) and their coefficients in the basis (m, m), columns, in `order`."""
+    """Return Ritz values (m,) in `order`, and their vectors as columns (m, m)."""
+    chex.assert_shape(projected, (len(order), len(order)))
     unit = power_of_two(projected)
     theta, rotation = jnp.linalg.eigh(projected / unit)
     return theta[order] * unit, rotation[:, order]
 
 
 def _is_clear(theta, estimate, count: int, ends: int, tolerance: Array) -> Array:
-    """Whether the best Ritz values not wanted are known to lie beyond the wanted ones."""
-    wanted, beyond = theta[count - ends : count], theta[count : count + ends]
-    gap = jnp.abs(beyond - wanted)
+    """Return whether the next Ritz values certainly lie beyond the requested ones."""
+    requested, beyond = theta[count - ends : count], theta[count : count + ends]
+    gap = jnp.abs(beyond - requested)
     error = estimate[count : count + ends]
     return jnp.all(error <= jnp.maximum(tolerance, _CLEAR * gap))
 
 
 def _restart(krylov: _Krylov, theta, rotation, count: int, fresh) -> tuple[_Krylov, Array]:
-    """Keep the best Ritz vectors; go on with r, or with a random vector if `fresh`."""
+    """Keep the best Ritz vectors; continue with r, or with a random vector if `fresh`."""
     size = len(theta)
+    chex.assert_shape([rotation, krylov.projected], (size, size))
     most = min(count + (size - count) // 2, max(size - 1, count))
     kept = jnp.where(fresh, count, most).astype(jnp.int32)
     within = jnp.arange(size, dtype=jnp.int32) < kept
@@ -288,13 +296,14 @@ def _restart(krylov: _Krylov, theta, rotation, count: int, fresh) -> tuple[_Kryl
 
 
 def _orthogonalise(basis: Array, vector: Array) -> tuple[Array, Array]:
-    """Part of `vector` (D,) orthogonal to the rows of `basis`, and its coefficients.
+    """Return the part of `vector` (D,) orthogonal to the rows of `basis`, and coefficients.
 
-    Classical Gram-Schmidt, twice: once more than that changes nothing. In float32 one dot
-    product per row where these are long: XLA's product of a wide matrix and a vector on
-    the CPU is off by 1e-3 at D = 1e7 where its dot product is exact to rounding.
-    Elsewhere the product, which reads the basis at twice the speed or better.
+    Classical Gram-Schmidt runs twice; a third pass would change nothing. Long float32 rows
+    take one dot product each: on the CPU the error of XLA's wide matrix-vector product is
+    1e-3 at D = 1e7, whereas its dot product is exact to rounding. Otherwise a
+    matrix-vector product is used, because it reads the basis at least twice as fast.
     """
+    chex.assert_shape(vector, basis.shape[1:])
     coefficients = jnp.zeros(len(basis), vector.dtype)
     by_row = vector.dtype == jnp.float32 and len(vector) > _WIDE
     for _ in range(2):
@@ -309,13 +318,13 @@ def _orthogonalise(basis: Array, vector: Array) -> tuple[Array, Array]:
 
 
 def _random_orthogonal(key: Array, basis: Array) -> Array:
-    """Random unit vector orthogonal to the rows of `basis` (m, D)."""
+    """Draw a random unit vector orthogonal to the rows of `basis` (m, D)."""
     vector = jax.random.normal(key, basis.shape[1:], basis.dtype)
     vector, _ = _orthogonalise(basis, vector)
     return vector / jnp.linalg.norm(vector)
 
 
 def _norm(vector: Array) -> Array:
-    """Euclidean norm without overflow or underflow."""
+    """Return the Euclidean norm without overflow or underflow."""
     unit = power_of_two(vector)
     return unit * jnp.linalg.norm(vector / unit)

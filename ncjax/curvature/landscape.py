@@ -1,8 +1,8 @@
-"""Curvature of a loss: Hessian eigenpairs, on the sphere too, and spectral densities."""
+"""Hessian eigenpairs of a loss, also on the sphere, and densities of the spectrum."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,16 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.checks import check_integer
-from ncjax.curvature.hessian import (
-    Flat,
-    check_floating,
-    check_fn,
-    concrete,
-    hashable,
-    tangent_operator,
-)
+from ncjax.checks import check_choice, check_installed, check_integer, check_positive
+from ncjax.curvature.hessian import Flat, tangent_operator
+from ncjax.curvature.inputs import check_floating, check_fn, concrete, hashable
 from ncjax.curvature.lanczos import EigenPairs, eigh_ends, gauss_quadrature, rayleigh
+from ncjax.curvature.meter import meter
 from ncjax.types import Array
 
 # Up to this dimension method="auto" forms the Hessian and calls LAPACK or cuSOLVER.
@@ -29,21 +24,17 @@ DENSE_LIMIT = 1000
 _DENSE_BATCH = 16
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["eigenvalues", "eigenvectors", "residuals", "converged", "num_hvps"],
-    meta_fields=["method"],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class HessianEig:
     """Eigenpairs of a Hessian, and how they were computed."""
 
     eigenvalues: Array  # (k,)  ascending
     eigenvectors: Any  # (k, ...) leaves in the structure of `params`, orthonormal
-    residuals: Array  # (k,)  |H v - λ v|, from a Hessian-vector product of its own
-    converged: Array  # (k,)  residual within tol * |H|, and no copy or pair missed
+    residuals: Array  # (k,)  |H v - λ v|, from a separate Hessian-vector product
+    converged: Array  # (k,)  residual at most tol * |H|, and no eigenpair missing
     num_hvps: Array  # ()    Hessian-vector products (int32)
-    method: str  # "dense" or "lanczos"
+    method: str = field(metadata={"static": True})  # "dense" or "lanczos"
 
 
 class SpectralDensity(NamedTuple):
@@ -70,56 +61,60 @@ def hessian_eig(
     max_hvps: int = 20_000,
     progress: bool = False,
 ) -> HessianEig:
-    r"""Eigenvalues and eigenvectors of the Hessian of a scalar function of a pytree.
+    r"""Return eigenvalues and eigenvectors of the Hessian of a scalar function of a pytree.
 
     $$\nabla^2 f(Z)\, v = \lambda v, \qquad \text{or} \quad \Bigl( P\, \nabla^2 f\, P
     - \tfrac{\langle \nabla f, Z \rangle}{|Z|^2} P \Bigr) v = \lambda v, \quad
     P = I - \tfrac{Z Z^\top}{|Z|^2}$$
 
-    on the tangent space, of dimension D - 1, of the sphere $|Z|$ = const for
-    `sphere=True`. Dense up to `DENSE_LIMIT` = 1000 parameters. Above it Lanczos with full
-    reorthogonalisation and thick restarts; where k > 1 a fresh random start must then
-    find nothing that was missed, so multiple eigenvalues come with all their copies.
+    The second equation, for `sphere=True`, is the Riemannian Hessian on the sphere
+    $|Z|$ = const; v lies in its tangent space, of dimension D - 1. Up to `DENSE_LIMIT` =
+    1000 parameters the Hessian is formed and decomposed. Above, Lanczos runs with full
+    reorthogonalisation and thick restarts. If k > 1, a fresh random start must then find no
+    further eigenpair, so multiple eigenvalues appear with all their copies.
 
-    Works under `jax.jit`, with `params` or `batches` sharded over devices too. Compiled
-    once per function object: pass the same `fn` with other params.
+    Works under `jax.jit`, and with `params` or `batches` sharded over devices. It compiles
+    once per function object: for other params pass the same `fn`.
 
     Args:
       fn: scalar function of `params`, or of `params` and a batch if `batches` is given.
-        Arrays it closes over are compiled in, so pass large data as `batches`.
+        Arrays that it closes over become constants of the program, so pass large data as
+        `batches`.
       params: any pytree of floating arrays, Z.
       batches: pytree of arrays with a leading axis of C batches; f is then
-        `sum_c fn(params, batches[c])`, taken one batch at a time in bounded memory.
-      k: number of eigenpairs, from each end for `which="both"`; 1 if None.
+        `sum_c fn(params, batches[c])`, one batch at a time in bounded memory.
+      k: number of eigenpairs, at each end for `which="both"`. If None, 1, or all for
+        `which="all"`.
       which: "smallest", "largest", "both" (2k in all, at most D) or "all" (dense).
-      sphere: Riemannian Hessian on the sphere. For the layer-peeled model pass
-        `ncjax.log_cross_entropy`: at a critical direction its Hessian on the sphere is
-        that of the loss over the loss, and it does not underflow.
+      sphere: use the Riemannian Hessian on the sphere. For the layer-peeled model pass
+        `ncjax.log_cross_entropy`, which does not underflow: at a critical direction, where
+        the gradient is radial, its Hessian on the sphere is the Hessian of the loss divided
+        by the loss.
       method: "dense", "lanczos", or "auto" to choose by size.
       key: PRNG key of the start vectors, `jax.random.key(0)` if None.
-      tol: residuals are to be below `tol` times the largest |eigenvalue| (met or
-        estimated); `eps**(2/3)` of the coarsest dtype in `params` if None, which is
-        4e-11 in float64 and 2e-5 in float32. Eigenvalues are then accurate to the square
-        of it over their distance to the next one.
-      num_vectors: Lanczos basis, `max(2 k + 10, 20)` vectors (k counting both ends) if
-        None. Memory is twice `num_vectors * D` numbers at the most.
-      max_hvps: Lanczos begins no restart once so many products are spent.
-      progress: show a tqdm line of the products and the largest residual of Lanczos, which
-        is to fall below `tol`.
+      tol: a pair has converged once its residual is below `tol` times the largest
+        |eigenvalue|, as far as known. If None, `eps**(2/3)` of the coarsest dtype in
+        `params`: 4e-11 in float64, 2e-5 in float32. The error of an eigenvalue is at most
+        its squared residual divided by its distance to the next eigenvalue.
+      num_vectors: size of the Lanczos basis, `max(2 k + 10, 20)` if None, where k counts
+        both ends. Lanczos keeps at most twice `num_vectors * D` numbers.
+      max_hvps: after this many products Lanczos begins no new restart.
+      progress: show a tqdm line with the number of Lanczos products and the largest
+        residual, which must fall below `tol`. Needs `pip install 'ncjax[experiments]'`.
 
     Returns:
-      `HessianEig`. Eigenvectors are unit vectors of the flattened parameters, in the
-      dtypes of `params`. Under jit, values that are not finite come back as NaN, and
-      `converged` as False.
+      `HessianEig`. Eigenvectors have norm 1 over all leaves together, and the dtypes of
+      `params`. Under jit, values that are not finite become NaN, and `converged` False.
 
     Raises:
       ValueError: params are not floating and finite, fn is not scalar, Z = 0 with
         `sphere`, k or another argument is out of range, or (outside jit) a
         Hessian-vector product holds NaN or infinity.
+      ModuleNotFoundError: `progress` is set and tqdm is not installed.
 
-    Source: the Riemannian Hessian sharpens Theorem 3.3 of Ji et al. (ICLR 2022); at a
-    KKT direction its least eigenvalue tells saddles from minimisers. Lanczos with thick
-    restarts: Wu and Simon (SIAM J. Matrix Anal. Appl. 22, 2000).
+    Source: the Riemannian Hessian sharpens Theorem 3.3 of Ji et al. (ICLR 2022): at a
+    KKT direction its least eigenvalue separates saddles from minimisers. Lanczos with
+    thick restarts: Wu and Simon (SIAM J. Matrix Anal. Appl. 22, 2000).
 
     >>> import ncjax
     >>> saddle = ncjax.block_saddle(num_blocks=2, block_size=2, per_class=1, dim=4)
@@ -128,12 +123,15 @@ def hessian_eig(
     >>> [round(float(value), 3) for value in eig.eigenvalues]
     [-0.25, -0.25]
     """
+    if progress:
+        check_installed("experiments", "tqdm")
     params = check_floating(params, sphere)
     batches = check_fn(fn, params, batches)
     flat = Flat(params)
-    dim = flat.dim - 1 if sphere else flat.dim
+    dim = _dimension(flat, sphere)
     count = _check_count(k, which, dim, sphere)
-    tol = flat.eps ** (2 / 3) if tol is None else _check_tol(tol)
+    tol = flat.eps ** (2 / 3) if tol is None else tol
+    check_positive("tol", tol)
     check_integer("max_hvps", max_hvps, least=1)
     num_vectors = _check_num_vectors(num_vectors, count, dim)
     method = _choose_method(method, which, dim, num_vectors)
@@ -141,7 +139,7 @@ def hessian_eig(
         params,
         batches,
         jax.random.key(0) if key is None else key,
-        tol,
+        float(tol),
         max_hvps,
         fn=hashable(fn),
         count=count,
@@ -168,26 +166,26 @@ def spectral_density(
     width: float | None = None,
     key: Array | None = None,
 ) -> SpectralDensity:
-    r"""Density of the eigenvalues of a Hessian, by stochastic Lanczos quadrature.
+    r"""Estimate the density of Hessian eigenvalues by stochastic Lanczos quadrature.
 
     $$\rho(x) = \frac1D \sum_i \delta(x - \lambda_i) \approx \frac1P \sum_{p,s}
     w_{ps}\, \mathcal N(x;\, x_{ps}, \text{width}^2)$$
 
-    The P probes are random unit vectors $u_p$ and $\sum_s w_{ps} f(x_{ps})$ is Gauss
-    quadrature of $u_p^\top f(H) u_p$, exact for polynomials up to degree `2 m - 1`: the
-    only error of the moments is that of the Monte Carlo mean over probes.
+    The P probes $u_p$ are random unit vectors. $\sum_s w_{ps} f(x_{ps})$ is Gauss
+    quadrature of $u_p^\top f(H) u_p$, exact for polynomials f up to degree `2 m - 1`. So
+    moments up to this degree have only the Monte Carlo error of a mean over P probes.
 
     Args:
       fn: scalar function of `params`, or of `params` and a batch if `batches` is given.
       params: any pytree of floating arrays.
       batches: as in `hessian_eig`.
       sphere: Riemannian Hessian on the sphere, as in `hessian_eig`.
-      grid: (T,) eigenvalues at which to give the density; if None, `num_points` evenly
-        spaced ones that reach 5 widths beyond the outermost nodes.
-      num_points: T where `grid` is None, at least 2.
+      grid: (T,) eigenvalues at which the density is evaluated. If None, `num_points` evenly
+        spaced ones, from 5 widths below the lowest node to 5 above the highest.
+      num_points: T if `grid` is None, at least 2.
       num_probes: P, at least 1.
-      num_steps: m, Lanczos steps per probe, at most D. The memory is m * D numbers.
-      width: standard deviation of the Gaussians; 1 % of the nodes' range if None.
+      num_steps: m, Lanczos steps per probe, at most D. The basis holds m * D numbers.
+      width: standard deviation of the Gaussians; 1 % of the range of the nodes if None.
       key: PRNG key of the probes, `jax.random.key(0)` if None.
 
     Returns:
@@ -196,8 +194,8 @@ def spectral_density(
     Raises:
       ValueError: as `hessian_eig`, or `grid` or `width` is out of range.
 
-    Source: Ubaru, Chen and Saad (SIAM J. Matrix Anal. Appl. 38, 2017); for networks
-    Papyan (JMLR 21, 2020).
+    Source: Ubaru, Chen and Saad (SIAM J. Matrix Anal. Appl. 38, 2017); applied to
+    networks by Papyan (JMLR 21, 2020).
 
     >>> import jax.numpy as jnp, ncjax
     >>> density = ncjax.spectral_density(lambda x: jnp.sum(x**2), jnp.ones(5))
@@ -207,13 +205,12 @@ def spectral_density(
     params = check_floating(params, sphere)
     batches = check_fn(fn, params, batches)
     flat = Flat(params)
-    dim = flat.dim - 1 if sphere else flat.dim
-    _check_count(1, "smallest", dim, sphere)
+    dim = _dimension(flat, sphere)
     for name, value in (("num_probes", num_probes), ("num_steps", num_steps)):
         check_integer(name, value, least=1)
     check_integer("num_points", num_points, least=2)
-    if width is not None and not (math.isfinite(width) and width > 0):
-        raise ValueError(f"width must be positive and finite, got {width}")
+    if width is not None:
+        check_positive("width", width)
     if grid is not None:
         grid = jnp.asarray(grid, flat.dtype)
         if grid.ndim != 1:
@@ -234,10 +231,10 @@ def spectral_density(
     return density
 
 
-_HOW = ("fn", "count", "which", "sphere", "method", "num_vectors", "progress")
+_STATIC = ("fn", "count", "which", "sphere", "method", "num_vectors", "progress")
 
 
-@partial(jax.jit, static_argnames=_HOW)
+@partial(jax.jit, static_argnames=_STATIC)
 def _solve(
     params,
     batches,
@@ -269,7 +266,7 @@ def _solve(
             num_vectors=num_vectors,
             max_matvecs=max_hvps,
             dtype=flat.dtype,
-            report=_meter if progress else None,
+            report=meter if progress else None,
         )
     return HessianEig(
         eigenvalues=pairs.values,
@@ -281,30 +278,8 @@ def _solve(
     )
 
 
-class _Meter:
-    """A tqdm line that a compiled loop feeds, from its first word to its last."""
-
-    def __init__(self) -> None:
-        self._line: Any = None
-
-    def __call__(self, products, residual, last) -> None:
-        if self._line is None:
-            from tqdm import tqdm
-
-            self._line = tqdm(desc="Hessian", unit=" products")
-        self._line.set_postfix(residual=f"{float(residual):.1e}", refresh=False)
-        self._line.update(int(products) - self._line.n)
-        if last:
-            self._line.close()
-            self._line = None
-
-
-# One object, since it is compiled in.
-_meter = _Meter()
-
-
 def _eigh_dense(matvec, dim: int, dtype, count: int, which: str, tol) -> EigenPairs:
-    """Eigenpairs at the ends of the spectrum from the matrix itself."""
+    """Form the matrix and return eigenpairs at the ends of its spectrum."""
     size = min(_DENSE_BATCH, dim)
     identity = jnp.eye(-(-dim // size) * size, dim, dtype=dtype)
     columns = jax.lax.map(jax.vmap(matvec), identity.reshape(-1, size, dim))
@@ -336,7 +311,7 @@ def _density(
     weights = weights / num_probes
     low, high = jnp.min(nodes), jnp.max(nodes)
     if width is None:
-        # Of a single point, repeated, a little more than its rounding error.
+        # If all nodes coincide, a little more than their rounding error.
         size = jnp.maximum(jnp.abs(low), jnp.abs(high))
         spread = jnp.maximum((high - low) / 100, math.sqrt(flat.eps) * size)
         spread = jnp.where(spread > 0, spread, 0.01)
@@ -353,7 +328,7 @@ def _density(
 
 
 def _mixture(grid: Array, nodes: Array, weights: Array, spread: Array) -> Array:
-    """Density at `grid` (T,) of Gaussians about `nodes`, with `weights`."""
+    """Return the density at `grid` (T,) of Gaussians about `nodes`, with `weights`."""
 
     def at(x):
         kernel = jnp.exp(-(((x - nodes) / spread) ** 2) / 2)
@@ -362,14 +337,18 @@ def _mixture(grid: Array, nodes: Array, weights: Array, spread: Array) -> Array:
     return jax.lax.map(at, grid)
 
 
-def _check_count(k, which: str, dim: int, sphere: bool) -> int:
-    """Number of eigenpairs that `k` and `which` ask for."""
-    choices = ("smallest", "largest", "both", "all")
-    if which not in choices:
-        raise ValueError(f"which must be one of {choices}, got {which!r}")
-    k = (dim if which == "all" else 1) if k is None else k
+def _dimension(flat: Flat, sphere: bool) -> int:
+    """Return the dimension of the parameters, or of the tangent space of the sphere."""
+    dim = flat.dim - 1 if sphere else flat.dim
     if not dim:
         raise ValueError("sphere=True needs at least 2 parameters, got 1")
+    return dim
+
+
+def _check_count(k, which: str, dim: int, sphere: bool) -> int:
+    """Return the number of eigenpairs that `k` and `which` request."""
+    check_choice("which", which, ("smallest", "largest", "both", "all"))
+    k = (dim if which == "all" else 1) if k is None else k
     check_integer("k", k, least=1)
     space = "the tangent space" if sphere else "params"
     if k > dim or (which == "all" and k != dim):
@@ -378,14 +357,8 @@ def _check_count(k, which: str, dim: int, sphere: bool) -> int:
     return min(2 * k, dim) if which == "both" else int(k)
 
 
-def _check_tol(tol) -> float:
-    if not (math.isfinite(tol) and tol > 0):
-        raise ValueError(f"tol must be positive and finite, got {tol}")
-    return float(tol)
-
-
 def _check_num_vectors(num_vectors, count: int, dim: int) -> int:
-    """Size of the Lanczos basis."""
+    """Return the size of the Lanczos basis."""
     least = min(count + 4, dim)
     if num_vectors is None:
         return min(max(2 * count + 10, 20), dim)
@@ -399,10 +372,8 @@ def _check_num_vectors(num_vectors, count: int, dim: int) -> int:
 
 
 def _choose_method(method: str, which: str, dim: int, num_vectors: int) -> str:
-    """The method that "auto" stands for, or the one given."""
-    choices = ("auto", "dense", "lanczos")
-    if method not in choices:
-        raise ValueError(f"method must be one of {choices}, got {method!r}")
+    """Return `method`, with "auto" replaced by the method for this size."""
+    check_choice("method", method, ("auto", "dense", "lanczos"))
     if method == "lanczos" and which == "all":
         raise ValueError("which='all' needs method='dense' or 'auto', got 'lanczos'")
     small = dim <= DENSE_LIMIT or num_vectors == dim or which == "all"

@@ -1,4 +1,4 @@
-"""Neural collapse in numbers: of the layer-peeled model, of features, of a last layer."""
+"""Measure neural collapse: in the layer-peeled model, in features, in a last layer."""
 
 from ncjax.metrics import measures as measures
 from ncjax.metrics import statistics as statistics

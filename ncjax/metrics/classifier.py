@@ -1,6 +1,7 @@
 r"""Margins and losses of a linear classifier on features, published with collapse metrics.
 
-Notation and conventions as in `ncjax.variants`, which gives these functions too.
+The margin of a sample is its own logit minus the largest other logit. Notation and
+conventions are those in `ncjax.variants`, which re-exports these functions.
 """
 
 import math
@@ -19,7 +20,7 @@ from ncjax.types import Array
 def logit_margins(
     features: Array, labels: Array, W: Array, b: Array | None = None
 ) -> Array:
-    r"""$z_{i, y_i} - \max_{k \ne y_i} z_{ik}$ (N,), negative where the classifier errs."""
+    r"""Return $z_{i, y_i} - \max_{k \ne y_i} z_{ik}$ (N,), negative for an error."""
     features, labels, W, b = _classified(features, labels, W, b)
     return _own_minus_best_other(_logits(features, W, b), labels)
 
@@ -32,7 +33,7 @@ def cosine_margins(
     centring: str = "sample_mean",
     centred_product: bool = True,
 ) -> Array:
-    r"""Margins (N,) of the cosines of $h_i - h_G$ and $w_k - \bar w$.
+    r"""Return margins (N,) of the cosines of $h_i - h_G$ and $w_k - \bar w$.
 
     $s_{i, y_i} - \max_{k \ne y_i} s_{ik}$ with
     $s_{ik} = (w_k - \bar w)^\top (h_i - h_G) / (|w_k - \bar w|\, |h_i - h_G|)$.
@@ -41,9 +42,9 @@ def cosine_margins(
       features: (N, d).
       labels: (N,) integers in [0, K).
       W: (K, d).
-      centring: what $h_G$ is.
-      centred_product: False takes $w_k^\top h_i$ in the numerator, and centres the norms
-        alone, as the code of Zhou et al. (2022) does.
+      centring: definition of $h_G$, "class_mean" or "sample_mean".
+      centred_product: False uses $w_k^\top h_i$ as numerator and centres only the norms, as
+        the code of Zhou et al. (2022) does.
 
     Raises:
       ValueError: shapes, dtypes or values do not fit, or centring is unknown.
@@ -66,7 +67,7 @@ def mean_cross_entropy(
 ) -> Array:
     r"""$\tfrac1N \sum_i \log(1 + \sum_{k \ne y_i} e^{z_{ik} - z_{i, y_i}})$, a scalar.
 
-    As `ncjax.losses.softmax_cross_entropy`, which keeps the digits of small losses.
+    By `ncjax.losses.softmax_cross_entropy`, which keeps the digits of small losses.
     """
     features, labels, W, b = _classified(features, labels, W, b)
     return jnp.mean(softmax_cross_entropy(_logits(features, W, b), labels))
@@ -84,15 +85,15 @@ def mean_squared_error(
 class SquaredErrorParts(NamedTuple):
     """Parts of half the squared error with weight decay. Scalars."""
 
-    nc1: Array  # within-class variation, seen by the least-squares classifier
-    nc23: Array  # class means short of a simplex ETF
-    perpendicular: Array  # classifier off the least-squares one
+    nc1: Array  # within-class variation of the least-squares classifier's logits
+    nc23: Array  # deviation of the class means from a simplex ETF
+    perpendicular: Array  # deviation of the classifier from the least-squares classifier
 
 
 def squared_error_parts(
     features: Array, labels: Array, W: Array, b: Array, *, weight_decay: float = 5e-4
 ) -> SquaredErrorParts:
-    r"""Parts of $\tfrac12$ MSE $+ \tfrac\lambda2 |\tilde W|_F^2$, $\lambda$ half the decay.
+    r"""Split $\tfrac12$ MSE $+ \tfrac\lambda2 |\tilde W|_F^2$, $\lambda$ = half the decay.
 
     With $\tilde M = [\bar H, 1]$ (K, d + 1), $\tilde W = [W, b]$, $\tilde\Sigma_W$ with a
     row and column of zeros, $A = \tilde\Sigma_W + \tfrac1K \tilde M^\top \tilde M + \lambda
@@ -100,9 +101,8 @@ def squared_error_parts(
     $\tfrac12 \operatorname{Tr} W_{LS} (\tilde\Sigma_W + \lambda I) W_{LS}^\top$,
     $\tfrac1{2K} |\tilde M W_{LS}^\top - I|_F^2$ and
     $\tfrac12 \operatorname{Tr} (\tilde W - W_{LS}) A (\tilde W - W_{LS})^\top$.
-    They sum to the loss for classes of equal size. $A = R^\top R$ comes from the QR
-    decomposition of its factor; it is d + 1 wide because the whole of $\Sigma_W$
-    enters.
+    For classes of equal size the parts sum to the loss. $A = R^\top R$ comes from the QR
+    decomposition of its factor. R is (d + 1, d + 1), because all of $\Sigma_W$ enters.
 
     Source: Han, Papyan, Donoho (2022), "Neural collapse under MSE loss", Section 2.
     """
@@ -126,7 +126,7 @@ def squared_error_parts(
 
 
 def _classified(features, labels, W, b=None):
-    """Checked features, labels, classifier and bias, floating ones of one dtype."""
+    """Return checked features, labels, classifier and bias, features in W's dtype."""
     features, labels, W, b = check_features(features, labels, W, b)
     return features.astype(W.dtype), labels, W, b
 

@@ -1,29 +1,40 @@
-"""Collapse metrics NC1 to NC4, one formula for the layer-peeled model and for networks."""
+"""Collapse metrics NC1 to NC4, by one formula for the layer-peeled model and networks.
+
+NC1, variability collapse: the features of a class approach their class mean. NC2: the
+centred class means approach a simplex ETF, K vectors of equal norm and equal pairwise
+angles. NC3, self-duality: the classifier approaches the centred class means, up to scale.
+NC4: the classifier decides like the nearest class centre (NCC).
+"""
 
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_integer, check_params
 from ncjax.metrics import measures, statistics
-from ncjax.metrics.inputs import check_features
+from ncjax.metrics.inputs import check_classifier, check_features, computing_dtype
 from ncjax.metrics.statistics import ClassStatistics, Comparison
 from ncjax.numerics import at_unit_scale, power_of_two
 from ncjax.types import Array, Params
 
-# Elements of one chunk of features and of its distances to the centres: 2 MB of float32.
+# Elements of one chunk of features with its distances to the centres: 2 MB of float32.
 _CHUNK_ELEMENTS = 2**19
 
 
 class CollapseMetrics(NamedTuple):
-    r"""Neural collapse in numbers; all but `accuracy` fall to zero. Scalars.
+    r"""Neural collapse in numbers; all but `accuracy` tend to zero. Scalars.
 
-    $M$ has the centred class means $\bar h_k - h_G$ as rows, $h_G$ the mean of the class
-    means; $\Sigma_W = \tfrac1N \sum_i (h_i - \bar h_{y_i})(h_i - \bar h_{y_i})^\top$,
-    $\Sigma_B = \tfrac1K M^\top M$; the centred classifier has rows $w_k - \bar w$.
+    $\bar h_k$ is the mean of the features $h_i$ of class k, $h_G$ the mean of the class
+    means, and $M$ (K, d) has the centred class means $\bar h_k - h_G$ as rows.
+    $\Sigma_W = \tfrac1N \sum_i (h_i - \bar h_{y_i})(h_i - \bar h_{y_i})^\top$ is the
+    within-class covariance and $\Sigma_B = \tfrac1K M^\top M$ the between-class covariance.
+    The raw classifier has rows $w_k$; the centred classifier has rows $w_k - \bar w$, with
+    $\bar w$ their mean. CDNV is the class-distance normalised variance, $v_k$ the mean of
+    $|h_i - \bar h_k|^2$ over class k.
     """
 
     within_class_variation: Array  # NC1  Tr(Σ_W Σ_B⁺) / K
@@ -44,14 +55,16 @@ class CollapseMetrics(NamedTuple):
 
 
 def collapse_metrics(params: Params) -> CollapseMetrics:
-    r"""Collapse metrics of the layer-peeled model: `h_{k,i}` are the features of class k.
+    r"""Return collapse metrics of the layer-peeled model.
+
+    Row `H[k, i]` is the feature vector of sample i of class k.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
-      `CollapseMetrics` of scalars, float32 for half precision. NaN where a metric is not
-      defined (equal class means, W = 0).
+      `CollapseMetrics` of scalars, float32 for half precision. A metric that is undefined
+      (equal class means, W = 0) is NaN.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
@@ -64,13 +77,13 @@ def collapse_metrics(params: Params) -> CollapseMetrics:
     True
     """
     W, H = check_params(params)
-    dtype = statistics.computing_dtype(W.dtype)
+    dtype = computing_dtype(W.dtype)
     return _metrics_of_params(Params(W.astype(dtype), H.astype(dtype)))
 
 
 @jax.jit
 def _metrics_of_params(params: Params) -> CollapseMetrics:
-    # No metric sees the scale; squares of it may overflow.
+    # No metric depends on the scale, whose square may overflow.
     W, H = (at_unit_scale(leaf) for leaf in params)
     num_classes, per_class, dim = H.shape
     anchor = H[:, 0]
@@ -90,7 +103,7 @@ def _metrics_of_params(params: Params) -> CollapseMetrics:
         jnp.repeat(jnp.arange(num_classes, dtype=jnp.int32), per_class),
         W,
     )
-    return metrics_from_statistics(first_pass, second_pass, W)
+    return _metrics(first_pass, second_pass, W)
 
 
 def collapse_metrics_from_features(
@@ -102,23 +115,23 @@ def collapse_metrics_from_features(
     num_classes: int | None = None,
     chunk_size: int | None = None,
 ) -> CollapseMetrics:
-    r"""Collapse metrics of a network's last layer on a data set.
+    r"""Return collapse metrics of a network's last layer on a data set.
 
-    Two passes over the features in chunks; memory beyond the features is bounded by the
-    chunk. Batches that do not fit together: see `ncjax.statistics`.
+    The features are read twice, chunk by chunk; memory beyond the features is bounded by
+    the chunk. If the features do not fit into memory, stream them with `ncjax.statistics`.
 
     Args:
-      features: (N, d) floating, the input of the last layer; half precision is computed in
-        float32. NumPy or JAX.
+      features: (N, d) floating, NumPy or JAX: the input of the last layer. Half precision
+        is computed in float32.
       labels: (N,) integers in [0, K), every class at least once.
-      W: (K, d) weight of the last layer, logits being `features @ W.T + b`.
-      b: (K,) bias, none if None.
-      num_classes: K, to be checked against `W`.
-      chunk_size: samples in a chunk, at most N; chosen for a few MB if None.
+      W: (K, d) weight of the last layer; the logits are `features @ W.T + b`.
+      b: (K,) bias; None for a layer without bias.
+      num_classes: K; if given, W must have K rows.
+      chunk_size: samples in a chunk, at most N. If None, a chunk takes a few MB.
 
     Returns:
-      `CollapseMetrics` of scalars. NaN where a metric is not defined (equal class means,
-      W = 0).
+      `CollapseMetrics` of scalars. A metric that is undefined (equal class means, W = 0) is
+      NaN.
 
     Raises:
       ValueError: shapes or dtypes do not fit, or (outside jit) labels lie out of range, a
@@ -137,7 +150,7 @@ def collapse_metrics_from_features(
     features, labels, W, b = check_features(features, labels, W, b, num_classes)
     samples, dim = features.shape
     if chunk_size is None:
-        # As many samples as classes at least: taking in a chunk costs a few (K, d).
+        # At least as many samples as classes, because each chunk costs a few (K, d).
         chunk_size = max(W.shape[0], _CHUNK_ELEMENTS // (dim + W.shape[0]))
     check_integer("chunk_size", chunk_size, least=1)
     return _metrics_in_chunks(features, labels, W, b, min(chunk_size, samples))
@@ -147,13 +160,13 @@ def collapse_metrics_from_features(
 def _metrics_in_chunks(features, labels, W, b, chunk_size):
     samples, dim = features.shape
     num_classes, dtype = W.shape[0], W.dtype
-    # No metric sees the scale of features and b, or of W and b; squares may overflow.
+    # No metric depends on the scale of features and b, or of W and b; squares may overflow.
     scale = power_of_two(features).astype(dtype)
     W, b = at_unit_scale((W, None if b is None else b / scale))
 
     def fold(take, state):
         def body(state, chunk):
-            # The last chunk is moved back to fit; what it repeats is masked.
+            # The last chunk starts early enough to fit; repeated samples are masked.
             start = jnp.minimum(chunk * chunk_size, samples - chunk_size)
             mask = start + jnp.arange(chunk_size) >= chunk * chunk_size
             rows, targets = (
@@ -171,18 +184,29 @@ def _metrics_in_chunks(features, labels, W, b, chunk_size):
         return statistics.compare(state, first_pass, against, features, labels, W, b, mask)
 
     second_pass = fold(compare, statistics.init_comparison(num_classes, dtype))
-    return metrics_from_statistics(first_pass, second_pass, W)
+    return _metrics(first_pass, second_pass, W)
 
 
-@jax.jit
 def metrics_from_statistics(
     first_pass: ClassStatistics, second_pass: Comparison, W: Array
 ) -> CollapseMetrics:
-    """Collapse metrics from both passes of `ncjax.statistics` and the classifier (K, d).
+    """Return collapse metrics from both passes of `ncjax.statistics` and W (K, d).
 
-    The second pass must have been taken against `statistics.reference(first_pass)`.
+    The second pass must use `statistics.reference(first_pass)`.
+
+    Raises:
+      ValueError: `W` is not (K, d).
     """
+    W, _ = check_classifier(W, None, first_pass.anchor.shape)
+    return _metrics(first_pass, second_pass, W)
+
+
+@jax.jit
+def _metrics(
+    first_pass: ClassStatistics, second_pass: Comparison, W: Array
+) -> CollapseMetrics:
     means = statistics.centred_means(first_pass)
+    chex.assert_equal_shape([W, means])
     W = W.astype(means.dtype)
     centred_W = measures.centre_rows(W)
     samples = jnp.sum(first_pass.counts, dtype=jnp.int32).astype(means.dtype)
@@ -216,9 +240,8 @@ def within_class_quotient(
     r"""$\operatorname{Tr} \Sigma_W / \operatorname{Tr} \Sigma_B$, a scalar.
 
     Args:
-      first_pass: of every sample.
-      centring: global mean that $\Sigma_B$ is taken about, as in
-        `ncjax.statistics.centred_means`.
+      first_pass: statistics of all samples.
+      centring: global mean in $\Sigma_B$, as in `ncjax.statistics.centred_means`.
     """
     means = statistics.centred_means(first_pass, centring)
     samples = jnp.sum(first_pass.counts, dtype=jnp.int32).astype(means.dtype)
@@ -228,11 +251,12 @@ def within_class_quotient(
 def class_distance_normalised_variance(
     first_pass: ClassStatistics, power: int = 1
 ) -> Array:
-    r"""CDNV, mean over pairs of $(v_j + v_k) / (2 |\bar h_j - \bar h_k|^{2 p})$.
+    r"""CDNV, the mean over pairs of $(v_j + v_k) / (2 |\bar h_j - \bar h_k|^{2 p})$.
 
     Args:
-      first_pass: of every sample; $v_k$ is the mean of $|h - \bar h_k|^2$ over class k.
-      power: p, 1 in the source; 2 is in use too.
+      first_pass: statistics of all samples; $v_k$ is the mean of $|h - \bar h_k|^2$ over
+        class k.
+      power: p, 1 in the source; other codebases also use 2.
 
     Source: Galanti, György, Hutter (2022), equation (1).
     """

@@ -1,40 +1,39 @@
-"""Features, labels, classifier and bias from outside, checked."""
+"""Check features, labels, classifier and bias that a caller passes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_finite, check_sizes
-from ncjax.metrics import statistics
 from ncjax.types import Array
 
 
 def check_features(features, labels, W, b=None, num_classes=None):
-    """Features, labels, classifier and bias as arrays of one dtype, once they are sound.
+    """Return features, labels, classifier and bias as arrays; raise ValueError if unsound.
+
+    W and b come in the dtype of the computation, labels as int32.
 
     Raises:
       ValueError: as in `collapse_metrics_from_features`.
     """
     W, shape = jnp.asarray(W), jnp.shape(features)
     if W.ndim != 2 or len(shape) != 2 or shape[1] != W.shape[1]:
-        turned = W.ndim == 2 and len(shape) == 2 and shape[1] == W.shape[0]
+        transposed = W.ndim == 2 and len(shape) == 2 and shape[1] == W.shape[0]
         raise ValueError(
             f"expected features (N, d) and W (K, d), got {shape} and {W.shape}"
-            + (": transpose W" if turned else "")
+            + (": transpose W" if transposed else "")
         )
     if num_classes is not None and num_classes != W.shape[0]:
         raise ValueError(f"num_classes is {num_classes} but W has {W.shape[0]} rows")
     features, labels = check_samples(features, labels, W.shape[0])
-    b = None if b is None else jnp.asarray(b)
-    if b is not None and b.shape != W.shape[:1]:
-        raise ValueError(f"expected b ({W.shape[0]},), got {b.shape}")
-    dtype = statistics.computing_dtype(features.dtype)
+    W, b = check_classifier(W, b, W.shape)
+    dtype = computing_dtype(features.dtype)
     W = _floating("W", W, dtype)
     return features, labels, W, None if b is None else _floating("b", b, dtype)
 
 
 def check_samples(features, labels, num_classes: int) -> tuple[Array, Array]:
-    """Features (N, d) and labels (N,) as arrays, labels as int32, once they are sound.
+    """Return features (N, d) and int32 labels (N,) as arrays; raise ValueError if unsound.
 
     Raises:
       ValueError: as in `collapse_metrics_from_features`.
@@ -46,7 +45,7 @@ def check_samples(features, labels, num_classes: int) -> tuple[Array, Array]:
     check_sizes(num_classes=num_classes, dim=features.shape[1])
     features = _floating("features", features, features.dtype)
     _check_labels(labels, num_classes)
-    if features.shape[0] < num_classes:  # under jit labels cannot tell
+    if features.shape[0] < num_classes:  # under jit the labels have no values
         raise ValueError(
             f"expected a sample of each of {num_classes} classes, got features "
             f"{features.shape}"
@@ -54,10 +53,68 @@ def check_samples(features, labels, num_classes: int) -> tuple[Array, Array]:
     return features, labels.astype(jnp.int32)
 
 
+def check_batch(features, labels, mask, dim: int) -> tuple[Array, Array, Array | None]:
+    """Return features (B, d), labels (B,) and mask (B,) or None as arrays.
+
+    Only shapes and dtypes are checked, because values would have to wait for the device.
+    A sample with a label outside [0, K) is left out later.
+
+    Raises:
+      ValueError: a shape or dtype does not fit; the message gives the expected one.
+    """
+    features = jnp.asarray(features)
+    if features.ndim != 2 or features.shape[1] != dim:
+        raise ValueError(f"expected features (B, {dim}), got {features.shape}")
+    labels = _integers(labels, features.shape[0])
+    if mask is None:
+        return features, labels, None
+    mask = jnp.asarray(mask)
+    if mask.shape != labels.shape or mask.dtype != bool:
+        raise ValueError(
+            f"expected mask of booleans {labels.shape}, got {mask.dtype} {mask.shape}"
+        )
+    return features, labels, mask
+
+
+def check_classifier(W, b, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
+    """Return W (K, d) and b (K,) or None as arrays.
+
+    Raises:
+      ValueError: a shape does not fit; the message gives the expected one.
+    """
+    W, b = jnp.asarray(W), None if b is None else jnp.asarray(b)
+    if W.shape != shape:
+        transposed = W.shape == shape[::-1]
+        raise ValueError(
+            f"expected W {shape}, got {W.shape}" + (": transpose W" if transposed else "")
+        )
+    if b is not None and b.shape != shape[:1]:
+        raise ValueError(f"expected b ({shape[0]},), got {b.shape}")
+    return W, b
+
+
+def check_rows(*matrices) -> tuple[Array, ...]:
+    """Return matrices as arrays; raise ValueError unless all are floating and (K, d)."""
+    arrays = tuple(jnp.asarray(matrix) for matrix in matrices)
+    shapes = [array.shape for array in arrays]
+    if len(set(shapes)) != 1 or len(shapes[0]) != 2:
+        given = " and ".join(map(str, shapes))
+        raise ValueError(f"expected rows of one shape (K, d), got {given}")
+    for array in arrays:
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"rows must be floating, got {array.dtype}")
+    return arrays
+
+
+def computing_dtype(dtype) -> jnp.dtype:
+    """Return the dtype of the computation: float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
 def _integers(labels, num_samples: int) -> Array:
-    """`labels` as an array of integers (N,), or what to do about others."""
+    """Return `labels` as an array of integers (N,); raise ValueError with advice if not."""
     kind = getattr(getattr(labels, "dtype", None), "kind", "")
-    if kind in ("O", "S", "U"):  # no array of JAX can hold them
+    if kind in ("O", "S", "U"):  # JAX has no arrays of objects or strings
         raise ValueError(
             f"expected labels of integers ({num_samples},), got {labels.dtype}: number the "
             "classes by np.unique(labels, return_inverse=True)[1]"
@@ -79,7 +136,7 @@ def _integers(labels, num_samples: int) -> Array:
 
 
 def _floating(name: str, array: Array, dtype) -> Array:
-    """`array` in `dtype`, once floating and, where it is known, finite there."""
+    """Return `array` in `dtype`; raise ValueError unless it is floating and finite."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating, got {array.dtype}")
     array = array.astype(dtype)
@@ -88,7 +145,7 @@ def _floating(name: str, array: Array, dtype) -> Array:
 
 
 def _check_labels(labels: Array, num_classes: int) -> None:
-    """Raise ValueError unless concrete labels lie in [0, K) and leave no class out."""
+    """Raise ValueError unless concrete labels lie in [0, K) and occur for every class."""
     if isinstance(labels, jax.core.Tracer):
         return
     values = np.asarray(labels)
@@ -104,5 +161,5 @@ def _check_labels(labels: Array, num_classes: int) -> None:
     if missing.size:
         raise ValueError(
             f"every class needs a sample, none has label {missing.tolist()}: add samples, "
-            "or leave these classes out of W and b and number the others anew"
+            "or leave these classes out of W and b and renumber the others"
         )

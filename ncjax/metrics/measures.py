@@ -1,8 +1,13 @@
-"""Measures of NC2 and NC3 on the rows of a matrix: norms, angles, frames, duality.
+"""Measure NC2 and NC3 on the rows of a matrix: norms, angles, frames, duality.
 
-Each is the plain definition, for any rows: class means, centred class means, a classifier
-or a centred one. `ncjax.metrics` applies them; the variants that other codebases publish
-are one argument or one more function away. Quotients hold at any scale of the rows.
+NC2: the centred class means approach a simplex ETF (equiangular tight frame), which is K
+vectors of equal norm with all pairwise cosines -1/(K-1). NC3 (self-duality): the classifier
+approaches the centred class means, up to scale.
+
+Each function is the plain definition, for any rows: class means, centred class means, a
+classifier or a centred classifier (the mean row subtracted). `ncjax.metrics` applies them.
+Quotients neither overflow nor underflow at any scale of the rows. Each function raises
+ValueError unless its matrices are floating, (K, d) and of one shape.
 """
 
 import math
@@ -10,40 +15,44 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.metrics.inputs import check_rows
 from ncjax.numerics import at_unit_scale, matmul
 from ncjax.types import Array
 
 
 def centre_rows(rows: Array) -> Array:
-    r"""$v_k - \tfrac1K \sum_j v_j$ of `rows` (K, d)."""
+    r"""Return $v_k - \tfrac1K \sum_j v_j$ of `rows` (K, d)."""
+    (rows,) = check_rows(rows)
     return rows - jnp.mean(rows, axis=0, keepdims=True)
 
 
 def unit_rows(rows: Array) -> Array:
-    r"""$v_k / |v_k|$ of `rows` (K, d)."""
+    r"""Return $v_k / |v_k|$ of `rows` (K, d)."""
+    (rows,) = check_rows(rows)
     rows = at_unit_scale(rows, axis=1)
     return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def norm_variation(rows: Array, ddof: int = 1) -> Array:
-    r"""Coefficient of variation of norms, $\mathrm{std}_k |v_k| / \mathrm{mean}_k |v_k|$.
+    r"""Return the variation of norms, $\mathrm{std}_k |v_k| / \mathrm{mean}_k |v_k|$.
 
     Args:
       rows: (K, d).
-      ddof: 1 divides the variance by K - 1 (Papyan et al., 2020), 0 by K.
+      ddof: 1 to divide the variance by K - 1 (Papyan et al., 2020), 0 to divide it by K.
 
     Returns:
-      Scalar, 0 for equal norms.
+      Scalar, the standard deviation divided by the mean; 0 for equal norms.
     """
+    (rows,) = check_rows(rows)
     norms = jnp.linalg.norm(at_unit_scale(rows), axis=1)
     return jnp.std(norms, ddof=ddof) / jnp.mean(norms)
 
 
 def pair_cosines(rows: Array) -> Array:
-    r"""Cosines $\cos(v_j, v_k)$ of the K(K-1)/2 pairs j < k of `rows` (K, d)."""
+    r"""Return the cosines $\cos(v_j, v_k)$ of the K(K-1)/2 pairs j < k of `rows` (K, d)."""
     unit = unit_rows(rows)
     gram = matmul(unit, unit.T)
-    return gram[np.triu_indices(rows.shape[0], k=1)]
+    return gram[np.triu_indices(len(gram), k=1)]
 
 
 def cosine_deviation(rows: Array) -> Array:
@@ -51,14 +60,15 @@ def cosine_deviation(rows: Array) -> Array:
 
     Source: Papyan, Han, Donoho (2020), Figure 3, for `rows` (K, d).
     """
-    return jnp.mean(jnp.abs(pair_cosines(rows) + 1 / (rows.shape[0] - 1)))
+    return jnp.mean(jnp.abs(pair_cosines(rows) + 1 / (len(rows) - 1)))
 
 
 def etf_gram_error(rows: Array) -> Array:
     r"""$| V V^\top / |V V^\top|_F - (I - \tfrac1K \mathbf{1 1}^\top) / \sqrt{K-1} |_F$.
 
-    Zero if and only if the rows are a simplex ETF. Source: Zhu et al. (2021), NC2, for
-    `rows` V (K, d).
+    Zero if and only if the `rows` V (K, d) are a simplex ETF.
+
+    Source: Zhu et al. (2021), NC2.
     """
     return product_etf_error(rows, rows)
 
@@ -66,8 +76,11 @@ def etf_gram_error(rows: Array) -> Array:
 def product_etf_error(rows: Array, others: Array) -> Array:
     r"""$| V C^\top / |V C^\top|_F - (I - \tfrac1K \mathbf{1 1}^\top) / \sqrt{K-1} |_F$.
 
-    Source: Zhu et al. (2021), NC3, for `rows` V (K, d) and `others` C (K, d).
+    For `rows` V (K, d) and `others` C (K, d).
+
+    Source: Zhu et al. (2021), NC3.
     """
+    rows, others = check_rows(rows, others)
     size = rows.shape[0]
     rows, others = at_unit_scale(rows), at_unit_scale(others)
     product = at_unit_scale(matmul(rows, others.T))
@@ -78,8 +91,9 @@ def product_etf_error(rows: Array, others: Array) -> Array:
 def self_duality(rows: Array, others: Array, squared: bool = False) -> Array:
     r"""$| V/|V|_F - C/|C|_F |_F$ of `rows` V and `others` C, both (K, d).
 
-    Papyan, Han, Donoho (2020) plot the square: `squared=True`.
+    `squared=True` returns the square, which Papyan, Han, Donoho (2020) plot.
     """
+    rows, others = check_rows(rows, others)
     rows, others = at_unit_scale(rows), at_unit_scale(others)
     difference = rows / jnp.linalg.norm(rows) - others / jnp.linalg.norm(others)
     distance_squared = jnp.sum(difference**2)
@@ -87,15 +101,18 @@ def self_duality(rows: Array, others: Array, squared: bool = False) -> Array:
 
 
 def row_cosines(rows: Array, others: Array) -> Array:
-    r"""$\cos(v_k, c_k)$ (K,) of matching rows of two (K, d) matrices."""
+    r"""Return $\cos(v_k, c_k)$ (K,) of matching rows of two (K, d) matrices."""
+    rows, others = check_rows(rows, others)
     return jnp.sum(unit_rows(rows) * unit_rows(others), axis=1)
 
 
 def row_dots(rows: Array, others: Array) -> Array:
-    r"""$v_k^\top c_k$ (K,) of matching rows of two (K, d) matrices."""
+    r"""Return $v_k^\top c_k$ (K,) of matching rows of two (K, d) matrices."""
+    rows, others = check_rows(rows, others)
     return jnp.sum(rows * others, axis=1)
 
 
 def row_distances(rows: Array, others: Array) -> Array:
-    r"""$|v_k - c_k|$ (K,) of matching rows of two (K, d) matrices."""
+    r"""Return $|v_k - c_k|$ (K,) of matching rows of two (K, d) matrices."""
+    rows, others = check_rows(rows, others)
     return jnp.linalg.norm(rows - others, axis=1)

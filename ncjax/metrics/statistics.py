@@ -1,21 +1,26 @@
-"""Streaming statistics of features by class, exact to rounding in float32.
+"""Stream statistics of features by class, exact to rounding in float32.
 
-Two passes over the data. The first keeps counts, means and scatters by class; the second,
-with the means known, projects every sample on their span: the nearest class centre, the
-classifier's decision and the whitened variation. No matrix is larger than a batch of
-samples, K x d or K x K; none is d x d.
+Two passes read the data. The first keeps the count, mean and scatter (the sum of squared
+distances to the mean) of each class. The second knows the means and projects every sample
+on their span. It finds the nearest class centre, the classifier's decision and the whitened
+variation: the deviation from the class mean in units of the spread of the class means. No
+matrix is larger than a batch of samples, K x d or K x K; none is d x d.
 
-Means are kept as an anchor, the first sample seen of the class, plus the mean offset from
-it. Differences of neighbouring floating-point numbers are exact, so that features 10^4 away
-from the origin, or that vary by 1e-7 of their mean, keep their digits.
+A mean is kept as an anchor, the first sample seen of the class, plus the mean offset from
+it. Differences of neighbouring floating-point numbers are exact, so features keep their
+digits even 10^4 away from the origin, or if they vary by 1e-7 of their mean.
 """
 
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
+from ncjax.checks import check_choice
+from ncjax.metrics.inputs import check_batch, check_classifier
+from ncjax.metrics.inputs import computing_dtype as computing_dtype
 from ncjax.numerics import matmul
 from ncjax.types import Array
 
@@ -26,13 +31,13 @@ class ClassStatistics(NamedTuple):
     """First pass: counts, means and scatters of K classes."""
 
     counts: Array  # (K,)    samples seen (int32)
-    anchor: Array  # (K, d)  first sample seen of each class, 0 before
+    anchor: Array  # (K, d)  first sample seen of each class, 0 if none
     offset: Array  # (K, d)  class mean minus anchor
     scatter: Array  # (K,)    sum over samples of |h - class mean|²
 
 
 class Reference(NamedTuple):
-    """What the second pass compares samples with; made by `reference`."""
+    """Class means for the second pass to compare samples with; made by `reference`."""
 
     centred: Array  # (K, d)  class means minus the global mean
     distances: Array  # (K, K)  squared distances of class means
@@ -50,7 +55,7 @@ class Comparison(NamedTuple):
 
 
 def init(num_classes: int, dim: int, dtype=jnp.float32) -> ClassStatistics:
-    """`ClassStatistics` of no sample: the neutral element of `merge`."""
+    """Return `ClassStatistics` of no sample, the neutral element of `merge`."""
     return ClassStatistics(
         counts=jnp.zeros(num_classes, jnp.int32),
         anchor=jnp.zeros((num_classes, dim), dtype),
@@ -61,35 +66,34 @@ def init(num_classes: int, dim: int, dtype=jnp.float32) -> ClassStatistics:
 
 @partial(jax.jit, static_argnums=2)
 def class_statistics(features: Array, labels: Array, num_classes: int) -> ClassStatistics:
-    """`ClassStatistics` of a data set in one piece, features (N, d) and labels (N,).
+    """Return `ClassStatistics` of a data set in one piece, features (N, d), labels (N,).
 
-    Computed in the dtype of the features, in float32 if that is half precision.
+    Computed in the dtype of the features, or in float32 for half precision.
     """
     empty = init(num_classes, features.shape[1], computing_dtype(features.dtype))
     return update(empty, features, labels)
 
 
-def computing_dtype(dtype) -> jnp.dtype:
-    """float64 for float64, else float32."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
-
-
 def update(
     statistics: ClassStatistics, features: Array, labels: Array, mask: Array | None = None
 ) -> ClassStatistics:
-    """Take in a batch.
+    """Add a batch to the statistics.
 
     Args:
-      statistics: of the samples before.
+      statistics: statistics of the samples before.
       features: (B, d), cast to the dtype of the statistics.
-      labels: (B,) integers in [0, K); samples of any other label are left out.
-      mask: (B,) booleans; samples at False are left out, whatever they hold.
+      labels: (B,) integers in [0, K); samples with any other label are left out.
+      mask: (B,) booleans; samples at False are left out, even if they hold NaN.
 
     Returns:
-      `ClassStatistics` of the samples before and the batch, in any order and grouping the
-      same to rounding.
+      `ClassStatistics` of the samples before and the batch. Any order and grouping of the
+      samples gives the same result to rounding.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
     """
-    num_classes, dtype = statistics.counts.shape[0], statistics.anchor.dtype
+    (num_classes, dim), dtype = statistics.anchor.shape, statistics.anchor.dtype
+    features, labels, mask = check_batch(features, labels, mask, dim)
     members, features, labels = _members(features, labels, mask, num_classes, dtype)
     first = jnp.argmax(members, axis=0)
     seen = jnp.any(members, axis=0)
@@ -104,12 +108,14 @@ def update(
 
 
 def _class_sums(rows: Array, labels: Array, members: Array) -> Array:
-    """Sum (K, ...) of the rows (B, ...) of each class.
+    """Return the sum (K, ...) of the rows (B, ...) of each class.
 
-    A product with the memberships, which takes 2 B K operations for each column, but on
-    CPU B additions one after the other; elsewhere these would come in any order.
+    On CPU these are B additions in order. On other platforms the additions would run in any
+    order, so there a product with the memberships takes 2 B K operations per column.
     """
-    num_classes = members.shape[1]
+    batch, num_classes = members.shape
+    chex.assert_shape(rows, (batch, ...))
+    chex.assert_shape(labels, (batch,))
     if jax.default_backend() == "cpu":
         labels = jnp.where(jnp.any(members, axis=1), labels, num_classes)
         return jax.ops.segment_sum(rows, labels, num_classes)
@@ -117,10 +123,10 @@ def _class_sums(rows: Array, labels: Array, members: Array) -> Array:
 
 
 def merge(first: ClassStatistics, second: ClassStatistics) -> ClassStatistics:
-    r"""Statistics of two disjoint sets of samples together.
+    r"""Return the statistics of the union of two disjoint sets of samples.
 
-    With $\Delta$ the difference of the two means of a class, its scatter is
-    $s_1 + s_2 + |\Delta|^2 n_1 n_2 / (n_1 + n_2)$.
+    The scatter of a class is $s_1 + s_2 + |\Delta|^2 n_1 n_2 / (n_1 + n_2)$, with $\Delta$
+    the difference of its two means.
 
     Source: Chan, Golub, LeVeque (1983), equation (2.1).
     """
@@ -130,7 +136,7 @@ def merge(first: ClassStatistics, second: ClassStatistics) -> ClassStatistics:
     both = ((first.counts > 0) & (second.counts > 0))[:, None]
     second_only = (first.counts == 0)[:, None]
     gap = second.anchor - first.anchor
-    # (second mean - first mean), from differences alone.
+    # second mean - first mean, from differences alone.
     shift = jnp.where(both, (gap + second.offset) - first.offset, 0)
     weight = first.counts.astype(dtype) * share
     return ClassStatistics(
@@ -142,7 +148,7 @@ def merge(first: ClassStatistics, second: ClassStatistics) -> ClassStatistics:
 
 
 def all_merge(statistics: ClassStatistics, axis_name: str) -> ClassStatistics:
-    """`merge` over the devices of a mapped axis (`jax.shard_map`), two sums of (K, d)."""
+    """Merge over the devices of a mapped axis (`jax.shard_map`), by two sums of (K, d)."""
     dtype = statistics.anchor.dtype
     device = jax.lax.axis_index(axis_name)
     absent = jax.lax.axis_size(axis_name)
@@ -163,54 +169,62 @@ def all_merge(statistics: ClassStatistics, axis_name: str) -> ClassStatistics:
 
 
 def class_means(statistics: ClassStatistics) -> Array:
-    """Class means (K, d), rounded to the dtype; differences of them lose digits."""
+    """Return class means (K, d), rounded to the dtype: their differences lose digits."""
     return statistics.anchor + statistics.offset
 
 
 def global_mean(statistics: ClassStatistics, centring: str = "class_mean") -> Array:
-    """Global mean $h_G$ (d,) of the classes seen; `centring` as in `centred_means`."""
+    """Return the global mean $h_G$ (d,) of the classes seen, as in `centred_means`."""
     means = class_means(statistics)
     return means[0] - centred_means(statistics, centring)[0]
 
 
 def centred_means(statistics: ClassStatistics, centring: str = "class_mean") -> Array:
-    r"""Class means minus the global mean, $\bar h_k - h_G$ (K, d), from differences alone.
+    r"""Return class means minus the global mean, $\bar h_k - h_G$ (K, d).
+
+    Computed from differences alone, so that an offset of the features costs no digits.
 
     Args:
-      statistics: of at least one sample of every class.
-      centring: "class_mean" for $h_G$ the mean of the class means (the paper),
-        "sample_mean" for the mean of all samples (Zhu et al., 2021).
+      statistics: statistics of at least one sample of every class.
+      centring: "class_mean" if $h_G$ is the mean of the class means (Papyan et al., 2020),
+        "sample_mean" if it is the mean of all samples (Zhu et al., 2021).
 
     Raises:
       ValueError: centring is neither.
     """
+    return _about_mean(statistics, _shares(statistics, centring))
+
+
+def _about_mean(statistics: ClassStatistics, shares: Array) -> Array:
+    """Return class means minus their mean with weights `shares` (K,)."""
     relative = (statistics.anchor - statistics.anchor[:1]) + statistics.offset
-    share = _shares(statistics, centring)
-    return relative - matmul(share, relative)[None]
+    return relative - matmul(shares, relative)[None]
 
 
 def deviations(statistics: ClassStatistics, features: Array, labels: Array) -> Array:
-    r"""$h_i - \bar h_{y_i}$ (N, d), each sample minus its class mean, to full precision."""
+    r"""Return each sample minus its class mean, $h_i - \bar h_{y_i}$ (N, d)."""
     return (features - statistics.anchor[labels]) - statistics.offset[labels]
 
 
 def reference(statistics: ClassStatistics, centring: str = "class_mean") -> Reference:
-    r"""What the second pass needs to know of the first.
+    r"""Return the class means and their whitening, for the second pass.
 
-    With $M$ the centred class means, $\Sigma_B = M^\top M / K$ and $M = U S V^\top$, the
-    whitening is $S^{-1} V^\top$: from the singular values of $M$ itself, applied to samples
-    and not to their projections on $M$. A ratio of spreads of 500 stays 500 in the rounding
-    error and is not squared.
+    Whitening is the linear map T with $|T x|^2 = x^\top \Sigma_B^+ x / K$: it measures x in
+    units of the spread of the class means. With $M$ the centred class means,
+    $\Sigma_B = M^\top M / K$ and $M = U S V^\top$, it is $S^{-1} V^\top$. It comes from the
+    singular values of $M$, not of $\Sigma_B$, whose condition number is the square: if the
+    spreads of the means differ by 500, rounding errors grow by 500 and not by 500².
 
     Args:
-      statistics: of every sample, at least one of every class.
-      centring: as in `centred_means`; the global mean that $\Sigma_B$ is taken about.
+      statistics: statistics of all samples, at least one of every class.
+      centring: global mean in $\Sigma_B$, as in `centred_means`.
     """
-    centred = centred_means(statistics, centring)
+    shares = _shares(statistics, centring)
+    centred = _about_mean(statistics, shares)
     num_classes, dtype = centred.shape[0], centred.dtype
-    # The rows of M, weighted by the shares, sum to zero: M loses one dimension. It is taken
-    # off exactly, so that no singular value left is rounding in disguise.
-    basis = _complement(_shares(statistics, centring))
+    # The rows of M, weighted by the shares, sum to zero, so M has rank K - 1 at most. That
+    # null direction is removed exactly, so that no singular value is rounding error alone.
+    basis = _complement(shares)
     rows = matmul(basis, centred)
     _, singular, right = jnp.linalg.svd(rows, full_matrices=False)
     cutoff = num_classes * jnp.finfo(dtype).eps * jnp.max(singular)
@@ -220,9 +234,9 @@ def reference(statistics: ClassStatistics, centring: str = "class_mean") -> Refe
 
 
 def squared_distances(rows: Array) -> Array:
-    """Squared distances (K, K) of the rows of a (K, d) matrix, by plain differences.
+    """Return squared distances (K, K) of the rows of a (K, d) matrix, by differences.
 
-    The Gram form `|a|² + |b|² - 2 a·b` is faster and loses the digits of close pairs.
+    The Gram form `|a|² + |b|² - 2 a·b` is faster but loses the digits of close pairs.
     """
 
     def to_all(row):
@@ -234,7 +248,7 @@ def squared_distances(rows: Array) -> Array:
 
 
 def init_comparison(num_classes: int, dtype=jnp.float32) -> Comparison:
-    """`Comparison` of no sample."""
+    """Return a `Comparison` of no sample."""
     zero = jnp.zeros(num_classes, jnp.int32)
     return Comparison(zero, jnp.zeros(num_classes, dtype), zero, zero, zero)
 
@@ -249,26 +263,32 @@ def compare(
     b: Array | None = None,
     mask: Array | None = None,
 ) -> Comparison:
-    r"""Second pass: take in a batch. Sums of two comparisons are one (`jax.lax.psum`).
+    r"""Second pass: add a batch to the comparison.
 
-    With $\delta = h - \bar h_y$ and $p = M \delta$, the class means lie at
-    $|h - \bar h_j|^2 = |\delta|^2 + 2 (p_y - p_j) + |\bar h_y - \bar h_j|^2$: no
-    coordinate of the origin enters.
+    With $\delta = h - \bar h_y$ and $p = M \delta$, the squared distance to the mean of
+    class j is $|h - \bar h_j|^2 = |\delta|^2 + 2 (p_y - p_j) + |\bar h_y - \bar h_j|^2$.
+    It does not depend on the origin. Comparisons of disjoint samples add, so across devices
+    use `jax.lax.psum`.
 
     Args:
-      comparison: of the samples before.
-      statistics: of every sample, the result of the first pass.
+      comparison: comparison of the samples before.
+      statistics: statistics of all samples, the result of the first pass.
       against: `reference(statistics)`.
       features: (B, d).
       labels: (B,) integers in [0, K).
       W: (K, d) classifier.
-      b: (K,) bias, none if None.
+      b: (K,) bias; None for a classifier without bias.
       mask: (B,) booleans; samples at False are left out.
 
     Returns:
       `Comparison` of the samples before and the batch.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
     """
-    num_classes, dtype = statistics.counts.shape[0], statistics.anchor.dtype
+    (num_classes, dim), dtype = statistics.anchor.shape, statistics.anchor.dtype
+    features, labels, mask = check_batch(features, labels, mask, dim)
+    W, b = check_classifier(W, b, (num_classes, dim))
     members, features, labels = _members(features, labels, mask, num_classes, dtype)
     deviation = deviations(statistics, features, labels)
     projected = matmul(deviation, against.centred.T)
@@ -296,33 +316,34 @@ def compare(
 
 
 def _shares(statistics: ClassStatistics, centring: str) -> Array:
-    """Weight (K,) of each class mean in the global mean."""
+    """Return the weight (K,) of each class mean in the global mean."""
+    check_choice("centring", centring, CENTRINGS)
     count, dtype = statistics.counts, statistics.anchor.dtype
-    if centring not in CENTRINGS:
-        raise ValueError(f"centring must be one of {CENTRINGS}, got {centring!r}")
     weights = count if centring == "sample_mean" else (count > 0).astype(jnp.int32)
     return fraction(weights, jnp.sum(weights, dtype=jnp.int32), dtype)
 
 
 def _complement(weights: Array) -> Array:
-    """Orthonormal basis (K - 1, K) of the complement of positive `weights` (K,).
+    """Return an orthonormal basis (K - 1, K) of the complement of `weights` (K,) > 0.
 
-    All but the first row of the Householder reflection that turns them to the first axis.
+    It holds all rows but the first of the Householder reflection that maps the weights to
+    the first axis.
     """
+    chex.assert_rank(weights, 1)
     identity = jnp.eye(weights.shape[0], dtype=weights.dtype)
     normal = weights / jnp.linalg.norm(weights) + identity[0]
     return (identity - 2 * jnp.outer(normal, normal) / jnp.sum(normal**2))[1:]
 
 
 def fraction(part: Array, whole: Array, dtype) -> Array:
-    """Quotient of two counts in `dtype`; JAX would divide int32 in float32."""
+    """Return the quotient of two counts in `dtype`; JAX divides int32 in float32."""
     return part.astype(dtype) / whole.astype(dtype)
 
 
 def _members(features, labels, mask, num_classes, dtype):
-    """Membership (B, K); features and labels with 0 in the rows that are left out.
+    """Return the membership (B, K), and features and labels with 0 in rows left out.
 
-    Labels are compared as int32: in a narrow type the class numbers would wrap.
+    Labels are compared as int32, because class numbers would wrap in a narrower type.
     """
     labels = labels.astype(jnp.int32)
     valid = (labels >= 0) & (labels < num_classes)

@@ -1,14 +1,15 @@
-r"""Published variants of the collapse metrics, beside those of `ncjax.metrics`.
+r"""Published variants of the collapse metrics in `ncjax.metrics`.
 
-Each function is one formula of one source; `docs/metrics.md` says which codebase reports
-which. Where a variant is a mean, a standard deviation or a maximum over classes, pairs or
+Each function is one formula of one source; `docs/metrics.md` lists the codebases that
+report it. If a variant is a mean, a standard deviation or a maximum over classes, pairs or
 samples, the function returns the array and leaves the last step to the caller.
 
 Notation: features $h_i$ (N, d) with labels $y_i$ (N,), class means $\bar h_k$ of $n_k$
-samples, global mean $h_G$, classifier rows $w_k$ (K, d) and bias $b$ (K,), logits
-$z_i = W h_i + b$. `centring` says what $h_G$ is: "class_mean" the mean of the class means,
-"sample_mean" that of all samples. Functions that take features want the data set in one
-piece; those that take statistics stream (`ncjax.statistics`).
+samples, deviations $\delta_i = h_i - \bar h_{y_i}$, global mean $h_G$, centred class means
+$M$ (K, d), classifier rows $w_k$ (K, d) and bias $b$ (K,), logits $z_i = W h_i + b$.
+`centring` defines $h_G$: with "class_mean" it is the mean of the class means, with
+"sample_mean" the mean of all samples. Functions of features need the data set in one piece;
+functions of statistics stream (`ncjax.statistics`).
 """
 
 import math
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.checks import check_choice
 from ncjax.metrics import measures, statistics
 from ncjax.metrics.classifier import SquaredErrorParts as SquaredErrorParts
 from ncjax.metrics.classifier import cosine_margins as cosine_margins
@@ -25,7 +27,13 @@ from ncjax.metrics.classifier import logit_margins as logit_margins
 from ncjax.metrics.classifier import mean_cross_entropy as mean_cross_entropy
 from ncjax.metrics.classifier import mean_squared_error as mean_squared_error
 from ncjax.metrics.classifier import squared_error_parts as squared_error_parts
-from ncjax.metrics.inputs import check_features, check_samples
+from ncjax.metrics.inputs import (
+    check_classifier,
+    check_features,
+    check_rows,
+    check_samples,
+    computing_dtype,
+)
 from ncjax.metrics.statistics import ClassStatistics, Comparison
 from ncjax.numerics import matmul
 from ncjax.types import Array
@@ -52,18 +60,17 @@ def within_class_variation(
       features: (N, d).
       labels: (N,) integers in [0, K).
       num_classes: K.
-      centring: global mean that $\Sigma_B$ is taken about; "class_mean" in Papyan et al.
-        (2020), "sample_mean" in Zhu et al. (2021).
+      centring: global mean in $\Sigma_B$; "class_mean" in Papyan et al. (2020),
+        "sample_mean" in Zhu et al. (2021).
       weighting: "sample" for $\Sigma_W = \tfrac1N \sum_i \delta_i \delta_i^\top$ with
-        $\delta_i = h_i - \bar h_{y_i}$; "class" for the mean over classes of their
-        covariances. They differ where classes differ in size.
-      per_class: divide by K, as Zhu et al. (2021) do and Papyan et al. (2020) plot not.
+        $\delta_i = h_i - \bar h_{y_i}$; "class" for the mean of the class covariances.
+        They differ if classes differ in size.
+      per_class: divide by K, as Zhu et al. (2021) do and Papyan et al. (2020) do not.
 
     Raises:
-      ValueError: shapes, dtypes, values or names do not fit.
+      ValueError: shapes, dtypes or values do not fit, or a name is unknown.
     """
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}")
+    check_choice("weighting", weighting, WEIGHTINGS)
     seen = _compare_with_means(features, labels, num_classes, centring)
     dtype = seen.whitened_scatter.dtype
     if weighting == "sample":
@@ -79,9 +86,10 @@ def variability_collapse_index(
 ) -> Array:
     r"""VCI, $1 - \operatorname{Tr}(\Sigma_T^+ \Sigma_B) / \min(d, K - 1)$, a scalar.
 
-    $\Sigma_T = \Sigma_W + \Sigma_B$. The factor $A = [\Delta / \sqrt N;\; M / \sqrt K]$
-    (N + K, d) of $\Sigma_T = A^\top A$ has a singular value decomposition $U S V^\top$,
-    and the trace is the squared norm of the last K rows of $U$: no square is inverted.
+    $\Sigma_T = \Sigma_W + \Sigma_B = A^\top A$, with the factor
+    $A = [\Delta / \sqrt N;\; M / \sqrt K]$ (N + K, d), $\Delta$ the deviations. With the
+    singular value decomposition $A = U S V^\top$ the trace is the squared norm of the last
+    K rows of $U$, so that no squared matrix is inverted.
 
     Source: Xu, Liu (2023), "Quantifying the variability collapse of neural networks".
     """
@@ -99,10 +107,11 @@ def variability_collapse_index(
 def nuclear_over_frobenius(features: Array, labels: Array, num_classes: int) -> Array:
     r"""$|H_k|_* / |H_k|_F$ (K,) of the features $H_k$ (n_k, d) of each class, not centred.
 
-    1 if the features of a class are parallel, NaN if they are all zero. Its mean over
-    classes is the nuclear norm metric of Zhou et al. (2022), the mean of its square the
-    numerical rank of the guided codebase. `labels` must be concrete: they fix the shapes
-    of the K decompositions.
+    The nuclear norm $|\cdot|_*$ is the sum of the singular values. The quotient is 1 if the
+    features of a class are parallel, and NaN if they are all zero. Its mean over classes is
+    the nuclear norm metric of Zhou et al. (2022), the mean of its square the numerical rank
+    of the "guiding" codebase. `labels` must be concrete (not traced by `jax.jit`), because
+    they fix the shapes of the K decompositions.
     """
     features, labels = _samples(features, labels, num_classes)
     targets = np.asarray(labels)
@@ -118,7 +127,7 @@ def nuclear_over_frobenius(features: Array, labels: Array, num_classes: int) -> 
 
 @jax.jit
 def _singular_values(groups: Array) -> Array:
-    """Of each of K matrices, one after the other."""
+    """Return the singular values of K matrices (K, n, d), one matrix at a time."""
     return jax.lax.map(lambda rows: jnp.linalg.svd(rows, compute_uv=False), groups)
 
 
@@ -127,7 +136,7 @@ def average_squared_norm(
 ) -> Array:
     r"""$\tfrac1K \sum_k \tfrac1{n_k} \sum_{y_i = k} |h_i - h_G|^2$, a scalar.
 
-    Source: Fang, He, Long, Su (2021), the constraint $E_H$ of the layer-peeled model.
+    Source: Fang, He, Long, Su (2021), who bound it by $E_H$ in the layer-peeled model.
     """
     means = statistics.centred_means(first_pass, centring)
     variance = first_pass.scatter / first_pass.counts.astype(means.dtype)
@@ -138,42 +147,46 @@ def average_squared_norm(
 
 
 def uniformity_kernel(rows: Array, kernel: str, exponent: float | None = None) -> Array:
-    r"""Kernel of the distances of unit rows, $g(|v_j/|v_j| - v_k/|v_k||)$, K(K-1)/2 pairs.
+    r"""Return a kernel of distances of unit rows, $g(|v_j/|v_j| - v_k/|v_k||)$, by pair.
 
     Args:
-      rows: (K, d), for the source the centred class means.
+      rows: (K, d); in the source the centred class means.
       kernel: "distance" for $g(r) = r$, "log" for $\log(1/r)$, "riesz" for
         $\operatorname{sign}(s)\, r^{-s}$.
       exponent: s of the Riesz kernel, d - 2 if None.
+
+    Returns:
+      (K(K-1)/2,) array over the pairs j < k.
 
     Raises:
       ValueError: kernel is none of these.
 
     Source: Liu et al. (2023), "Generalizing and decoupling neural collapse via
-    hyperspherical uniformity gap". They report mean and variance over pairs.
+    hyperspherical uniformity gap", who report mean and variance over pairs.
     """
-    squares = statistics.squared_distances(measures.unit_rows(rows))
-    distances = jnp.sqrt(squares[np.triu_indices(rows.shape[0], k=1)])
+    check_choice("kernel", kernel, KERNELS)
+    unit = measures.unit_rows(rows)
+    squares = statistics.squared_distances(unit)
+    distances = jnp.sqrt(squares[np.triu_indices(len(unit), k=1)])
     if kernel == "distance":
         return distances
     if kernel == "log":
         return -jnp.log(distances)
-    if kernel == "riesz":
-        power = float(rows.shape[1] - 2 if exponent is None else exponent)
-        return math.copysign(1.0, power) * distances**-power
-    raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}")
+    power = float(unit.shape[1] - 2 if exponent is None else exponent)
+    return math.copysign(1.0, power) * distances**-power
 
 
 def one_vs_rest_distances(W: Array) -> np.ndarray:
-    r"""Distance (K,) of each unit row of `W` to the convex hull of the other unit rows.
+    r"""Return the distance (K,) of each unit row of `W` to the hull of the other unit rows.
 
-    $\min_{u \ge 0,\, \sum u = 1} |\hat w_k - \sum_{j \ne k} u_j \hat w_j|$. The minimiser
-    is, up to its sum, that of $|\sum_j u_j (\hat w_j - \hat w_k)|^2 + (\sum_j u_j - 1)^2$
-    over $u \ge 0$: non-negative least squares, solved exactly by an active set. Computed
-    in float64 outside JAX, to 1e-13 of the distance unless that is itself near zero.
+    $\min_{u \ge 0,\, \sum u = 1} |\hat w_k - \sum_{j \ne k} u_j \hat w_j|$. Up to its sum,
+    the same u minimises $|\sum_j u_j (\hat w_j - \hat w_k)|^2 + (\sum_j u_j - 1)^2$ over
+    $u \ge 0$: non-negative least squares, which an active-set method solves exactly.
+    Computed in float64 outside JAX; the relative error is 1e-13 unless the distance is near
+    zero.
 
     Source: Jiang et al. (2024), "Generalized neural collapse for a large number of
-    classes", GNC2; they report the smallest. Lawson, Hanson (1974), chapter 23.
+    classes", GNC2, who report the smallest distance. Lawson, Hanson (1974), chapter 23.
 
     Raises:
       ValueError: W is not (K, d) with K at least 2, or a row is zero or not finite.
@@ -204,19 +217,30 @@ def one_vs_rest_distances(W: Array) -> np.ndarray:
 
 
 def mean_logits_norm(
-    first_pass: ClassStatistics, W: Array, b: Array, centring: str = "sample_mean"
+    first_pass: ClassStatistics,
+    W: Array,
+    b: Array | None,
+    centring: str = "sample_mean",
 ) -> Array:
-    r"""$|W h_G + b|$, zero where the bias takes off the global mean.
+    r"""Return $|W h_G + b|$, a scalar, zero if the bias cancels the global mean.
 
-    Source: Zhu et al. (2021), NC3; `W` (K, d), `b` (K,), a scalar.
+    For `W` (K, d) and `b` (K,); None for a classifier without bias.
+
+    Source: Zhu et al. (2021), NC3.
+
+    Raises:
+      ValueError: a shape does not fit, or centring is unknown.
     """
+    W, b = check_classifier(W, b, first_pass.anchor.shape)
     centre = statistics.global_mean(first_pass, centring)
     product = matmul(W.astype(centre.dtype), centre)
-    return jnp.linalg.norm(product + b.astype(centre.dtype))
+    if b is not None:
+        product = product + b.astype(centre.dtype)
+    return jnp.linalg.norm(product)
 
 
 def nearest_centre_accuracy(features: Array, labels: Array, num_classes: int) -> Array:
-    """Share of samples whose nearest class mean is that of their own class, a scalar."""
+    """Return the share of samples whose nearest class mean belongs to their own class."""
     seen = _compare_with_means(features, labels, num_classes, "class_mean")
     right = jnp.sum(seen.counts - seen.ncc_errors, dtype=jnp.int32)
     samples = jnp.sum(seen.counts, dtype=jnp.int32)
@@ -226,9 +250,10 @@ def nearest_centre_accuracy(features: Array, labels: Array, num_classes: int) ->
 def ncc_agreement(
     features: Array, labels: Array, W: Array, b: Array | None = None
 ) -> Array:
-    """Share (K,) of each class on which classifier and nearest class mean agree.
+    """Return the share (K,) of each class on which classifier and nearest mean agree.
 
-    Its mean weighs classes equally, `1 - CollapseMetrics.ncc_mismatch` samples.
+    Its mean weights classes equally; `1 - CollapseMetrics.ncc_mismatch` weights samples
+    equally.
     """
     features, labels, W, b = check_features(features, labels, W, b)
     seen = _compare(features, labels, W.shape[0], "class_mean", W, b)
@@ -236,24 +261,26 @@ def ncc_agreement(
 
 
 def ood_cosines(means: Array, ood_mean: Array) -> Array:
-    r"""$|\cos(\bar h_k, o)|$ (K,), class means not centred, o the mean of other data.
+    r"""Return $|\cos(\bar h_k, o)|$ (K,), with o the mean of out-of-distribution features.
 
     Args:
-      means: (K, d), `statistics.class_means(first_pass)`.
-      ood_mean: (d,) global mean of out-of-distribution features:
-        `statistics.global_mean` of their statistics averages over the classes that they
-        hold, `jnp.mean(features, axis=0)` over samples.
+      means: (K, d) class means, not centred: `statistics.class_means(first_pass)`.
+      ood_mean: (d,) global mean of out-of-distribution (OOD) features.
+        `statistics.global_mean` of their statistics weights their classes equally,
+        `jnp.mean(features, axis=0)` weights samples equally.
 
     Source: Ammar et al. (2024), "NECO: neural collapse based out-of-distribution
-    detection", NC5. They report the mean.
+    detection", NC5, who report the mean.
     """
-    return jnp.abs(measures.row_cosines(means, ood_mean[None]))
+    (means,) = check_rows(means)
+    other = jnp.broadcast_to(ood_mean, means.shape)
+    return jnp.abs(measures.row_cosines(means, other))
 
 
 def _samples(features, labels, num_classes):
-    """Checked features in the dtype of the computation, and labels."""
+    """Return checked features, in the dtype of the computation, and checked labels."""
     features, labels = check_samples(features, labels, num_classes)
-    return features.astype(statistics.computing_dtype(features.dtype)), labels
+    return features.astype(computing_dtype(features.dtype)), labels
 
 
 def _first_pass(features, labels, num_classes):
@@ -269,7 +296,7 @@ def _compare_with_means(features, labels, num_classes, centring) -> Comparison:
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _compare(features, labels, num_classes, centring, W=None, b=None) -> Comparison:
-    """Both passes in one piece; centred means stand in for a missing classifier."""
+    """Run both passes on the whole data; centred means replace a missing classifier."""
     first_pass = statistics.class_statistics(features, labels, num_classes)
     against = statistics.reference(first_pass, centring)
     empty = statistics.init_comparison(num_classes, first_pass.anchor.dtype)
