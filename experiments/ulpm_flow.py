@@ -15,7 +15,8 @@ import ncjax
 from experiments import _fits, _legs
 from experiments._runs import cli, folders
 from ncjax import plotting
-from ncjax.flow.solve import SOLVERS, SUCCESS
+from ncjax.flow.methods import SOLVERS
+from ncjax.flow.solve import SUCCESS
 
 NAME = "ulpm_flow"
 OUTPUTS = ("metrics.csv", "figure2.png", "figure2.pdf")

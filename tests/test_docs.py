@@ -26,7 +26,8 @@ MODULES = (
 # Modules that have no page in the reference: they serve others.
 PRIVATE = {
     *("checks", "numerics", "curvature.lanczos", "metrics.inputs"),
-    *("flow.block_solve", "flow.settle", "networks.grouping", "networks.winograd"),
+    *("flow.block_solve", "flow.saving", "flow.settle", "flow.steps"),
+    *("networks.grouping", "networks.winograd"),
 }
 REFERENCE = (DOCS / "reference" / "index.md").read_text()
 NAVIGATION = (ROOT / "mkdocs.yml").read_text()

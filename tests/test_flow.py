@@ -10,7 +10,8 @@ from scipy.integrate import solve_ivp
 from test_losses import random_params
 
 import ncjax
-from ncjax.flow.solve import BAD_TIMES, STEP_LIMIT, STEP_TOO_SMALL, SUCCESS, choose_solver
+from ncjax.flow.methods import choose_solver
+from ncjax.flow.solve import BAD_TIMES, STEP_LIMIT, STEP_TOO_SMALL, SUCCESS
 
 
 def sine_params(dtype=np.float64):

@@ -6,12 +6,13 @@ import jax.numpy as jnp
 
 from ncjax.flow.clock import LINEARLY_IMPLICIT, field, unscaled
 from ncjax.flow.invariants import restore_invariants
+from ncjax.flow.steps import finite_or_infinite_norm
 from ncjax.peeled.geometry import squared_norm
 from ncjax.peeled.losses import log_cross_entropy
 from ncjax.types import Array, Params
 
 # The implicit solver takes two steps over this length of x up to each time asked for.
-SETTLING = 0.03
+LENGTH = 0.03
 # log t from which the norm can be read off the time to the digits that the flow has.
 _EQUILIBRIUM_FROM = 1e6
 
@@ -58,10 +59,3 @@ def _on_loss(x: Array, scaled: Params) -> Params:
     radial = sum(jnp.sum(p * g) for p, g in zip(params, slope, strict=True))
     factor = jnp.where(u > _EQUILIBRIUM_FROM, 1 - excess / radial, 1)
     return jax.tree.map(lambda leaf: factor * leaf, scaled)
-
-
-def finite_or_infinite_norm(error) -> Array:
-    """Root mean square, with NaN as infinity: a trial step that overflows is rejected."""
-    mean = squared_norm(error) / sum(leaf.size for leaf in error)
-    norm = jnp.where(mean > 0, jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
-    return jnp.where(jnp.isnan(mean), jnp.inf, norm)

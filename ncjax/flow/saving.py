@@ -1,0 +1,119 @@
+"""What a solve keeps at the T saved times, and when it observes the states."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+
+from ncjax.flow.clock import unscaled
+from ncjax.flow.invariants import InvariantDrift, invariant_drift
+from ncjax.flow.methods import Finish
+from ncjax.types import Array, Params
+
+
+class Saved(NamedTuple):
+    """What was kept; rows of times that were not reached hold anything."""
+
+    drift: InvariantDrift  # (T,) of the states that the solver interpolated
+    observed: Any  # (T, ...) what `observe` returned, integers perhaps as floats
+    final: Params  # state at the last time
+
+
+class Plan(NamedTuple):
+    """What diffrax is to save, and how to read it from its solution."""
+
+    saveat: diffrax.SaveAt
+    read: Callable[[diffrax.Solution], Saved]
+
+
+def plan(
+    observe,
+    initial: Params,
+    x_save: Array,
+    x_start: Array,
+    finish: Finish | None,
+    rtol,
+    atol,
+) -> Plan:
+    """The plan for saving at `x_save` (T,), which a method's `finish` decides.
+
+    Args:
+      observe: function of a state Z, whose value (any pytree of arrays) is kept.
+      initial: Z that the drift of the invariants is measured from.
+      x_save: (T,) times on the clock x.
+      x_start: time at which the solve starts.
+      finish: of the method.
+      rtol: relative tolerance of a step.
+      atol: absolute one.
+    """
+    if finish is None:
+        return _observe_while_solving(observe, initial, x_save)
+    improve = partial(finish.improve, rtol=rtol, atol=atol, initial=initial)
+    x_before = jnp.maximum(x_save - finish.lead, x_start)
+    return _observe_when_finished(observe, initial, x_save, x_before, improve)
+
+
+def _observe_while_solving(observe, initial: Params, x_save: Array) -> Plan:
+    """Keep `observe(Z)` alone, so that no state needs memory."""
+
+    def save(x, scaled, _args):
+        state = unscaled(x, scaled)
+        drift = invariant_drift(state, initial)
+        return drift, _as_floats(observe(state), x.dtype)
+
+    def read(solution):
+        drift, observed = _rows(solution.ys[0], x_save.size)
+        last = jax.tree.map(lambda leaf: leaf[-1], solution.ys[1])
+        return Saved(drift, observed, final=unscaled(x_save[-1], last))
+
+    end = diffrax.SubSaveAt(t1=True)
+    return Plan(diffrax.SaveAt(subs=[_at(x_save, save), end]), read)
+
+
+def _observe_when_finished(
+    observe, initial: Params, x_save: Array, x_before: Array, improve
+) -> Plan:
+    """Keep the states, and observe them once the solve is over and they are improved."""
+
+    def save(x, scaled, _args):
+        return invariant_drift(unscaled(x, scaled), initial), scaled
+
+    def read(solution):
+        drift, interpolated = _rows(solution.ys[0], x_save.size)
+        kept = (x_before, solution.ys[1], x_save, interpolated)
+        states = jax.lax.map(lambda each: improve(*each), kept)
+        final = jax.tree.map(lambda leaf: leaf[-1], states)
+        return Saved(drift, jax.lax.map(observe, states), final)
+
+    before = diffrax.SubSaveAt(ts=x_before, fn=lambda _x, scaled, _args: scaled)
+    return Plan(diffrax.SaveAt(subs=[_at(x_save, save), before]), read)
+
+
+def _at(x_save: Array, save) -> diffrax.SubSaveAt:
+    """Save at each time; a single time twice.
+
+    diffrax saves in an inner loop over the times that a step has passed. With a single
+    time every trip of that loop computes the same, so XLA moves the computation out of
+    it, and `save` runs at every step. With a second time it depends on the index and
+    runs only when a time is passed.
+    """
+    ts = jnp.repeat(x_save, 2) if x_save.size == 1 else x_save
+    return diffrax.SubSaveAt(ts=ts, fn=save)
+
+
+def _rows(saved, size: int):
+    """The first `size` rows, without the repetition of a single time."""
+    return jax.tree.map(lambda leaf: leaf[:size], saved)
+
+
+def _as_floats(observed, dtype):
+    """Integers as floats: diffrax fills rows with infinity, which integers lack."""
+    return jax.tree.map(
+        lambda leaf: (
+            leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf.astype(dtype)
+        ),
+        observed,
+    )
