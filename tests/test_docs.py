@@ -27,6 +27,7 @@ MODULES = (
 PRIVATE = {
     *("checks", "numerics", "curvature.lanczos", "metrics.inputs"),
     *("flow.block_solve", "flow.saving", "flow.settle", "flow.steps"),
+    *("peeled.kernels", "peeled.logits"),
     *("networks.grouping", "networks.winograd"),
 }
 REFERENCE = (DOCS / "reference" / "index.md").read_text()

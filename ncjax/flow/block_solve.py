@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ncjax.numerics import matmul
-from ncjax.peeled.losses import error_slopes
+from ncjax.peeled.kernels import error_slopes
 from ncjax.types import Array, Params
 
 
@@ -106,10 +106,10 @@ def _slopes_and_eliminated_curvatures(params: Params, c: Array) -> tuple[Array, 
     c F^\top V V^\top F)^{-1} F^\top$ for the differences V of the rows of W.
     """
     num_classes = params.W.shape[0]
-    slopes = error_slopes(params)
+    log_loss, P, right = error_slopes(params)
     others = ~jnp.eye(num_classes, dtype=bool)[:, None, :]
-    root = jnp.sqrt(jnp.where(others, slopes.P, 0))  # r, (K, n, K)
-    beta = jnp.exp(slopes.log_loss) / (1 + jnp.sqrt(slopes.right))  # (K, n)
+    root = jnp.sqrt(jnp.where(others, P, 0))  # r, (K, n, K)
+    beta = jnp.exp(log_loss) / (1 + jnp.sqrt(right))  # (K, n)
 
     def scale(matrix):
         return root[..., :, None] * matrix * root[..., None, :]
@@ -131,7 +131,7 @@ def _slopes_and_eliminated_curvatures(params: Params, c: Array) -> tuple[Array, 
     E = jnp.where(own[..., None], -jnp.sum(E, axis=-2, keepdims=True), E)
     E = jnp.where(own[..., None, :], -jnp.sum(E, axis=-1, keepdims=True), E)
     shape = (-1, num_classes)
-    return slopes.P.reshape(shape), E.reshape(*shape, num_classes)
+    return P.reshape(shape), E.reshape(*shape, num_classes)
 
 
 def inverse(matrix: Array, block: int = 1) -> Array:

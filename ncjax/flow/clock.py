@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ncjax.flow import block_solve
 from ncjax.flow.rosenbrock import Rodas5P
 from ncjax.numerics import einsum
-from ncjax.peeled.losses import error_slopes, log_cross_entropy
+from ncjax.peeled.kernels import error_slopes, log_cross_entropy
 from ncjax.types import Array, Params
 
 
@@ -33,8 +33,8 @@ def unscaled(x: Array, scaled: Params) -> Params:
 def field(x, scaled: Params, _args=None) -> Params:
     """`dY/dx`; the loss sees only products, so that W alone takes the factor of both."""
     W, H = scaled
-    slopes = error_slopes(Params(jnp.exp(x) * W, H))
-    P = speed(x, slopes.log_loss) * slopes.P
+    log_loss, P, _ = error_slopes(Params(jnp.exp(x) * W, H))
+    P = speed(x, log_loss) * P
     dW = einsum("kij,kid->jd", P, H)
     dH = einsum("kij,jd->kid", P, W)
     return Params(-dW - W / 2, -dH - H / 2)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_integer, check_params, check_positive
-from ncjax.peeled.losses import cross_entropy, log_cross_entropy
+from ncjax.peeled.kernels import cross_entropy, log_cross_entropy
 from ncjax.types import Array, Params
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ncjax.checks import check_params
 from ncjax.numerics import matmul, power_of_two
-from ncjax.peeled.geometry import balance, squared_norm
+from ncjax.peeled.kernels import balance, squared_norm
 from ncjax.types import Array, Params
 
 # Directions of a share below this are as good as empty.
@@ -39,7 +39,11 @@ def invariant_drift(params: Params, start: Params) -> InvariantDrift:
     Raises:
       ValueError: shapes or dtypes do not fit.
     """
-    params, start = _check_alike(params, start)
+    return drift(*_check_alike(params, start))
+
+
+def drift(params: Params, start: Params) -> InvariantDrift:
+    """`invariant_drift` of states that are checked already."""
     scale = power_of_two(params)
     params, start = jax.tree.map(lambda leaf: leaf / scale, (params, start))
     size = squared_norm(params)
@@ -86,7 +90,11 @@ def restore_invariants(params: Params, start: Params) -> Params:
     Raises:
       ValueError: shapes or dtypes do not fit.
     """
-    params, start = _check_alike(params, start)
+    return restore(*_check_alike(params, start))
+
+
+def restore(params: Params, start: Params) -> Params:
+    """`restore_invariants` of states that are checked already."""
     mean = jnp.mean(start.W, axis=0, keepdims=True)
     target = balance(Params(start.W - mean, start.H))
     W, H = params.W - jnp.mean(params.W, axis=0, keepdims=True), params.H

@@ -8,8 +8,8 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
+from ncjax.flow import invariants
 from ncjax.flow.clock import unscaled
-from ncjax.flow.invariants import InvariantDrift, invariant_drift
 from ncjax.flow.methods import Finish
 from ncjax.types import Array, Params
 
@@ -17,7 +17,7 @@ from ncjax.types import Array, Params
 class Saved(NamedTuple):
     """What was kept; rows of times that were not reached hold anything."""
 
-    drift: InvariantDrift  # (T,) of the states that the solver interpolated
+    drift: invariants.InvariantDrift  # (T,) of the states that the solver interpolated
     observed: Any  # (T, ...) what `observe` returned, integers perhaps as floats
     final: Params  # state at the last time
 
@@ -61,7 +61,7 @@ def _observe_while_solving(observe, initial: Params, x_save: Array) -> Plan:
 
     def save(x, scaled, _args):
         state = unscaled(x, scaled)
-        drift = invariant_drift(state, initial)
+        drift = invariants.drift(state, initial)
         return drift, _as_floats(observe(state), x.dtype)
 
     def read(solution):
@@ -79,7 +79,7 @@ def _observe_when_finished(
     """Keep the states, and observe them once the solve is over and they are improved."""
 
     def save(x, scaled, _args):
-        return invariant_drift(unscaled(x, scaled), initial), scaled
+        return invariants.drift(unscaled(x, scaled), initial), scaled
 
     def read(solution):
         drift, interpolated = _rows(solution.ys[0], x_save.size)

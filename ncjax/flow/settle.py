@@ -5,10 +5,9 @@ import jax
 import jax.numpy as jnp
 
 from ncjax.flow.clock import LINEARLY_IMPLICIT, field, unscaled
-from ncjax.flow.invariants import restore_invariants
+from ncjax.flow.invariants import restore
 from ncjax.flow.steps import finite_or_infinite_norm
-from ncjax.peeled.geometry import squared_norm
-from ncjax.peeled.losses import log_cross_entropy
+from ncjax.peeled.kernels import log_cross_entropy, squared_norm
 from ncjax.types import Array, Params
 
 # The implicit solver takes two steps over this length of x up to each time asked for.
@@ -41,7 +40,7 @@ def settle(x_before, before, x, interpolated, *, rtol, atol, initial: Params) ->
     scaled = jax.tree.map(
         lambda settled, plain: jnp.where(worst <= 1, settled, plain), scaled, interpolated
     )
-    return restore_invariants(unscaled(x, scaled), initial)
+    return restore(unscaled(x, scaled), initial)
 
 
 def _on_loss(x: Array, scaled: Params) -> Params:

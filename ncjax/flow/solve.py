@@ -16,8 +16,7 @@ from ncjax.flow.clock import clock, field, unscaled
 from ncjax.flow.invariants import InvariantDrift
 from ncjax.flow.methods import find_method
 from ncjax.numerics import at_unit_scale, power_of_two
-from ncjax.peeled.geometry import squared_norm
-from ncjax.peeled.losses import log_cross_entropy
+from ncjax.peeled.kernels import log_cross_entropy, squared_norm
 from ncjax.types import Array, Params
 
 # Values of `result`.

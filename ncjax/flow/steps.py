@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from ncjax.peeled.geometry import squared_norm
+from ncjax.peeled.kernels import squared_norm
 from ncjax.types import Array
 
 # The controller corrects the first step within a few trials; diffrax's own guess would

@@ -15,7 +15,8 @@ import numpy as np
 from ncjax.checks import check_integer, check_params
 from ncjax.metrics.inputs import check_features
 from ncjax.numerics import at_unit_scale, matmul, power_of_two
-from ncjax.peeled.losses import log_softplus
+from ncjax.peeled.kernels import log_softplus
+from ncjax.peeled.logits import margins_of_samples, without_offset
 from ncjax.types import Array, Params
 
 
@@ -77,18 +78,14 @@ def last_layer(features, labels, W, b=None) -> LastLayer:
 def _last_layer(features, labels, W, b) -> LastLayer:
     features, W = _with_bias(features.astype(W.dtype), W, b)
     num_classes, (samples, _) = W.shape[0], features.shape
-    others = labels[:, None] != jnp.arange(num_classes, dtype=labels.dtype)[None]
-    # A common offset of the rows of W, which no margin sees, would cost digits.
-    logits = matmul(features, (W - W[:1]).T)
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    excess = logits - own  # minus the margins
-    log_odds = jax.nn.logsumexp(excess, axis=1, where=others)
+    margins, others = margins_of_samples(matmul(features, without_offset(W).T), labels)
+    log_odds = jax.nn.logsumexp(-margins, axis=1, where=others)
     log_losses = log_softplus(log_odds)
     log_loss = jax.nn.logsumexp(log_losses)
     # P_a = ∇ℓ_a / L by the logits: probabilities, never tiny over tiny.
-    log_weights = excess - jax.nn.softplus(log_odds)[:, None] - log_loss
+    log_weights = -margins - jax.nn.softplus(log_odds)[:, None] - log_loss
     weights = jnp.where(others, jnp.exp(log_weights), 0)
-    inner = -2 * jnp.sum(weights * excess)  # <Z, -∇L/L>, twice the weighted margins
+    inner = 2 * jnp.sum(weights * margins)  # <Z, -∇L/L>, twice the weighted margins
     total = jnp.sum(weights, axis=1, keepdims=True)
     by_logits = jnp.where(others, weights, -total)
     gradient = (
@@ -99,7 +96,7 @@ def _last_layer(features, labels, W, b) -> LastLayer:
     norm = jnp.hypot(norm_W, norm_H)
     scale = jnp.sqrt(norm_H / norm_W)
     counts = jnp.bincount(labels, length=num_classes)
-    least = -jnp.max(jnp.where(others, excess, -jnp.inf))
+    least = jnp.min(jnp.where(others, margins, jnp.inf))
     factor = (num_classes - 1) * jnp.sqrt(jnp.min(counts).astype(W.dtype))
     return LastLayer(
         loss=jnp.exp(log_loss - math.log(samples)),

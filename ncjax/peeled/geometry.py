@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_integer, check_params, check_sizes, float_dtype
-from ncjax.numerics import at_unit_scale, einsum, matmul
+from ncjax.numerics import at_unit_scale, matmul
+from ncjax.peeled import kernels
 from ncjax.types import Array, Params
 
 
@@ -124,8 +125,7 @@ def helmert(size: int) -> np.ndarray:
 
 def squared_norm(params: Params) -> Array:
     r"""$|Z|^2 = |W|_F^2 + |H|_F^2$, a scalar."""
-    W, H = check_params(params)
-    return jnp.sum(W**2) + jnp.sum(H**2)
+    return kernels.squared_norm(check_params(params))
 
 
 def margins(params: Params) -> Array:
@@ -143,13 +143,7 @@ def margins(params: Params) -> Array:
 
     Source: Ji et al. (ICLR 2022), Section 3.1.
     """
-    W, H = check_params(params)
-    # A common offset of the rows of W, which no margin sees, would cost digits.
-    W = W - W[:1]
-    logits = einsum("kid,jd->kij", H, W)
-    own = einsum("kid,kd->ki", H, W)
-    same = jnp.eye(W.shape[0], dtype=bool)[:, None, :]
-    return jnp.where(same, jnp.inf, own[..., None] - logits)
+    return kernels.margins(check_params(params))
 
 
 def margin_ratio(params: Params) -> Array:
@@ -174,8 +168,8 @@ def margin_ratio(params: Params) -> Array:
     """
     params = at_unit_scale(check_params(params))
     num_classes, per_class, _ = params.H.shape
-    bound = squared_norm(params) / (2 * (num_classes - 1) * math.sqrt(per_class))
-    return jnp.min(margins(params)) / bound
+    bound = kernels.squared_norm(params) / (2 * (num_classes - 1) * math.sqrt(per_class))
+    return jnp.min(kernels.margins(params)) / bound
 
 
 def balance(params: Params) -> Array:
@@ -190,9 +184,7 @@ def balance(params: Params) -> Array:
     Raises:
       ValueError: shapes or dtypes do not fit.
     """
-    W, H = check_params(params)
-    gram = einsum("kid,kie->de", H, H)
-    return matmul(W.T, W) - gram
+    return kernels.balance(check_params(params))
 
 
 def block_saddle(

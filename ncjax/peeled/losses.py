@@ -3,19 +3,11 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from ncjax.checks import check_params
-from ncjax.numerics import einsum
+from ncjax.peeled import kernels
+from ncjax.peeled.logits import margins_of_samples
 from ncjax.types import Array, Params
-
-# Below this the next term of log log1p(e^a) = a - e^a/2 + ... is under one rounding
-# of `a` in float32 and float64 alike, and e^a is far from underflow in both. In float16
-# it would underflow, and one rounding of `a` is larger.
-_SMALL, _SMALL_FLOAT16 = -30.0, -8.0
-# From this size of W on it is transposed by itself: XLA's product with a transposed right
-# factor takes three times as long within a loop on CPU, its copy next to nothing.
-_LARGE = 2**14
 
 
 def cross_entropy(params: Params) -> Array:
@@ -44,7 +36,7 @@ def cross_entropy(params: Params) -> Array:
     >>> round(float(ncjax.cross_entropy(params)), 4)  # 12 log 3
     13.1833
     """
-    return jnp.sum(jax.nn.softplus(_log_odds_of_error(params)))
+    return kernels.cross_entropy(check_params(params))
 
 
 def log_cross_entropy(params: Params) -> Array:
@@ -75,23 +67,12 @@ def log_cross_entropy(params: Params) -> Array:
     >>> round(float(ncjax.log_cross_entropy(far)) / 1e6, 4)
     -1.5
     """
-    return jax.nn.logsumexp(log_softplus(_log_odds_of_error(params)))
+    return kernels.log_cross_entropy(check_params(params))
 
 
-@jax.custom_jvp
 def log_softplus(a: Array) -> Array:
     r"""$\log\log(1 + e^a)$, elementwise, without underflow: `a` for very negative `a`."""
-    small = a < (_SMALL_FLOAT16 if a.dtype == jnp.float16 else _SMALL)
-    safe = jnp.where(small, 0.0, a)
-    return jnp.where(small, a - jnp.exp(a) / 2, jnp.log(jax.nn.softplus(safe)))
-
-
-@log_softplus.defjvp
-def _log_softplus_jvp(primals, tangents):
-    (a,), (tangent,) = primals, tangents
-    value = log_softplus(a)
-    # d/da log softplus(a) = sigmoid(a) / softplus(a), as a difference of logarithms.
-    return value, jnp.exp(jax.nn.log_sigmoid(a) - value) * tangent
+    return kernels.log_softplus(a)
 
 
 class ErrorSlopes(NamedTuple):
@@ -119,41 +100,7 @@ def error_slopes(params: Params) -> ErrorSlopes:
     Returns:
       `ErrorSlopes`.
     """
-    differences, others = _logit_differences(params)
-    highest = jnp.max(jnp.where(others, differences, -jnp.inf), axis=-1, keepdims=True)
-    weights = jnp.where(others, jnp.exp(differences - highest), 0)
-    total = jnp.sum(weights, axis=-1)
-    highest = highest[..., 0]
-    log_odds = highest + jnp.log(total)
-    log_loss = jax.nn.logsumexp(log_softplus(log_odds))
-    log_any = jax.nn.softplus(log_odds)
-    scale = jnp.exp(highest - log_any - log_loss)
-    own = -total * scale
-    return ErrorSlopes(
-        log_loss=log_loss,
-        P=jnp.where(others, weights * scale[..., None], own[..., None]),
-        right=jnp.exp(-log_any),
-    )
-
-
-def _log_odds_of_error(params: Params) -> Array:
-    """`a_ki = logsumexp over j != k of (w_j - w_k)·h_ki`, (K, n)."""
-    differences, others = _logit_differences(params)
-    return jax.nn.logsumexp(differences, axis=-1, where=others)
-
-
-def _logit_differences(params: Params) -> tuple[Array, Array]:
-    """`(w_j - w_k)·h_ki`, (K, n, K), and where j != k, (K, 1, K)."""
-    W, H = check_params(params)
-    # A common offset of the rows of W, which no margin sees, would cost digits.
-    W = W - W[:1]
-    transposed = W.T
-    if W.size >= _LARGE:
-        transposed = jax.lax.optimization_barrier(transposed)
-    logits = einsum("kid,dj->kij", H, transposed)
-    own = einsum("kid,kd->ki", H, W)
-    others = ~jnp.eye(W.shape[0], dtype=bool)[:, None, :]
-    return logits - own[..., None], others
+    return ErrorSlopes(*kernels.error_slopes(check_params(params)))
 
 
 def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
@@ -177,7 +124,5 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
     >>> bool(abs(far[0] / jnp.exp(-40.0) - 1) < 1e-5)
     True
     """
-    labels = labels.astype(jnp.int32)  # in a narrow type the class numbers would wrap
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    others = labels[:, None] != jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
-    return jax.nn.softplus(jax.nn.logsumexp(logits - own, axis=1, where=others))
+    margins, others = margins_of_samples(logits, labels)
+    return jax.nn.softplus(jax.nn.logsumexp(-margins, axis=1, where=others))

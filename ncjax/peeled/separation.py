@@ -9,8 +9,8 @@ import numpy as np
 
 from ncjax.checks import check_choice, check_params, check_sizes
 from ncjax.numerics import at_unit_scale, matmul
-from ncjax.peeled.geometry import block_saddle, margins, squared_norm
-from ncjax.peeled.losses import log_cross_entropy
+from ncjax.peeled.geometry import block_saddle
+from ncjax.peeled.kernels import log_cross_entropy, margins, squared_norm
 from ncjax.types import Array, Params
 
 # Values of `Certificate.verdict`, and what they say.
@@ -124,7 +124,10 @@ def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
     >>> bool(ncjax.kkt(solution).stationarity < 1e-3)
     True
     """
-    return _kkt(_check_separated(params, multipliers), multipliers)
+    check_choice("multipliers", multipliers, MULTIPLIERS)
+    params = check_params(params, finite=True)
+    _check_separated(params)
+    return _kkt(params, multipliers)
 
 
 # One program: one for each operation takes several times as long to compile.
@@ -197,10 +200,12 @@ def certificate(
     """
     if tol is not None and not tol >= 0:
         raise ValueError(f"tol must not be negative, got {tol}")
-    params = check_params(params)
+    check_choice("multipliers", multipliers, MULTIPLIERS)
+    params = check_params(params, finite=True)
     if jnp.finfo(params.W.dtype).bits < 32:  # no decomposition there
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    return _certificate(_check_separated(params, multipliers), multipliers, tol)
+    _check_separated(params)
+    return _certificate(params, multipliers, tol)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -249,6 +254,7 @@ def kkt_angle(params: Params) -> Array:
 
     Source: Ji et al. (ICLR 2022), Theorem 3.2: along the flow beta tends to 1.
     """
+    params = check_params(params)
     gradient = at_unit_scale(jax.grad(log_cross_entropy)(params))
     params = at_unit_scale(params)
     radial = _inner(gradient, params) / squared_norm(params)
@@ -274,10 +280,8 @@ def _verdict(params, direction, residual, sigma_max, tolerance, within) -> Array
     return jnp.where(separated, code, NOT_SEPARATED).astype(jnp.int32)
 
 
-def _check_separated(params: Params, multipliers: str) -> Params:
-    """`params` once sound, and with a positive margin where that is known."""
-    check_choice("multipliers", multipliers, MULTIPLIERS)
-    params = check_params(params, finite=True)
+def _check_separated(params: Params) -> None:
+    """Raise ValueError if a margin is known and not positive."""
     least = jnp.min(margins(params))
     if not isinstance(least, jax.core.Tracer) and not least > 0:
         raise ValueError(
@@ -285,7 +289,6 @@ def _check_separated(params: Params, multipliers: str) -> Params:
             "are not defined where a sample is misclassified; follow the flow until the "
             "loss is below log 2"
         )
-    return params
 
 
 def _normalise(params: Params) -> Params:

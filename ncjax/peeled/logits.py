@@ -1,0 +1,36 @@
+"""Differences of logits, which are the margins: their one home."""
+
+import jax
+import jax.numpy as jnp
+
+from ncjax.numerics import einsum
+from ncjax.types import Array, Params
+
+# From this size of W on it is transposed by itself: XLA's product with a transposed right
+# factor takes three times as long within a loop on CPU, its copy next to nothing.
+_LARGE = 2**14
+
+
+def without_offset(W: Array) -> Array:
+    """W (K, d) less its first row: a common offset, which no margin sees, costs digits."""
+    return W - W[:1]
+
+
+def margins_of_params(params: Params) -> tuple[Array, Array]:
+    """`(w_k - w_j)·h_ki` (K, n, K), 0 where j = k, and the mask (K, 1, K) of j != k."""
+    W, H = without_offset(params.W), params.H
+    transposed = W.T
+    if W.size >= _LARGE:
+        transposed = jax.lax.optimization_barrier(transposed)
+    logits = einsum("kid,dj->kij", H, transposed)
+    own = einsum("kid,kd->ki", H, W)
+    others = ~jnp.eye(W.shape[0], dtype=bool)[:, None, :]
+    return own[..., None] - logits, others
+
+
+def margins_of_samples(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """`z_{a y_a} - z_aj` (N, K) of logits (N, K), and the mask (N, K) of j != y_a."""
+    labels = labels.astype(jnp.int32)  # in a narrow type the class numbers would wrap
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    others = labels[:, None] != jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
+    return own - logits, others
