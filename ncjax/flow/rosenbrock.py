@@ -143,10 +143,12 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
 
         def stage(u, row):
             index, a_i, coupling_i, c_i, d_i = row
-            y = jax.tree.map(lambda leaf, u: leaf + _weigh(a_i, u), y0, u)
+            y = jax.tree.map(lambda leaf, u: leaf + tensordot(a_i, u, 1), y0, u)
             slope = terms.vf(t0 + c_i * h, y, args)
             right = jax.tree.map(
-                lambda f, u, df: _GAMMA * (h * (f + d_i * h * df) + _weigh(coupling_i, u)),
+                lambda f, u, df: (
+                    _GAMMA * (h * (f + d_i * h * df) + tensordot(coupling_i, u, 1))
+                ),
                 slope,
                 u,
                 drift,
@@ -157,14 +159,9 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
         empty = jax.tree.map(lambda leaf: jnp.zeros((_STAGES, *leaf.shape), dtype), y0)
         rows = (jnp.arange(_STAGES), a, coupling, c, d)
         u, _ = jax.lax.scan(stage, empty, rows)
-        y1 = jax.tree.map(lambda leaf, u: leaf + _weigh(a[-1], u) + u[-1], y0, u)
+        y1 = jax.tree.map(lambda leaf, u: leaf + tensordot(a[-1], u, 1) + u[-1], y0, u)
         error = jax.tree.map(lambda u: u[-1], u)
         dense = jnp.asarray(_DENSE, dtype)
         k = jax.tree.map(lambda u: tensordot(dense, u, 1), u)
         info = {"y0": y0, "y1": y1, "k": k}
         return y1, error, info, None, diffrax.RESULTS.successful
-
-
-def _weigh(weights, u):
-    """Sum over stages of weight times u, leaves (8, ...)."""
-    return tensordot(weights, u, 1)

@@ -92,7 +92,7 @@ class Stabilised4(diffrax.AbstractAdaptiveSolver):
         def stage(carry, row):
             index, a, weight = row
             slopes, _, error = carry
-            y = jax.tree.map(lambda y, k: y + h * _weigh(a, k), base, slopes)
+            y = jax.tree.map(lambda y, k: y + h * tensordot(a, k, 1), base, slopes)
             slope = terms.vf(t0 + (c + jnp.sum(a)) * h, y, args)
             # The fourth slope is the last: it goes where no stage looks any more.
             slopes = jax.tree.map(lambda k, new: k.at[index].set(new), slopes, slope)
@@ -119,8 +119,3 @@ def _add(y, factor, slope):
 
 def _scale(factor, slope):
     return jax.tree.map(lambda slope: factor * slope, slope)
-
-
-def _weigh(weights, slopes):
-    """Sum over stages of weight times slope, leaves (4, ...)."""
-    return tensordot(weights, slopes, 1)
