@@ -7,6 +7,7 @@ classifier: given $dW$ they decouple, and what is left is one system of size K d
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -50,6 +51,7 @@ def factor(params: Params, c: Array) -> Factored:
     P, E = _slopes_and_eliminated_curvatures(params, c)
     # Sums over samples as products of matrices with the samples in the middle.
     samples = h.shape[0]
+    chex.assert_shape([P, E], [(samples, num_classes), (samples, num_classes, num_classes)])
     h_P = (h[:, :, None] * P[:, None, :]).reshape(samples, -1)
     EW = matmul(E, W)
     WEW = matmul(W.T, EW)
@@ -69,6 +71,7 @@ def factor(params: Params, c: Array) -> Factored:
     inner = c * WEW - jnp.eye(dim, dtype=W.dtype)[None]
     schur = kron(E, outer_h) - c * (cross + cross.T) + c * kron(outer_P, inner)
     schur = jnp.eye(size, dtype=W.dtype) + c * schur
+    chex.assert_shape([WEW, schur], [(samples, dim, dim), (size, size)])
     return Factored(params, c, P, E, inverse(schur, dim))
 
 
@@ -87,6 +90,7 @@ def solve(factored: Factored, right: Params) -> Params:
     r = right.H.reshape(h.shape)
     # What the features answer to the right-hand side alone.
     p = matmul(E, matmul(r, W.T)[..., None])[..., 0]
+    chex.assert_shape([r, p], [h.shape, P.shape])
     rest = (
         right.W - c * matmul(P.T, r) - c * (matmul(p.T, h) - c * matmul(matmul(P.T, p), W))
     )
@@ -122,6 +126,7 @@ def _slopes_and_eliminated_curvatures(params: Params, c: Array) -> tuple[Array, 
         crossed = half[..., :, None] * root[..., None, :]
         return matrix - crossed - jnp.swapaxes(crossed, -1, -2)
 
+    chex.assert_shape([root, beta], [P.shape, P.shape[:2]])
     differences = params.W[None] - params.W[:, None]  # (K, K, d)
     gram = matmul(differences, jnp.swapaxes(differences, -1, -2))[:, None]
     eye = jnp.eye(num_classes, dtype=gram.dtype)[None, None]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import chex
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,7 @@ def plan(
       rtol: relative tolerance of a step.
       atol: absolute one.
     """
+    chex.assert_rank(x_save, 1)
     if finish is None:
         return _observe_while_solving(observe, initial, x_save)
     improve = partial(finish.improve, rtol=rtol, atol=atol, initial=initial)

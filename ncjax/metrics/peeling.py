@@ -8,6 +8,7 @@ feature is 1.
 import math
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +78,8 @@ def last_layer(features, labels, W, b=None) -> LastLayer:
 @jax.jit
 def _last_layer(features, labels, W, b) -> LastLayer:
     features, W = _with_bias(features.astype(W.dtype), W, b)
-    num_classes, (samples, _) = W.shape[0], features.shape
+    num_classes, (samples, dim) = W.shape[0], features.shape
+    chex.assert_shape([labels, W], [(samples,), (num_classes, dim)])
     margins, others = margins_of_samples(matmul(features, without_offset(W).T), labels)
     log_odds = jax.nn.logsumexp(-margins, axis=1, where=others)
     log_losses = log_softplus(log_odds)
@@ -88,6 +90,7 @@ def _last_layer(features, labels, W, b) -> LastLayer:
     inner = 2 * jnp.sum(weights * margins)  # <Z, -∇L/L>, twice the weighted margins
     total = jnp.sum(weights, axis=1, keepdims=True)
     by_logits = jnp.where(others, weights, -total)
+    chex.assert_shape(by_logits, (samples, num_classes))
     gradient = (
         matmul(by_logits.T, features),
         matmul(by_logits, W),

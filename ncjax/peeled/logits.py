@@ -1,5 +1,6 @@
 """Differences of logits, which are the margins: their one home."""
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -19,12 +20,15 @@ def without_offset(W: Array) -> Array:
 def margins_of_params(params: Params) -> tuple[Array, Array]:
     """`(w_k - w_j)·h_ki` (K, n, K), 0 where j = k, and the mask (K, 1, K) of j != k."""
     W, H = without_offset(params.W), params.H
+    num_classes, per_class, dim = H.shape
+    chex.assert_shape(W, (num_classes, dim))
     transposed = W.T
     if W.size >= _LARGE:
         transposed = jax.lax.optimization_barrier(transposed)
     logits = einsum("kid,dj->kij", H, transposed)
     own = einsum("kid,kd->ki", H, W)
-    others = ~jnp.eye(W.shape[0], dtype=bool)[:, None, :]
+    others = ~jnp.eye(num_classes, dtype=bool)[:, None, :]
+    chex.assert_shape([logits, own], [(num_classes, per_class, num_classes), H.shape[:2]])
     return own[..., None] - logits, others
 
 

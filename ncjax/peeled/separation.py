@@ -3,6 +3,7 @@
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -326,6 +327,7 @@ def _dual_matrix(multipliers: Array) -> Array:
     """S (K, K n): column (k, i) has Σ_j λ_kij in row k and -λ_kij in row j."""
     num_classes, per_class, _ = multipliers.shape
     own = jnp.eye(num_classes, dtype=multipliers.dtype)[:, None, :]
+    chex.assert_shape(multipliers, (num_classes, per_class, num_classes))
     columns = own * jnp.sum(multipliers, axis=-1, keepdims=True) - multipliers
     return columns.reshape(num_classes * per_class, num_classes).T
 
@@ -335,6 +337,7 @@ def _combination(multipliers: Array, params: Params) -> Params:
     dual = _dual_matrix(multipliers)
     W, H = params
     features = H.reshape(-1, H.shape[-1])
+    chex.assert_shape(dual, (len(W), len(features)))
     return Params(
         W=matmul(dual, features),
         H=matmul(dual.T, W).reshape(H.shape),
@@ -345,6 +348,7 @@ def _descent_direction(params: Params, u: Array, v: Array, tolerance: Array) -> 
     """`(u aᵀ, v aᵀ) / √2` with a unit a orthogonal to every row, to the tolerance."""
     W, H = params
     rows = jnp.concatenate([W, H.reshape(-1, H.shape[-1])])
+    chex.assert_shape([u, v], [(len(W),), (len(rows) - len(W),)])
     values, vectors = jnp.linalg.eigh(matmul(rows.T, rows))
     room = values[0] <= tolerance**2 * values[-1]
     a = jnp.where(room, vectors[:, 0], jnp.nan) / 2**0.5
