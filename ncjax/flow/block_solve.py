@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from ncjax.numerics import matmul
-from ncjax.peeled.kernels import error_slopes
 from ncjax.types import Array, Params
 
 
@@ -26,7 +25,7 @@ class Factored(NamedTuple):
     schur: Array  # (K d, K d)    inverse of what is left for dW
 
 
-def factor(params: Params, c: Array) -> Factored:
+def factor(params: Params, slopes: tuple[Array, Array, Array], c: Array) -> Factored:
     r"""Prepare $I + c\, \nabla^2 \mathcal L / \mathcal L$ for `solve`.
 
     With the slopes $P_a = \nabla \ell_a / \mathcal L$ and curvatures $D_a = \nabla^2
@@ -38,6 +37,7 @@ def factor(params: Params, c: Array) -> Factored:
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
+      slopes: `kernels.error_slopes(params)`, which the caller has for its log loss.
       c: positive scalar, small enough that the matrix is positive definite.
 
     Returns:
@@ -48,7 +48,7 @@ def factor(params: Params, c: Array) -> Factored:
     W, H = params
     num_classes, dim = W.shape
     h = H.reshape(-1, dim)
-    P, E = _slopes_and_eliminated_curvatures(params, c)
+    P, E = _slopes_and_eliminated_curvatures(params, slopes, c)
     # Sums over samples as products of matrices with the samples in the middle.
     samples = h.shape[0]
     chex.assert_shape([P, E], [(samples, num_classes), (samples, num_classes, num_classes)])
@@ -101,7 +101,9 @@ def solve(factored: Factored, right: Params) -> Params:
     return Params(dW, dh.reshape(H.shape))
 
 
-def _slopes_and_eliminated_curvatures(params: Params, c: Array) -> tuple[Array, Array]:
+def _slopes_and_eliminated_curvatures(
+    params: Params, slopes, c: Array
+) -> tuple[Array, Array]:
     r"""`P` (N, K) and `E` (N, K, K), with positive definite matrices only.
 
     In the logits of the other classes less the own, $D = \operatorname{diag}(r)\, (I -
@@ -110,7 +112,7 @@ def _slopes_and_eliminated_curvatures(params: Params, c: Array) -> tuple[Array, 
     c F^\top V V^\top F)^{-1} F^\top$ for the differences V of the rows of W.
     """
     num_classes = params.W.shape[0]
-    log_loss, P, right = error_slopes(params)
+    log_loss, P, right = slopes
     others = ~jnp.eye(num_classes, dtype=bool)[:, None, :]
     root = jnp.sqrt(jnp.where(others, P, 0))  # r, (K, n, K)
     beta = jnp.exp(log_loss) / (1 + jnp.sqrt(right))  # (K, n)

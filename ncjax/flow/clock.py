@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ncjax.flow import block_solve
 from ncjax.flow.rosenbrock import Rodas5P
 from ncjax.numerics import einsum
-from ncjax.peeled.kernels import error_slopes, log_cross_entropy
+from ncjax.peeled.kernels import error_slopes
 from ncjax.types import Array, Params
 
 
@@ -49,9 +49,11 @@ def speed(x: Array, log_loss: Array) -> Array:
 def _factor(x, scaled, _args, c):
     """`I - c J = (1 + c/2) (I + c s / (1 + c/2) ∇²L / L)`."""
     params = unscaled(x, scaled)
+    slopes = error_slopes(params)
+    log_loss, _, _ = slopes
     outer = 1 + c / 2
-    inner = c / outer * speed(x, log_cross_entropy(params))
-    return outer, block_solve.factor(params, inner)
+    inner = c / outer * speed(x, log_loss)
+    return outer, block_solve.factor(params, slopes, inner)
 
 
 def _solve(factored, right):
