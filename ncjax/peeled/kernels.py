@@ -11,9 +11,9 @@ from ncjax.numerics import einsum, matmul
 from ncjax.peeled.logits import margins_of_params
 from ncjax.types import Array, Params
 
-# Below this the next term of log log1p(e^a) = a - e^a/2 + ... is under one rounding
-# of `a` in float32 and float64 alike, and e^a is far from underflow in both. In float16
-# it would underflow, and one rounding of `a` is larger.
+# Below _SMALL the next term of log log1p(e^a) = a - e^a/2 + ... is less than one rounding
+# of `a` in float32 and float64, and e^a is far from underflow. In float16 e^-30 would
+# underflow, and one rounding of `a` is larger.
 _SMALL, _SMALL_FLOAT16 = -30.0, -8.0
 
 

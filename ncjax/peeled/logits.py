@@ -1,4 +1,4 @@
-"""Differences of logits, which are the margins: their one home."""
+"""Differences of logits, which are the margins, of params and of a network's samples."""
 
 import chex
 import jax
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from ncjax.numerics import einsum
 from ncjax.types import Array, Params
 
-# From this size of W on it is transposed by itself: XLA's product with a transposed right
-# factor takes three times as long within a loop on CPU, its copy next to nothing.
+# From this size on W is transposed before the product. Within a loop on CPU, XLA's product
+# with a transposed right factor takes three times as long; the copy takes hardly any time.
 _LARGE = 2**14
 
 
 def without_offset(W: Array) -> Array:
-    """W (K, d) less its first row: a common offset, which no margin sees, costs digits."""
+    """Subtract the first row of W (K, d) from all: a common offset would cost digits."""
     return W - W[:1]
 
 
@@ -34,7 +34,7 @@ def margins_of_params(params: Params) -> tuple[Array, Array]:
 
 def margins_of_samples(logits: Array, labels: Array) -> tuple[Array, Array]:
     """`z_{a y_a} - z_aj` (N, K) of logits (N, K), and the mask (N, K) of j != y_a."""
-    labels = labels.astype(jnp.int32)  # in a narrow type the class numbers would wrap
+    labels = labels.astype(jnp.int32)  # K may exceed the range of a narrow type
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     others = labels[:, None] != jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
     return own - logits, others

@@ -1,4 +1,4 @@
-"""Cross entropy in margin form: of the layer-peeled model at any norm, and of a network."""
+"""Cross entropy in margin form, of the layer-peeled model and of a network's logits."""
 
 from typing import NamedTuple
 
@@ -16,9 +16,9 @@ def cross_entropy(params: Params) -> Array:
     $$\mathcal L(Z) = \sum_{k,i} \log\Bigl(1 + \sum_{j \ne k} e^{-m_{kij}}\Bigr),
     \qquad m_{kij} = (w_k - w_j)^\top h_{k,i}$$
 
-    The margin form keeps every digit where `logsumexp(logits) - logit` returns 0. The
-    value underflows once the least margin passes 708 (float64) or 87 (float32): use
-    `log_cross_entropy` there.
+    The margin form keeps all digits, where `logsumexp(logits) - logit` returns 0 once
+    margins pass 35. The value underflows when the least margin exceeds 708 (float64) or 87
+    (float32): use `log_cross_entropy` there.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
@@ -46,9 +46,9 @@ def log_cross_entropy(params: Params) -> Array:
 
     $$\log \mathcal L = \operatorname{logsumexp}_{k,i} \log\log(1 + e^{a_{ki}}).$$
 
-    Nothing underflows: a loss of `exp(-1e6)` gives -1e6, with gradient $\nabla
-    \mathcal L / \mathcal L$ correct to rounding, in float32 as in float64. NaN only where
-    a logit itself is beyond the largest number of the dtype.
+    Nothing underflows: a loss of `exp(-1e6)` gives -1e6, and the gradient $\nabla
+    \mathcal L / \mathcal L$ is correct to rounding, in float32 and float64. The result is
+    NaN only if a logit overflows.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
@@ -76,7 +76,7 @@ def log_softplus(a: Array) -> Array:
 
 
 class ErrorSlopes(NamedTuple):
-    """The loss and its slopes in the logits, for `L` of any size."""
+    """Logarithm of the loss and its relative slopes in the logits, for `L` of any size."""
 
     log_loss: Array  # ()
     P: Array  # (K, n, K)  ∇ℓ_ki / L in the logits of sample (k, i); rows sum to 0
@@ -91,14 +91,17 @@ def error_slopes(params: Params) -> ErrorSlopes:
     \nabla_W \log \mathcal L = \sum_{k,i} P_{ki} h_{ki}^\top, \quad
     \nabla_{h_{ki}} \log \mathcal L = W^\top P_{ki}$$
 
-    All in logarithms until the last, so that nothing of the order of 1 is lost where the
-    loss is e^-1000000; `p_k - 1` is the sum of the others, not a difference.
+    Exponentials are taken last, so that slopes of order 1 keep their digits at a loss of
+    e^-1000000. `p_k - 1` is minus the sum of the other probabilities, without cancellation.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
       `ErrorSlopes`.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
     """
     return ErrorSlopes(*kernels.error_slopes(check_params(params)))
 
@@ -108,8 +111,8 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
 
     $$\ell_a = \log\Bigl(1 + \sum_{j \ne y_a} e^{z_{aj} - z_{a y_a}}\Bigr)$$
 
-    In margin form, whose value and gradient keep their digits where margins are large, as
-    they are long after the training error is zero.
+    In margin form the value and its gradient keep their digits at large margins, which a
+    network reaches long after its training error is zero.
 
     Args:
       logits: (N, K) floating.
