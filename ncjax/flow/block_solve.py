@@ -2,7 +2,7 @@ r"""Linear systems with the Hessian of the loss, by their block structure.
 
 A linearly implicit step of the flow solves $(I + c\, \nabla^2\mathcal L / \mathcal L) X =
 R$ for several right-hand sides. The Hessian couples the samples only through the
-classifier: given $dW$ they decouple, and what is left is one system of size K d.
+classifier: given $dW$ they decouple, which leaves one system of K d unknowns.
 """
 
 from typing import NamedTuple
@@ -16,13 +16,13 @@ from ncjax.types import Array, Params
 
 
 class Factored(NamedTuple):
-    """`I + c ∇²L/L`, ready to solve with; N = K n samples."""
+    """`I + c ∇²L/L`, prepared for `solve`; N = K n samples."""
 
     params: Params  # W (K, d), H (K, n, d)
     c: Array  # ()
     P: Array  # (N, K)        slopes of each sample's loss in its logits, over L
     E: Array  # (N, K, K)     (I + c D_a W Wᵀ)⁻¹ D_a
-    schur: Array  # (K d, K d)    inverse of what is left for dW
+    schur: Array  # (K d, K d)    inverse of the Schur complement, the matrix for dW
 
 
 def factor(params: Params, slopes: tuple[Array, Array, Array], c: Array) -> Factored:
@@ -37,11 +37,11 @@ def factor(params: Params, slopes: tuple[Array, Array, Array], c: Array) -> Fact
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
-      slopes: `kernels.error_slopes(params)`, which the caller has for its log loss.
+      slopes: `kernels.error_slopes(params)`; the caller needs its log loss too.
       c: positive scalar, small enough that the matrix is positive definite.
 
     Returns:
-      `Factored`; its inverse is NaN or wrong where the matrix is singular.
+      `Factored`; NaN or wrong if the matrix is singular.
 
     Source: ncjax.
     """
@@ -49,7 +49,7 @@ def factor(params: Params, slopes: tuple[Array, Array, Array], c: Array) -> Fact
     num_classes, dim = W.shape
     h = H.reshape(-1, dim)
     P, E = _slopes_and_eliminated_curvatures(params, slopes, c)
-    # Sums over samples as products of matrices with the samples in the middle.
+    # Sums over samples are matrix products that contract the samples.
     samples = h.shape[0]
     chex.assert_shape([P, E], [(samples, num_classes), (samples, num_classes, num_classes)])
     h_P = (h[:, :, None] * P[:, None, :]).reshape(samples, -1)
@@ -58,7 +58,7 @@ def factor(params: Params, slopes: tuple[Array, Array, Array], c: Array) -> Fact
     size = num_classes * dim
 
     def kron(left, right):
-        """Sum over samples of left (K, K) and right (d, d), as (K d, K d)."""
+        """Return the sum over samples of left (K, K) ⊗ right (d, d), (K d, K d)."""
         product = matmul(left.reshape(samples, -1).T, right.reshape(samples, -1))
         product = product.reshape(num_classes, num_classes, dim, dim)
         return product.transpose(0, 2, 1, 3).reshape(size, size)
@@ -79,7 +79,7 @@ def solve(factored: Factored, right: Params) -> Params:
     r"""Solve $(I + c\, \nabla^2\mathcal L/\mathcal L) X = R$.
 
     Args:
-      factored: of `factor`.
+      factored: result of `factor`.
       right: `R`, shaped as the params.
 
     Returns:
@@ -88,7 +88,7 @@ def solve(factored: Factored, right: Params) -> Params:
     (W, H), c, P, E, schur = factored
     h = H.reshape(-1, W.shape[1])
     r = right.H.reshape(h.shape)
-    # What the features answer to the right-hand side alone.
+    # Response of the logits' slopes to the right-hand side alone, with dW = 0.
     p = matmul(E, matmul(r, W.T)[..., None])[..., 0]
     chex.assert_shape([r, p], [h.shape, P.shape])
     rest = (
@@ -104,12 +104,14 @@ def solve(factored: Factored, right: Params) -> Params:
 def _slopes_and_eliminated_curvatures(
     params: Params, slopes, c: Array
 ) -> tuple[Array, Array]:
-    r"""`P` (N, K) and `E` (N, K, K), with positive definite matrices only.
+    r"""Return `P` (N, K) and `E` (N, K, K), inverting positive definite matrices only.
 
-    In the logits of the other classes less the own, $D = \operatorname{diag}(r)\, (I -
-    \mathcal L\, r r^\top) \operatorname{diag}(r)$ with $r_j^2 = P_j$. Its root is known,
-    $D = F F^\top$ with $F = \operatorname{diag}(r)\, (I - \beta r r^\top)$, and $E = F (I +
-    c F^\top V V^\top F)^{-1} F^\top$ for the differences V of the rows of W.
+    In the logits of the other classes minus the logit of the own class,
+    $D = \operatorname{diag}(r)\, (I - \mathcal L\, r r^\top) \operatorname{diag}(r)$ with
+    $r_j^2 = P_j$. Its root is known, $D = F F^\top$ with
+    $F = \operatorname{diag}(r)\, (I - \beta r r^\top)$. Therefore
+    $E = F (I + c F^\top V V^\top F)^{-1} F^\top$, where V holds the differences of the rows
+    of W.
     """
     num_classes = params.W.shape[0]
     log_loss, P, right = slopes
@@ -133,7 +135,7 @@ def _slopes_and_eliminated_curvatures(
     gram = matmul(differences, jnp.swapaxes(differences, -1, -2))[:, None]
     eye = jnp.eye(num_classes, dtype=gram.dtype)[None, None]
     E = scale(deflate(inverse(eye + c * deflate(scale(gram)))))
-    # What one logit gains all others lose: rows and columns sum to zero.
+    # A common shift of the logits changes nothing: rows and columns sum to zero.
     own = ~others
     E = jnp.where(own[..., None], -jnp.sum(E, axis=-2, keepdims=True), E)
     E = jnp.where(own[..., None, :], -jnp.sum(E, axis=-1, keepdims=True), E)
@@ -142,18 +144,18 @@ def _slopes_and_eliminated_curvatures(
 
 
 def inverse(matrix: Array, block: int = 1) -> Array:
-    """Inverse of positive definite (..., M, M) by Gauss and Jordan, block by block.
+    """Return the inverse of positive definite matrices by Gauss-Jordan elimination.
 
-    Batched LAPACK on CPU takes one matrix after another and solves with it column by
-    column; this is `M / block` products of matrices for the whole batch. Without pivots,
+    It takes `M / block` matrix products for the whole batch. Batched LAPACK on CPU takes
+    one matrix after another and solves with it column by column. There is no pivoting,
     which positive definite matrices do not need.
 
     Args:
       matrix: (..., M, M), symmetric positive definite.
-      block: rows eliminated at once, a divisor of M.
+      block: number of rows eliminated at once, a divisor of M.
 
     Returns:
-      (..., M, M) array, NaN or infinite where a pivot is zero.
+      (..., M, M) array, NaN or infinite if a pivot is zero.
 
     Raises:
       ValueError: block does not divide M.
@@ -181,5 +183,5 @@ def inverse(matrix: Array, block: int = 1) -> Array:
 
 
 def _product(left: Array, right: Array) -> Array:
-    """Matrix product; an outer one elementwise."""
+    """Return the matrix product, elementwise if it is an outer product."""
     return left * right if left.shape[-1] == 1 else matmul(left, right)

@@ -31,13 +31,13 @@ class Method(NamedTuple):
     first_step: Callable[[Array, Array], Array]  # of the first x and of the last
     pcoeff: float = 0.0  # of the step size controller, proportional
     icoeff: float = 1.0  # and integral
-    finish: Finish | None = None  # None saves the states that the solver interpolates
+    finish: Finish | None = None  # None keeps the interpolated states
 
 
 METHODS = {
     "explicit": Method(diffrax.Tsit5(), steps.first_explicit_step),
-    # Stability and not accuracy bounds the step: with the last two errors a third as many
-    # steps are rejected as with the last error alone.
+    # Stability bounds the step, not accuracy: a controller of the last two errors rejects a
+    # third as many steps as a controller of the last error alone.
     "stabilised": Method(Stabilised4(), steps.first_explicit_step, pcoeff=0.3, icoeff=0.4),
     "implicit": Method(
         LINEARLY_IMPLICIT,
@@ -47,11 +47,13 @@ METHODS = {
 }
 SOLVERS = ("auto", *METHODS)
 
-# From this log t on the stabilised solver takes less time than the explicit one; from the
-# next on the implicit one takes less than both, and from (K d / 150)² times it where its
-# systems are larger than that. See benchmarks/flow.py.
+# Thresholds measured by benchmarks/flow.py. From this log t on the stabilised solver is
+# faster than the explicit one, at this rtol or a larger one: at a smaller rtol accuracy
+# bounds the step of a method of order 4, not stability.
 _STABILISED_FROM = 2e3
-_STABILISED_RTOL = 1e-9  # its order is 4: below, accuracy bounds the step and not stability
+_STABILISED_RTOL = 1e-9
+# From this log t on the implicit solver is the fastest. If its systems of K d unknowns are
+# larger than _IMPLICIT_SIZE, the threshold grows with the square of their size.
 _IMPLICIT_FROM = 3e4
 _IMPLICIT_SIZE = 150
 _LARGEST_SYSTEM = 2000
@@ -60,7 +62,7 @@ _LARGEST_SYSTEM = 2000
 def choose_solver(
     num_classes: int, dim: int, log_t_max: float, dtype, rtol: float | None = None
 ) -> str:
-    """The fastest of the solvers, as `gradient_flow` chooses.
+    """Return the name of the fastest solver, as `gradient_flow` with "auto" chooses it.
 
     Args:
       num_classes: K.
@@ -68,6 +70,9 @@ def choose_solver(
       log_t_max: natural logarithm of the last time.
       dtype: float32 or float64.
       rtol: relative tolerance of a step, None for the default.
+
+    Returns:
+      A key of METHODS.
     """
     size = num_classes * dim
     far = log_t_max >= _IMPLICIT_FROM * max(1.0, size / _IMPLICIT_SIZE) ** 2
@@ -80,7 +85,7 @@ def choose_solver(
 def find_method(
     solver: str | diffrax.AbstractSolver, params: Params, log_times, rtol
 ) -> Method:
-    """The method that `solver` names; a diffrax solver has the explicit settings.
+    """Return the method that `solver` names; a diffrax solver gets explicit settings.
 
     Raises:
       ValueError: solver is neither a diffrax solver nor one of SOLVERS.
@@ -89,7 +94,7 @@ def find_method(
         return METHODS["explicit"]._replace(solver=solver)
     check_choice("solver", solver, SOLVERS)
     if solver == "auto":
-        # As given: under jit even known times would be traced once they are an array.
+        # Not converted to an array: under jit that would trace even known times.
         traced = any(isinstance(t, jax.core.Tracer) for t in jax.tree.leaves(log_times))
         last = 0.0 if traced else float(np.asarray(log_times)[-1])
         tolerance = 0.0 if isinstance(rtol, jax.core.Tracer) else float(rtol)

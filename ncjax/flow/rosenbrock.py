@@ -63,7 +63,7 @@ _STAGES = 8
 
 
 def _square(rows) -> np.ndarray:
-    """Rows of a strictly lower triangular matrix, filled up with zeros."""
+    """Return the rows of a strictly lower triangular matrix, padded with zeros."""
     return np.array([[*row, *(0.0,) * (_STAGES - len(row))] for row in rows])
 
 
@@ -77,7 +77,7 @@ class Interpolation(diffrax.AbstractLocalInterpolation):
     k: Any  # leaves (3, ...)
 
     def evaluate(self, t0, t1=None, left=True):
-        """State at `t0`, or its change from `t0` to `t1`."""
+        """Return the state at `t0`, or its change from `t0` to `t1`."""
         if t1 is not None:
             ends = self.evaluate(t1, left=left), self.evaluate(t0, left=left)
             return jax.tree.map(jnp.subtract, *ends)
@@ -103,12 +103,13 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
     and $y + \sum_j a_{8j} u_j + u_8$ is the new state, $u_8$ the estimate of its error.
     The dense output is of order 4.
 
-    The equation brings its own linear algebra:
+    The equation supplies its own linear algebra:
 
     Args:
-      factor: function of `(t, y, args, c)` that prepares `I - c J(t, y)`; any pytree.
-      solve: function of what `factor` returned and of a right-hand side shaped like y.
-      time_derivative: function of `(t, y, args)`, the partial derivative of f by t.
+      factor: function of `(t, y, args, c)` that returns `I - c J(t, y)`, prepared for
+        `solve`, as any pytree.
+      solve: function of the result of `factor` and a right-hand side shaped like y.
+      time_derivative: function of `(t, y, args)`, the partial derivative of f in t.
 
     Source: Steinebach, BIT 63:27 (2023), doi 10.1007/s10543-023-00967-x.
     """
@@ -121,19 +122,19 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
     interpolation_cls: ClassVar = Interpolation
 
     def order(self, terms):
-        """Order of the solution."""
+        """Return the order of the solution."""
         return 5
 
     def init(self, terms, t0, t1, y0, args):
-        """No state is carried from step to step."""
+        """Return None: no state passes from step to step."""
         return None
 
     def func(self, terms, t0, y0, args):
-        """The vector field."""
+        """Return the vector field."""
         return terms.vf(t0, y0, args)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        """One step from `t0` to `t1`."""
+        """Take one step from `t0` to `t1`."""
         h = t1 - t0
         dtype = jnp.result_type(*jax.tree.leaves(y0))
         tables = [_square(_A), _square(_COUPLING), np.array(_C), np.array(_D)]

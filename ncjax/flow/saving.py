@@ -1,4 +1,4 @@
-"""What a solve keeps at the T saved times, and when it observes the states."""
+"""Values that a solve keeps at the T saved times, observed during the solve or after."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,15 +16,15 @@ from ncjax.types import Array, Params
 
 
 class Saved(NamedTuple):
-    """What was kept; rows of times that were not reached hold anything."""
+    """Values at the saved times; rows of times that were not reached are arbitrary."""
 
     drift: invariants.InvariantDrift  # (T,) of the states that the solver interpolated
-    observed: Any  # (T, ...) what `observe` returned, integers perhaps as floats
+    observed: Any  # (T, ...) values of `observe`; integers may be floats
     final: Params  # state at the last time
 
 
 class Plan(NamedTuple):
-    """What diffrax is to save, and how to read it from its solution."""
+    """Instructions for diffrax to save, and a function that reads its solution."""
 
     saveat: diffrax.SaveAt
     read: Callable[[diffrax.Solution], Saved]
@@ -39,16 +39,16 @@ def plan(
     rtol,
     atol,
 ) -> Plan:
-    """The plan for saving at `x_save` (T,), which a method's `finish` decides.
+    """Return the plan for saving at `x_save` (T,); it depends on the method's `finish`.
 
     Args:
       observe: function of a state Z, whose value (any pytree of arrays) is kept.
-      initial: Z that the drift of the invariants is measured from.
+      initial: state Z from which the drift of the invariants is measured.
       x_save: (T,) times on the clock x.
-      x_start: time at which the solve starts.
-      finish: of the method.
+      x_start: start of the solve on the clock x.
+      finish: improvement of the saved states by the method, None for none.
       rtol: relative tolerance of a step.
-      atol: absolute one.
+      atol: absolute tolerance of a step.
     """
     chex.assert_rank(x_save, 1)
     if finish is None:
@@ -107,12 +107,12 @@ def _at(x_save: Array, save) -> diffrax.SubSaveAt:
 
 
 def _rows(saved, size: int):
-    """The first `size` rows, without the repetition of a single time."""
+    """Return the first `size` rows, without the repetition of a single time."""
     return jax.tree.map(lambda leaf: leaf[:size], saved)
 
 
 def _as_floats(observed, dtype):
-    """Integers as floats: diffrax fills rows with infinity, which integers lack."""
+    """Turn integers into floats: diffrax fills rows with infinity, which integers lack."""
     return jax.tree.map(
         lambda leaf: (
             leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf.astype(dtype)

@@ -23,20 +23,20 @@ from ncjax.types import Array, Params
 SUCCESS = 0
 STEP_LIMIT = 1
 STEP_TOO_SMALL = 2  # the state or its gradient is not finite, or the dtype too coarse
-BAD_TIMES = 3  # under jit, where the times asked for cannot be refused
+BAD_TIMES = 3  # under jit, which cannot raise an error for times out of order
 
 
 class FlowSolution(NamedTuple):
-    """Gradient flow at the T times asked for; entries not reached are NaN."""
+    """Gradient flow at the T requested times; entries not reached are NaN."""
 
     log_times: Array  # (T,)    natural logarithm of physical time
-    params: Params | None  # (T, ...) state, None where `record` was given
-    recorded: Any  # (T, ...) record(params), None where it was not given
+    params: Params | None  # (T, ...) state, None if `record` was given
+    recorded: Any  # (T, ...) record(params), None if it was not given
     log_loss: Array  # (T,)    log L
-    drift: InvariantDrift  # (T,)    of the invariants since the given start
-    final: Params  # state at the last time, to go on from; NaN if it was not reached
-    num_steps: Array  # ()      solver steps tried
-    num_rejected: Array  # ()      of which rejected
+    drift: InvariantDrift  # (T,)    change of the invariants since the start
+    final: Params  # state at the last time, start of a next leg; NaN if not reached
+    num_steps: Array  # ()      solver steps, rejected ones included
+    num_rejected: Array  # ()      rejected steps
     result: Array  # ()      SUCCESS, STEP_LIMIT, STEP_TOO_SMALL or BAD_TIMES (int32)
 
 
@@ -52,43 +52,42 @@ def gradient_flow(
     max_steps: int = 1_000_000,
     progress: bool = False,
 ) -> FlowSolution:
-    r"""The exact gradient flow $dZ/dt = -\nabla \mathcal L(Z)$, saved at given times.
+    r"""Follow the exact gradient flow $dZ/dt = -\nabla \mathcal L(Z)$ to the given times.
 
-    The gradient fades like $1/(t \log t)$ and $t$ itself overflows at $\log t = 709$, so
+    The gradient decays like $1/(t \log t)$, and $t$ itself overflows at $\log t = 709$, so
     the equation is solved on the clock $x = \log(1 + \log(1 + t))$. With
     $u = \log(1 + t) = e^x - 1$,
 
     $$\frac{dZ}{dx} = -(1 + u)\, e^{u + \log \mathcal L(Z)}\, \nabla \log \mathcal L(Z),$$
 
-    the same trajectory with every quantity finite. The equation grows stiff in
-    proportion to $\log t$: an explicit solver takes about 0.4 steps (Tsit5, six gradients
-    each) or 0.1 (`Stabilised4`, twelve each) per unit of $\log t$, and
-    knows margins to about rtol times $\log t$. The linearly implicit one takes about 300
-    steps to $\log t = 10^4$ and 50 more to $10^6$, each at the cost of solving a system of
-    K d unknowns. It steps twice over the last 0.03 of x before a time that is
-    asked for, where the state is slow enough for them: that lets every margin settle to
-    the digits that float64 has for it. It puts the two invariants of the flow (see
-    `invariant_drift`) right there.
+    which gives the same trajectory with every quantity finite. The stiffness of the
+    equation grows in proportion to $\log t$. An explicit solver takes about 0.4 steps
+    (Tsit5, six gradients each) or 0.1 steps (`Stabilised4`, twelve each) per unit of
+    $\log t$; its margins are accurate to about rtol times $\log t$. The linearly implicit
+    solver takes about 300 steps to $\log t = 10^4$ and 50 more to $10^6$; each solves a
+    system of K d unknowns. At each saved time it takes two short steps over the last 0.03
+    of x, which bring every margin to the accuracy of float64, and restores the two
+    invariants of the flow (see `invariant_drift`).
 
     Works under `jax.jit` and under `jax.vmap` over `params`; a start that fails (see
-    `result`) leaves the others as they are. Reverse-mode differentiable.
+    `result`) does not affect the others. Reverse-mode differentiable.
 
     Args:
-      params: start `Z(t_0)`, `W` (K, d) and `H` (K, n, d). The dtype of the solve.
+      params: start `Z(t_0)`, `W` (K, d) and `H` (K, n, d). Its dtype is used throughout.
       log_times: (T,) strictly increasing natural logarithms of the physical time t;
-        `-inf` is t = 0. In float64 to 1e6 and beyond, in float32 to about 3e4.
-      start_log_time: natural logarithm of the time t_0 of `params`, t_0 = 0 if not given.
-        Lets a long flow be taken in legs, from `final` on.
+        `-inf` is t = 0. Useful to 1e6 and beyond in float64, to about 3e4 in float32.
+      start_log_time: natural logarithm of the time t_0 of `params`; t_0 = 0 by default.
+        With it a long flow can be split into legs, each from the `final` of the last.
       rtol: relative tolerance of a step; 1e-8 in float64 and 1e-6 in float32 if None.
-      atol: absolute tolerance of a step; if None as rtol, times the root mean square of
-        `params` where that is below 1, so that small starts are followed too.
+      atol: absolute tolerance of a step. None takes rtol, times the root mean square of
+        `params` if that is below 1, so that small starts are followed too.
       solver: "explicit" (Tsit5), "stabilised" (explicit, for stiff equations), "implicit"
-        (Rodas5P with the structure of the Hessian), or a diffrax solver. "auto" takes
-        what is faster for the last time (where it is not traced, else "explicit"):
-        "implicit" in float64 where log t is at least 3e4 max(1, K d / 150)², for K d up
-        to 2000; else "stabilised" where it is at least 2000 and rtol at least 1e-9; else
-        "explicit".
-      record: function of the state whose value (any pytree of arrays) is saved instead of
+        (Rodas5P with the structure of the Hessian), or a diffrax solver, which runs with
+        the settings of "explicit". "auto" chooses the fastest for the last time:
+        "implicit" in float64 if log t is at least 3e4 max(1, K d / 150)² and K d at most
+        2000; else "stabilised" if log t is at least 2000 and rtol at least 1e-9; else, and
+        for traced times, "explicit".
+      record: function of the state; its value (any pytree of arrays) is saved instead of
         the state. It is compiled in: pass the same function object to compile once.
       max_steps: bound on the solver's steps, rejected ones included.
       progress: show a tqdm bar (over x).
@@ -112,7 +111,8 @@ def gradient_flow(
     dtype = params.W.dtype
     if dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"params must be float32 or float64, got {dtype}")
-    given, log_times = log_times, _check_log_times(log_times, start_log_time, dtype)
+    requested = log_times
+    log_times = _check_log_times(requested, start_log_time, dtype)
     if rtol is None:
         rtol = 1e-8 if dtype == jnp.float64 else 1e-6
     check_positive("rtol", rtol)
@@ -127,7 +127,7 @@ def gradient_flow(
         jnp.asarray(start_log_time, dtype),
         relative,
         jnp.asarray(absolute, dtype),
-        method=find_method(solver, params, given, rtol),
+        method=find_method(solver, params, requested, rtol),
         record=record,
         max_steps=max_steps,
         progress=progress,
@@ -165,7 +165,7 @@ def _integrate(
         ),
     )
     saved = plan.read(solution)
-    # diffrax fills what it did not reach with infinity.
+    # diffrax fills the times that it did not reach with infinity.
     reached = jnp.isfinite(solution.ts[0][: log_times.size]) & in_order
     recorded, log_loss = jax.tree.map(
         partial(_nan_unless, reached), saved.observed, jax.eval_shape(observe, params)
@@ -186,16 +186,15 @@ def _integrate(
 
 
 def _observe(record, state: Params):
-    """What is reported of a state: `record(Z)`, or Z itself, and log L."""
+    """Return the reported values of a state: `record(Z)`, or Z itself, and log L."""
     recorded = state if record is None else record(state)
     return jax.tree.map(jnp.asarray, (recorded, log_cross_entropy(state)))
 
 
 def _on_clock(start: Array, log_times: Array) -> tuple[Array, Array, Array]:
-    """Start and times (T,) on the clock x, and whether they follow in order.
+    """Return the start and the times (T,) on the clock x, and whether they are in order.
 
-    Times out of order, which no check could refuse under jit, are replaced by others that
-    the solver can go through.
+    Times out of order raise no error under jit. The solver gets increasing ones instead.
     """
     in_order = jnp.all(log_times[1:] > log_times[:-1]) & (log_times[0] >= start)
     in_order &= log_times[-1] < jnp.inf
@@ -205,14 +204,14 @@ def _on_clock(start: Array, log_times: Array) -> tuple[Array, Array, Array]:
 
 
 def _nan_unless(reached: Array, leaf: Array, like) -> Array:
-    """`leaf` (T, ...) in the dtype of `like`, NaN or 0 in the rows not reached."""
+    """Return `leaf` (T, ...) in the dtype of `like`, with NaN or 0 in rows not reached."""
     rows = reached.reshape(reached.shape + (1,) * (leaf.ndim - 1))
     missing = jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0
     return jnp.where(rows, leaf, jnp.asarray(missing, leaf.dtype)).astype(like.dtype)
 
 
 def _absolute_tolerance(params: Params, rtol) -> Array:
-    """`rtol` times the root mean square of the entries where that is below 1."""
+    """Return `rtol`, times the root mean square of the entries if that is below 1."""
     params = jax.lax.stop_gradient(params)
     mean = squared_norm(at_unit_scale(params)) / sum(leaf.size for leaf in params)
     size = power_of_two(params) * jnp.sqrt(mean)
@@ -220,21 +219,21 @@ def _absolute_tolerance(params: Params, rtol) -> Array:
 
 
 def _result_code(result: diffrax.RESULTS) -> Array:
-    """Result of diffrax as SUCCESS, STEP_LIMIT or STEP_TOO_SMALL."""
+    """Return SUCCESS, STEP_LIMIT or STEP_TOO_SMALL for a result of diffrax."""
     success = result == diffrax.RESULTS.successful
     limit = result == diffrax.RESULTS.max_steps_reached
     return jnp.where(success, SUCCESS, jnp.where(limit, STEP_LIMIT, STEP_TOO_SMALL))
 
 
 def _check_log_times(log_times, start_log_time: float, dtype) -> Array:
-    """`log_times` (T,) in `dtype`, once they are known to increase from the start on."""
-    given = jnp.asarray(log_times)
-    if given.ndim != 1 or given.size == 0:
+    """Return `log_times` (T,) in `dtype`; raise ValueError if they do not increase."""
+    times = jnp.asarray(log_times)
+    if times.ndim != 1 or times.size == 0:
         raise ValueError(
-            f"log_times must be a non-empty vector (T,), got shape {given.shape}"
+            f"log_times must be a non-empty vector (T,), got shape {times.shape}"
         )
-    cast = given.astype(dtype)
-    if not isinstance(given, jax.core.Tracer):
+    cast = times.astype(dtype)
+    if not isinstance(times, jax.core.Tracer):
         values = np.asarray(cast)
         if np.isnan(values).any() or values[-1] == np.inf:
             raise ValueError(f"log_times must be numbers below infinity, got {values}")

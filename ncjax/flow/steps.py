@@ -13,24 +13,24 @@ _FIRST_IMPLICIT = 0.01
 
 
 def first_explicit_step(x_start: Array, x_last: Array) -> Array:
-    """First step of an explicit solver, which shrinks with time as its steps do."""
+    """Return the first step of an explicit solver, whose steps shrink with time."""
     return _FIRST * jnp.exp(-x_start)
 
 
 def first_implicit_step(x_start: Array, x_last: Array) -> Array:
-    """First step of the implicit solver, not beyond the end."""
+    """Return the first step of the implicit solver, which does not pass the end."""
     step = jnp.minimum(_FIRST_IMPLICIT, x_last - x_start)
     return jnp.where(step > 0, step, first_explicit_step(x_start, x_last))
 
 
 def least_step(x_start: Array, x_last: Array) -> Array:
-    """Step below which the dtype is too coarse; not above the whole way, if any."""
+    """Return the least step that the dtype resolves, at most the length of the solve."""
     least = 16 * float(jnp.finfo(x_last.dtype).eps) * jnp.maximum(1, x_last)
     return jnp.where(x_last > x_start, jnp.minimum(least, x_last - x_start), least)
 
 
 def finite_or_infinite_norm(error) -> Array:
-    """Root mean square, with NaN as infinity: a trial step that overflows is rejected."""
+    """Return the root mean square, infinity for NaN: an overflowing step is rejected."""
     mean = squared_norm(error) / sum(leaf.size for leaf in error)
     norm = jnp.where(mean > 0, jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
     return jnp.where(jnp.isnan(mean), jnp.inf, norm)
