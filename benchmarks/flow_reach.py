@@ -20,7 +20,8 @@ import numpy as np
 import ncjax
 from benchmarks import flow
 from benchmarks._timing import missing
-from ncjax.flow.solve import SOLVERS, SUCCESS
+from ncjax.flow.methods import SOLVERS
+from ncjax.flow.solve import SUCCESS
 from ncjax.types import Params
 
 SECONDS = 60.0

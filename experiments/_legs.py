@@ -13,7 +13,8 @@ from tqdm import tqdm
 import ncjax
 from experiments._runs import folders, memory
 from experiments._runs.errors import BadUse
-from ncjax.flow.solve import SUCCESS, choose_solver
+from ncjax.flow.methods import choose_solver
+from ncjax.flow.solve import SUCCESS
 
 LEGS = 20
 

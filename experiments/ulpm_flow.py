@@ -17,7 +17,8 @@ from experiments._labels import LABELS
 from experiments._runs import cli, files, folders, page
 from experiments._runs.errors import BadUse, RunFailed
 from ncjax import plotting
-from ncjax.flow.solve import SOLVERS, SUCCESS
+from ncjax.flow.methods import SOLVERS
+from ncjax.flow.solve import SUCCESS
 
 NAME = "ulpm_flow"
 OUTPUTS = ("metrics.csv", "figure2.png", "figure2.pdf")

@@ -1,4 +1,4 @@
-"""Checks of arguments: each raises ValueError with what was given and what is expected."""
+"""Checks of arguments. Each raises ValueError with the expected and the given value."""
 
 import importlib.util
 import math
@@ -37,15 +37,15 @@ def check_positive(name: str, value) -> None:
 
 
 def check_params(params: Params, *, finite: bool = False) -> Params:
-    """Return `params` as JAX arrays once shapes, dtypes and (if asked) values are sound.
+    """Return `params` as JAX arrays, or raise ValueError if they do not fit.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d) with K >= 2, floating, of one dtype.
-      finite: also refuse NaN and infinity, where the values are known: under `jax.jit`
-        or `jax.vmap` they are not, and the check is left out.
+      finite: also refuse NaN and infinity. Values are unknown under `jax.jit` and
+        `jax.vmap`, which skip this check.
 
     Raises:
-      ValueError: says what was given and what is expected.
+      ValueError: shapes or dtypes do not fit, or a value is not finite.
     """
     if not (isinstance(params, tuple) and len(params) == 2):
         raise ValueError(f"expected ncjax.Params(W, H), got {type(params).__name__}")
@@ -68,7 +68,7 @@ def check_params(params: Params, *, finite: bool = False) -> Params:
 
 
 def _advice(W: Array, H: Array) -> str:
-    """What to do with shapes that are usual and wrong."""
+    """Return advice for two common mistakes, else nothing."""
     if W.ndim == 3 and H.ndim == 4 and len(W) == len(H):
         return f": for {len(W)} models on a leading axis use jax.vmap"
     if W.ndim == 2 and H.ndim == 2 and H.shape[1] == W.shape[1]:
@@ -88,7 +88,11 @@ def check_finite(name: str, array: Array) -> None:
 
 
 def float_dtype(dtype) -> jnp.dtype:
-    """The default floating dtype for None, else `dtype`, refused if not floating."""
+    """Return `dtype`, or JAX's default floating dtype if None.
+
+    Raises:
+      ValueError: dtype is not floating, or is float64 while x64 is disabled.
+    """
     resolved = jnp.zeros((), float).dtype if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(resolved, jnp.floating):
         raise ValueError(f"dtype must be floating, got {resolved}")
@@ -111,5 +115,5 @@ def check_installed(extra: str, *modules: str) -> None:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent package is missing
+    except ModuleNotFoundError:  # the parent package is missing
         return False

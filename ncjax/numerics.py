@@ -12,7 +12,7 @@ Array = jax.Array
 def matmul(left: ArrayLike, right: ArrayLike) -> Array:
     """Return `left @ right` in the precision of the dtype.
 
-    JAX by default rounds factors in float32 to bfloat16 on a TPU, and to 10 bits on a GPU.
+    By default JAX rounds float32 factors to bfloat16 on a TPU, and to 10 bits on a GPU.
     """
     return jnp.matmul(left, right, precision="highest")
 
@@ -33,20 +33,21 @@ def tensordot(left: ArrayLike, right: ArrayLike, axes) -> Array:
 
 
 def power_of_two(arrays, axis: int | None = None) -> Array:
-    """Return the power of two next to the largest absolute entry; 1/2 for zeros.
+    """Return the largest power of two that is at most max |entry|; 1/2 for zeros.
 
-    Division by it rounds nothing, and squares of the quotients neither overflow nor vanish.
+    Division by it is exact, and squares of the quotients neither overflow nor underflow.
 
     Args:
-      arrays: a floating array or a pytree of some, taken together.
-      axis: each slice along it by itself; None takes all entries.
+      arrays: a floating array, or a pytree of arrays that get one common scale.
+      axis: reduce along this axis alone, so that each slice gets its own scale; None
+        reduces over all entries.
 
     Returns:
-      Scalar, or with `axis` an array that has length 1 there. Not differentiated.
+      Scalar, or with `axis` an array of length 1 along it. A constant to derivatives.
     """
     leaves = [jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(arrays)]
     kept = axis is not None
-    # Not the maximum of |x|: before jaxlib 0.10.2 that was an array of its own.
+    # max and min instead of max |x|: jaxlib before 0.10.2 stored |x| as an array.
     ends = [x.max(axis=axis, keepdims=kept) for x in leaves]
     ends += [-x.min(axis=axis, keepdims=kept) for x in leaves]
     largest = reduce(jnp.maximum, ends)

@@ -1,4 +1,4 @@
-"""The state of the layer-peeled model."""
+"""`Params`, the free variables of the layer-peeled model."""
 
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ Array = jax.Array
 class Params(NamedTuple):
     """Free variables `Z = (W, H)` of the unconstrained layer-peeled model.
 
-    Ji et al. (ICLR 2022), equation (1): the last layer and its features are
-    optimised directly, with nothing else in between.
+    Equation (1) of Ji et al. (ICLR 2022) optimises the last layer and its features
+    directly, without the network that computes the features.
     """
 
-    W: Array  # (K, d)     classifier, row w_k is the weight of class k
+    W: Array  # (K, d)     classifier, row w_k belongs to class k
     H: Array  # (K, n, d)  features, h_{k,i} is the i-th sample of class k

@@ -28,7 +28,9 @@ MODULES = (
 PRIVATE = {
     *("checks", "numerics", "metrics.inputs"),
     *("curvature.inputs", "curvature.lanczos", "curvature.meter"),
-    *("flow.block_solve", "flow.settle", "networks.grouping", "networks.winograd"),
+    *("flow.block_solve", "flow.saving", "flow.settle", "flow.steps"),
+    *("networks.grouping", "networks.winograd"),
+    *("peeled.kernels", "peeled.logits"),
 }
 REFERENCE = (DOCS / "reference" / "index.md").read_text()
 NAVIGATION = (ROOT / "mkdocs.yml").read_text()

@@ -10,7 +10,9 @@ from scipy.integrate import solve_ivp
 from test_losses import random_params
 
 import ncjax
-from ncjax.flow.solve import BAD_TIMES, STEP_LIMIT, STEP_TOO_SMALL, SUCCESS, choose_solver
+from ncjax import checks
+from ncjax.flow.methods import choose_solver
+from ncjax.flow.solve import BAD_TIMES, STEP_LIMIT, STEP_TOO_SMALL, SUCCESS
 
 
 def sine_params(dtype=np.float64):
@@ -551,3 +553,11 @@ def test_a_start_that_is_traced_is_not_asked_for_its_value():
 def test_tolerances_of_another_dtype_are_taken():
     flow = flow_at(sine_params(np.float32), [1.0], rtol=np.float64(1e-5))
     assert flow.log_loss.dtype == np.float32
+
+
+def test_params_are_checked_once(monkeypatch):
+    calls: list[dict] = []
+    monkeypatch.setattr(checks, "check_sizes", lambda **sizes: calls.append(sizes))
+    start = random_params(0, 3, 2, 5, 0.5)
+    jax.eval_shape(lambda p: ncjax.gradient_flow(p, [1.0, 2.0], solver="implicit"), start)
+    assert calls == [{"num_classes": 3, "per_class": 2, "dim": 5}]

@@ -10,7 +10,7 @@ from test_losses import random_params
 
 import ncjax
 from ncjax.flow import block_solve
-from ncjax.peeled import losses
+from ncjax.peeled import kernels, losses
 
 SHAPES = [(2, 1, 1), (3, 2, 2), (4, 3, 6), (5, 1, 3), (3, 4, 8)]
 
@@ -20,7 +20,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @jax.jit
 def solved(params, c, right):
-    return block_solve.solve(block_solve.factor(params, c), right)
+    factored = block_solve.factor(params, kernels.error_slopes(params), c)
+    return block_solve.solve(factored, right)
 
 
 @jax.jit

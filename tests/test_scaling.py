@@ -17,6 +17,7 @@ from ncjax import statistics
 from ncjax.flow import block_solve, clock
 from ncjax.metrics import collapse
 from ncjax.networks import convolution, models
+from ncjax.peeled import kernels
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "scaling.md").read_text()
@@ -38,7 +39,10 @@ def time_derivative(K, n, d):
 
 
 def factor(K, n, d):
-    return block_solve.factor, params(K, n, d), double(())
+    def with_slopes(params, c):
+        return block_solve.factor(params, kernels.error_slopes(params), c)
+
+    return with_slopes, params(K, n, d), double(())
 
 
 def solve(K, n, d):

@@ -1,4 +1,9 @@
-"""The gradient flow of the layer-peeled model to any physical time, and its solvers."""
+"""The gradient flow of the layer-peeled model to any physical time, and gradient descent.
+
+`solve` holds `gradient_flow`, `clock` the equation that it solves, and `methods` the table
+of solvers: explicit (diffrax's Tsit5), `stabilised` and implicit (`rosenbrock`,
+`block_solve`). `invariants` holds the conserved quantities, `descent` gradient descent.
+"""
 
 from ncjax.flow.descent import DescentSolution as DescentSolution
 from ncjax.flow.descent import gradient_descent as gradient_descent

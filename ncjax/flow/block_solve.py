@@ -2,30 +2,30 @@ r"""Linear systems with the Hessian of the loss, by their block structure.
 
 A linearly implicit step of the flow solves $(I + c\, \nabla^2\mathcal L / \mathcal L) X =
 R$ for several right-hand sides. The Hessian couples the samples only through the
-classifier: given $dW$ they decouple, and what is left is one system of size K d.
+classifier: given $dW$ they decouple, which leaves one system of K d unknowns.
 """
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from ncjax.numerics import matmul
-from ncjax.peeled.losses import error_slopes
 from ncjax.types import Array, Params
 
 
 class Factored(NamedTuple):
-    """`I + c ∇²L/L`, ready to solve with; N = K n samples."""
+    """`I + c ∇²L/L`, prepared for `solve`; N = K n samples."""
 
     params: Params  # W (K, d), H (K, n, d)
     c: Array  # ()
     P: Array  # (N, K)        slopes of each sample's loss in its logits, over L
     E: Array  # (N, K, K)     (I + c D_a W Wᵀ)⁻¹ D_a
-    schur: Array  # (K d, K d)    inverse of what is left for dW
+    schur: Array  # (K d, K d)    inverse of the Schur complement, the matrix for dW
 
 
-def factor(params: Params, c: Array) -> Factored:
+def factor(params: Params, slopes: tuple[Array, Array, Array], c: Array) -> Factored:
     r"""Prepare $I + c\, \nabla^2 \mathcal L / \mathcal L$ for `solve`.
 
     With the slopes $P_a = \nabla \ell_a / \mathcal L$ and curvatures $D_a = \nabla^2
@@ -37,26 +37,28 @@ def factor(params: Params, c: Array) -> Factored:
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
+      slopes: `kernels.error_slopes(params)`; the caller needs its log loss too.
       c: positive scalar, small enough that the matrix is positive definite.
 
     Returns:
-      `Factored`; its inverse is NaN or wrong where the matrix is singular.
+      `Factored`; NaN or wrong if the matrix is singular.
 
     Source: ncjax.
     """
     W, H = params
     num_classes, dim = W.shape
     h = H.reshape(-1, dim)
-    P, E = _slopes_and_eliminated_curvatures(params, c)
-    # Sums over samples as products of matrices with the samples in the middle.
+    P, E = _slopes_and_eliminated_curvatures(params, slopes, c)
+    # Sums over samples are matrix products that contract the samples.
     samples = h.shape[0]
+    chex.assert_shape([P, E], [(samples, num_classes), (samples, num_classes, num_classes)])
     h_P = (h[:, :, None] * P[:, None, :]).reshape(samples, -1)
     EW = matmul(E, W)
     WEW = matmul(W.T, EW)
     size = num_classes * dim
 
     def kron(left, right):
-        """Sum over samples of left (K, K) and right (d, d), as (K d, K d)."""
+        """Return the sum over samples of left (K, K) ⊗ right (d, d), (K d, K d)."""
         product = matmul(left.reshape(samples, -1).T, right.reshape(samples, -1))
         product = product.reshape(num_classes, num_classes, dim, dim)
         return product.transpose(0, 2, 1, 3).reshape(size, size)
@@ -69,6 +71,7 @@ def factor(params: Params, c: Array) -> Factored:
     inner = c * WEW - jnp.eye(dim, dtype=W.dtype)[None]
     schur = kron(E, outer_h) - c * (cross + cross.T) + c * kron(outer_P, inner)
     schur = jnp.eye(size, dtype=W.dtype) + c * schur
+    chex.assert_shape([WEW, schur], [(samples, dim, dim), (size, size)])
     return Factored(params, c, P, E, inverse(schur, dim))
 
 
@@ -76,7 +79,7 @@ def solve(factored: Factored, right: Params) -> Params:
     r"""Solve $(I + c\, \nabla^2\mathcal L/\mathcal L) X = R$.
 
     Args:
-      factored: of `factor`.
+      factored: result of `factor`.
       right: `R`, shaped as the params.
 
     Returns:
@@ -85,8 +88,9 @@ def solve(factored: Factored, right: Params) -> Params:
     (W, H), c, P, E, schur = factored
     h = H.reshape(-1, W.shape[1])
     r = right.H.reshape(h.shape)
-    # What the features answer to the right-hand side alone.
+    # Response of the logits' slopes to the right-hand side alone, with dW = 0.
     p = matmul(E, matmul(r, W.T)[..., None])[..., 0]
+    chex.assert_shape([r, p], [h.shape, P.shape])
     rest = (
         right.W - c * matmul(P.T, r) - c * (matmul(p.T, h) - c * matmul(matmul(P.T, p), W))
     )
@@ -97,19 +101,23 @@ def solve(factored: Factored, right: Params) -> Params:
     return Params(dW, dh.reshape(H.shape))
 
 
-def _slopes_and_eliminated_curvatures(params: Params, c: Array) -> tuple[Array, Array]:
-    r"""`P` (N, K) and `E` (N, K, K), with positive definite matrices only.
+def _slopes_and_eliminated_curvatures(
+    params: Params, slopes, c: Array
+) -> tuple[Array, Array]:
+    r"""Return `P` (N, K) and `E` (N, K, K), inverting positive definite matrices only.
 
-    In the logits of the other classes less the own, $D = \operatorname{diag}(r)\, (I -
-    \mathcal L\, r r^\top) \operatorname{diag}(r)$ with $r_j^2 = P_j$. Its root is known,
-    $D = F F^\top$ with $F = \operatorname{diag}(r)\, (I - \beta r r^\top)$, and $E = F (I +
-    c F^\top V V^\top F)^{-1} F^\top$ for the differences V of the rows of W.
+    In the logits of the other classes minus the logit of the own class,
+    $D = \operatorname{diag}(r)\, (I - \mathcal L\, r r^\top) \operatorname{diag}(r)$ with
+    $r_j^2 = P_j$. Its root is known, $D = F F^\top$ with
+    $F = \operatorname{diag}(r)\, (I - \beta r r^\top)$. Therefore
+    $E = F (I + c F^\top V V^\top F)^{-1} F^\top$, where V holds the differences of the rows
+    of W.
     """
     num_classes = params.W.shape[0]
-    slopes = error_slopes(params)
+    log_loss, P, right = slopes
     others = ~jnp.eye(num_classes, dtype=bool)[:, None, :]
-    root = jnp.sqrt(jnp.where(others, slopes.P, 0))  # r, (K, n, K)
-    beta = jnp.exp(slopes.log_loss) / (1 + jnp.sqrt(slopes.right))  # (K, n)
+    root = jnp.sqrt(jnp.where(others, P, 0))  # r, (K, n, K)
+    beta = jnp.exp(log_loss) / (1 + jnp.sqrt(right))  # (K, n)
 
     def scale(matrix):
         return root[..., :, None] * matrix * root[..., None, :]
@@ -122,31 +130,32 @@ def _slopes_and_eliminated_curvatures(params: Params, c: Array) -> tuple[Array, 
         crossed = half[..., :, None] * root[..., None, :]
         return matrix - crossed - jnp.swapaxes(crossed, -1, -2)
 
+    chex.assert_shape([root, beta], [P.shape, P.shape[:2]])
     differences = params.W[None] - params.W[:, None]  # (K, K, d)
     gram = matmul(differences, jnp.swapaxes(differences, -1, -2))[:, None]
     eye = jnp.eye(num_classes, dtype=gram.dtype)[None, None]
     E = scale(deflate(inverse(eye + c * deflate(scale(gram)))))
-    # What one logit gains all others lose: rows and columns sum to zero.
+    # A common shift of the logits changes nothing: rows and columns sum to zero.
     own = ~others
     E = jnp.where(own[..., None], -jnp.sum(E, axis=-2, keepdims=True), E)
     E = jnp.where(own[..., None, :], -jnp.sum(E, axis=-1, keepdims=True), E)
     shape = (-1, num_classes)
-    return slopes.P.reshape(shape), E.reshape(*shape, num_classes)
+    return P.reshape(shape), E.reshape(*shape, num_classes)
 
 
 def inverse(matrix: Array, block: int = 1) -> Array:
-    """Inverse of positive definite (..., M, M) by Gauss and Jordan, block by block.
+    """Return the inverse of positive definite matrices by Gauss-Jordan elimination.
 
-    Batched LAPACK on CPU takes one matrix after another and solves with it column by
-    column; this is `M / block` products of matrices for the whole batch. Without pivots,
+    It takes `M / block` matrix products for the whole batch. Batched LAPACK on CPU takes
+    one matrix after another and solves with it column by column. There is no pivoting,
     which positive definite matrices do not need.
 
     Args:
       matrix: (..., M, M), symmetric positive definite.
-      block: rows eliminated at once, a divisor of M.
+      block: number of rows eliminated at once, a divisor of M.
 
     Returns:
-      (..., M, M) array, NaN or infinite where a pivot is zero.
+      (..., M, M) array, NaN or infinite if a pivot is zero.
 
     Raises:
       ValueError: block does not divide M.
@@ -174,5 +183,5 @@ def inverse(matrix: Array, block: int = 1) -> Array:
 
 
 def _product(left: Array, right: Array) -> Array:
-    """Matrix product; an outer one elementwise."""
+    """Return the matrix product, elementwise if it is an outer product."""
     return left * right if left.shape[-1] == 1 else matmul(left, right)

@@ -1,13 +1,13 @@
-r"""The flow's equation on the clock x, for a state that hardly moves.
+r"""The flow's equation on the clock x, for a scaled state Y that hardly moves.
 
 With $x = \log(1 + \log(1 + t))$ and $u = \log(1 + t) = e^x - 1$ the flow is $dZ/dx = -s
 \nabla \log \mathcal L(Z)$, $s = (1 + u)\, e^{u + \log \mathcal L}$. Since $|Z|^2$ grows
-like u, what is solved for is $Y = e^{-x/2} Z$,
+like u, the solvers follow $Y = e^{-x/2} Z$,
 
 $$\frac{dY}{dx} = -s\, e^{-x/2}\, \nabla \log \mathcal L(e^{x/2} Y) - \frac{Y}{2}.$$
 
-s carries the loss, so the rank-one terms of $\nabla^2 \log \mathcal L$ and of $\nabla s$
-cancel and the Jacobian is exactly $-s\, \nabla^2 \mathcal L / \mathcal L - I/2$.
+Because s contains the loss, the rank-one terms of $\nabla^2 \log \mathcal L$ and of $\nabla
+s$ cancel, and the Jacobian is exactly $-s\, \nabla^2 \mathcal L / \mathcal L - I/2$.
 """
 
 import jax
@@ -16,25 +16,25 @@ import jax.numpy as jnp
 from ncjax.flow import block_solve
 from ncjax.flow.rosenbrock import Rodas5P
 from ncjax.numerics import einsum
-from ncjax.peeled.losses import error_slopes, log_cross_entropy
+from ncjax.peeled.kernels import error_slopes
 from ncjax.types import Array, Params
 
 
 def clock(log_times: Array) -> Array:
-    """`x = log(1 + log(1 + t))` of `log t`."""
+    """Return `x = log(1 + log(1 + t))` for `log t`."""
     return jnp.log1p(jax.nn.softplus(log_times))
 
 
 def unscaled(x: Array, scaled: Params) -> Params:
-    """`Z = e^{x/2} Y`; with -x for x, Y of Z."""
+    """Return `Z = e^{x/2} Y`; with -x in place of x, Y for Z."""
     return jax.tree.map(lambda leaf: jnp.exp(x / 2) * leaf, scaled)
 
 
 def field(x, scaled: Params, _args=None) -> Params:
-    """`dY/dx`; the loss sees only products, so that W alone takes the factor of both."""
+    """`dY/dx`. The loss depends on `W h` alone, so W takes the scale of both factors."""
     W, H = scaled
-    slopes = error_slopes(Params(jnp.exp(x) * W, H))
-    P = speed(x, slopes.log_loss) * slopes.P
+    log_loss, P, _ = error_slopes(Params(jnp.exp(x) * W, H))
+    P = speed(x, log_loss) * P
     dW = einsum("kij,kid->jd", P, H)
     dH = einsum("kij,jd->kid", P, W)
     return Params(-dW - W / 2, -dH - H / 2)
@@ -49,9 +49,11 @@ def speed(x: Array, log_loss: Array) -> Array:
 def _factor(x, scaled, _args, c):
     """`I - c J = (1 + c/2) (I + c s / (1 + c/2) ∇²L / L)`."""
     params = unscaled(x, scaled)
+    slopes = error_slopes(params)
+    log_loss, _, _ = slopes
     outer = 1 + c / 2
-    inner = c / outer * speed(x, log_cross_entropy(params))
-    return outer, block_solve.factor(params, inner)
+    inner = c / outer * speed(x, log_loss)
+    return outer, block_solve.factor(params, slopes, inner)
 
 
 def _solve(factored, right):
@@ -63,5 +65,6 @@ def _time_derivative(x, scaled, _args):
     return jax.jvp(lambda x: field(x, scaled), (x,), (jnp.ones_like(x),))[1]
 
 
-# Rodas5P for `field`; one object, since it is a static argument of compiled functions.
+# Rodas5P for `field`. There is one object, because compiled functions take it as a static
+# argument.
 LINEARLY_IMPLICIT = Rodas5P(_factor, _solve, _time_derivative)

@@ -1,4 +1,4 @@
-"""Gradient descent on the layer-peeled model, the Euler discretisation of its flow."""
+"""Gradient descent on the layer-peeled model: the Euler discretisation of its flow."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_integer, check_params, check_positive
-from ncjax.peeled.losses import cross_entropy, log_cross_entropy
+from ncjax.peeled.kernels import cross_entropy, log_cross_entropy
 from ncjax.types import Array, Params
 
 
 class DescentSolution(NamedTuple):
-    """Gradient descent at the T step counts asked for."""
+    """Gradient descent at the T requested step counts."""
 
     steps: Array  # (T,)    number of steps taken (int32)
     log_times: Array  # (T,)    log of steps x step size, the flow's log t
-    params: Params | None  # (T, ...) state, None where `record` was given
-    recorded: Any  # (T, ...) record(params), None where it was not given
+    params: Params | None  # (T, ...) state, None if `record` was given
+    recorded: Any  # (T, ...) record(params), None if it was not given
     log_loss: Array  # (T,)    log L
     final: Params  # state after the last step
 
@@ -34,17 +34,17 @@ def gradient_descent(
 ) -> DescentSolution:
     r"""Gradient descent $Z_{s+1} = Z_s - \eta \nabla \mathcal L(Z_s)$, one compiled loop.
 
-    The explicit Euler discretisation of `gradient_flow`, with $t = s \eta$: what the
-    paper's own simulations run. To come as far as log t = 20 it needs $e^{20} / \eta$
-    steps.
+    This is the explicit Euler discretisation of `gradient_flow`, with $t = s \eta$, and
+    the method of the paper's own simulations. It takes $e^{20} / \eta$ steps to reach
+    log t = 20.
 
     Args:
       params: start, `W` (K, d) and `H` (K, n, d).
       step_size: eta, positive.
       num_steps: number of steps, at least 1.
       save_steps: (T,) strictly increasing step counts in [0, num_steps] at which the state
-        is saved; about 200 spaced evenly in the logarithm, `num_steps` the last, if None.
-      record: function of the state whose value is saved instead of the state.
+        is saved. None saves about 200, evenly spaced in the logarithm, up to `num_steps`.
+      record: function of the state; its value is saved instead of the state.
 
     Returns:
       `DescentSolution`.

@@ -63,7 +63,7 @@ _STAGES = 8
 
 
 def _square(rows) -> np.ndarray:
-    """Rows of a strictly lower triangular matrix, filled up with zeros."""
+    """Return the rows of a strictly lower triangular matrix, padded with zeros."""
     return np.array([[*row, *(0.0,) * (_STAGES - len(row))] for row in rows])
 
 
@@ -77,7 +77,7 @@ class Interpolation(diffrax.AbstractLocalInterpolation):
     k: Any  # leaves (3, ...)
 
     def evaluate(self, t0, t1=None, left=True):
-        """State at `t0`, or its change from `t0` to `t1`."""
+        """Return the state at `t0`, or its change from `t0` to `t1`."""
         if t1 is not None:
             ends = self.evaluate(t1, left=left), self.evaluate(t0, left=left)
             return jax.tree.map(jnp.subtract, *ends)
@@ -103,12 +103,13 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
     and $y + \sum_j a_{8j} u_j + u_8$ is the new state, $u_8$ the estimate of its error.
     The dense output is of order 4.
 
-    The equation brings its own linear algebra:
+    The equation supplies its own linear algebra:
 
     Args:
-      factor: function of `(t, y, args, c)` that prepares `I - c J(t, y)`; any pytree.
-      solve: function of what `factor` returned and of a right-hand side shaped like y.
-      time_derivative: function of `(t, y, args)`, the partial derivative of f by t.
+      factor: function of `(t, y, args, c)` that returns `I - c J(t, y)`, prepared for
+        `solve`, as any pytree.
+      solve: function of the result of `factor` and a right-hand side shaped like y.
+      time_derivative: function of `(t, y, args)`, the partial derivative of f in t.
 
     Source: Steinebach, BIT 63:27 (2023), doi 10.1007/s10543-023-00967-x.
     """
@@ -121,19 +122,19 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
     interpolation_cls: ClassVar = Interpolation
 
     def order(self, terms):
-        """Order of the solution."""
+        """Return the order of the solution."""
         return 5
 
     def init(self, terms, t0, t1, y0, args):
-        """No state is carried from step to step."""
+        """Return None: no state passes from step to step."""
         return None
 
     def func(self, terms, t0, y0, args):
-        """The vector field."""
+        """Return the vector field."""
         return terms.vf(t0, y0, args)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        """One step from `t0` to `t1`."""
+        """Take one step from `t0` to `t1`."""
         h = t1 - t0
         dtype = jnp.result_type(*jax.tree.leaves(y0))
         tables = [_square(_A), _square(_COUPLING), np.array(_C), np.array(_D)]
@@ -143,10 +144,12 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
 
         def stage(u, row):
             index, a_i, coupling_i, c_i, d_i = row
-            y = jax.tree.map(lambda leaf, u: leaf + _weigh(a_i, u), y0, u)
+            y = jax.tree.map(lambda leaf, u: leaf + tensordot(a_i, u, 1), y0, u)
             slope = terms.vf(t0 + c_i * h, y, args)
             right = jax.tree.map(
-                lambda f, u, df: _GAMMA * (h * (f + d_i * h * df) + _weigh(coupling_i, u)),
+                lambda f, u, df: (
+                    _GAMMA * (h * (f + d_i * h * df) + tensordot(coupling_i, u, 1))
+                ),
                 slope,
                 u,
                 drift,
@@ -157,14 +160,9 @@ class Rodas5P(diffrax.AbstractAdaptiveSolver):
         empty = jax.tree.map(lambda leaf: jnp.zeros((_STAGES, *leaf.shape), dtype), y0)
         rows = (jnp.arange(_STAGES), a, coupling, c, d)
         u, _ = jax.lax.scan(stage, empty, rows)
-        y1 = jax.tree.map(lambda leaf, u: leaf + _weigh(a[-1], u) + u[-1], y0, u)
+        y1 = jax.tree.map(lambda leaf, u: leaf + tensordot(a[-1], u, 1) + u[-1], y0, u)
         error = jax.tree.map(lambda u: u[-1], u)
         dense = jnp.asarray(_DENSE, dtype)
         k = jax.tree.map(lambda u: tensordot(dense, u, 1), u)
         info = {"y0": y0, "y1": y1, "k": k}
         return y1, error, info, None, diffrax.RESULTS.successful
-
-
-def _weigh(weights, u):
-    """Sum over stages of weight times u, leaves (8, ...)."""
-    return tensordot(weights, u, 1)

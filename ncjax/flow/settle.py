@@ -1,27 +1,27 @@
-"""What the implicit method does at a saved time: two short steps, then the invariants."""
+"""The finish of the implicit method at a saved time: two short steps, then invariants."""
 
 import diffrax
 import jax
 import jax.numpy as jnp
 
 from ncjax.flow.clock import LINEARLY_IMPLICIT, field, unscaled
-from ncjax.flow.invariants import restore_invariants
-from ncjax.peeled.geometry import squared_norm
-from ncjax.peeled.losses import log_cross_entropy
+from ncjax.flow.invariants import restore
+from ncjax.flow.steps import finite_or_infinite_norm
+from ncjax.peeled.kernels import log_cross_entropy, squared_norm
 from ncjax.types import Array, Params
 
-# The implicit solver takes two steps over this length of x up to each time asked for.
-SETTLING = 0.03
-# log t from which the norm can be read off the time to the digits that the flow has.
+# Length of x before a saved time over which the implicit solver takes two steps.
+LENGTH = 0.03
+# u from which the time determines the norm to all digits that the flow has.
 _EQUILIBRIUM_FROM = 1e6
 
 
 def settle(x_before, before, x, interpolated, *, rtol, atol, initial: Params) -> Params:
-    """State `Z` at `x` from `Y` interpolated there and a little before.
+    """Return `Z` at `x`, from `Y` interpolated at `x` and at `x_before`.
 
-    What the loss holds fast is off by an error of the long step that was interpolated,
-    which grows with log t in a margin. Two short steps damp it out. Where the state
-    itself moves too fast for them the solver has made its own steps short.
+    Interpolation within a long step leaves an error in the stiff components; in a margin
+    it grows with log t. Two short steps damp it. Where the state moves too fast for these
+    steps, the solver's own steps are short, and the interpolated state is kept.
     """
 
     def step(carry, ends):
@@ -38,18 +38,18 @@ def settle(x_before, before, x, interpolated, *, rtol, atol, initial: Params) ->
     start = (_on_loss(x_before, before), jnp.zeros((), x.dtype))
     (scaled, worst), _ = jax.lax.scan(step, start, ends)
     scaled = jax.tree.map(
-        lambda settled, plain: jnp.where(worst <= 1, settled, plain), scaled, interpolated
+        lambda settled, kept: jnp.where(worst <= 1, settled, kept), scaled, interpolated
     )
-    return restore_invariants(unscaled(x, scaled), initial)
+    return restore(unscaled(x, scaled), initial)
 
 
 def _on_loss(x: Array, scaled: Params) -> Params:
-    r"""`Y` with the norm at which the loss is in equilibrium, far out only.
+    r"""Return `Y` with the norm at which the loss is in equilibrium, at large u only.
 
     $d(u + \log \mathcal L)/dx = (1 + u)(1 - e^{u + \log \mathcal L} |\nabla \log \mathcal
-    L|^2)$ pulls the bracket to zero at the rate u. Once u exceeds 1e6 the bracket is within
-    1e-6 of it, and an error of the norm in its tenth digit moves it by more: one step of
-    Newton's method in the norm.
+    L|^2)$ drives the bracket to zero at the rate u. For u above 1e6 the bracket is below
+    1e-6, while an error in the tenth digit of the norm changes it by more. One step of
+    Newton's method in the norm removes that error.
     """
     u = jnp.expm1(x)
     params = unscaled(x, scaled)
@@ -58,10 +58,3 @@ def _on_loss(x: Array, scaled: Params) -> Params:
     radial = sum(jnp.sum(p * g) for p, g in zip(params, slope, strict=True))
     factor = jnp.where(u > _EQUILIBRIUM_FROM, 1 - excess / radial, 1)
     return jax.tree.map(lambda leaf: factor * leaf, scaled)
-
-
-def finite_or_infinite_norm(error) -> Array:
-    """Root mean square, with NaN as infinity: a trial step that overflows is rejected."""
-    mean = squared_norm(error) / sum(leaf.size for leaf in error)
-    norm = jnp.where(mean > 0, jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
-    return jnp.where(jnp.isnan(mean), jnp.inf, norm)

@@ -23,7 +23,7 @@ _FINISH = (
      0.0935933647796866),
 )
 _AFTER = (0.0234896487850072, 0.0398250628133335, 0.08963971856272787)
-# Weights of the thirteen slopes in the estimate of the error.
+# Weights of the thirteen slopes in the error estimate.
 _ERROR = (
     0.0020067827359012344, -0.5308879366219877, 2.465093903303707, -3.0,
     -0.8090110278619251, 3.0, -1.058741135293823, -0.11541162501208851,
@@ -37,18 +37,19 @@ STABLE_TO = 47.98  # |R(z)| <= 0.951 for z in [-STABLE_TO, -1]
 class Stabilised4(diffrax.AbstractAdaptiveSolver):
     r"""Explicit method of order 4, stable for $h \lambda$ down to -48 at 12 slopes a step.
 
-    A usual explicit method is stable to about -3 (Tsit5: six slopes). This one has the
-    stability polynomial of degree 12 whose absolute value stays below 0.95 for longest,
+    Tsit5, with six slopes, is stable to about -3. This method has the stability polynomial
+    of degree 12 whose absolute value stays below 0.95 on the longest interval,
 
     $$R(z) = w(z) \prod_{k=1}^{8} (1 + \tau_k z) = e^z + O(z^5),$$
 
-    $w$ of degree 4 with the complex zeros. Each factor $1 + \tau_k z$ is an Euler step of
-    size $\tau_k h$, and $w$ a method of four stages, whose two remaining freedoms and
-    whose place, after five of the eight Euler steps, keep small the constants of order
-    5, the growth within a step (21 at most) and the error in components that a stiff
-    term holds to a moving target. The estimate of the error is the difference to a
-    solution of order 3 whose coefficient of $z^4$ is off by a tenth, and counts stiff
-    components at most once. Dense output is the cubic through both ends.
+    where $w$ has degree 4 and the complex zeros. Each factor $1 + \tau_k z$ is an Euler
+    step of size $\tau_k h$, and $w$ is a method of four stages after the fifth of the eight
+    Euler steps. This position and the two free coefficients of $w$ are chosen to keep
+    three things small: the error constants of order 5, the growth within a step (21 at
+    most), and the error in stiff components that follow a moving target. The error
+    estimate is the difference to a solution of order 3 whose coefficient of $z^4$ is off by
+    a tenth; it counts stiff components at most once. Dense output is the cubic Hermite
+    interpolant of both ends.
 
     Source: ncjax's coefficients; the Euler steps are Lebedev's and Medovikov's (DUMKA),
     the four stages Abdulle's, SIAM J. Sci. Comput. 23 (2002) 2041 (ROCK4).
@@ -58,23 +59,23 @@ class Stabilised4(diffrax.AbstractAdaptiveSolver):
     interpolation_cls: ClassVar = diffrax.ThirdOrderHermitePolynomialInterpolation
 
     def order(self, terms):
-        """Order of the solution."""
+        """Return the order of the solution."""
         return 4
 
     def error_order(self, terms):
-        """Power of the step that the estimate of the error goes with."""
+        """Return the power of the step size that the error estimate scales with."""
         return 4
 
     def init(self, terms, t0, t1, y0, args):
-        """The slope at the start, which each step takes from the one before."""
+        """Return the slope at the start; later steps reuse the last slope before them."""
         return terms.vf(t0, y0, args)
 
     def func(self, terms, t0, y0, args):
-        """The vector field."""
+        """Return the vector field."""
         return terms.vf(t0, y0, args)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        """One step from `t0` to `t1`."""
+        """Take one step from `t0` to `t1`."""
         h = t1 - t0
         dtype = jnp.result_type(*jax.tree.leaves(y0))
         table = [jnp.asarray(values, dtype) for values in (_BEFORE, _FINISH, _AFTER)]
@@ -92,9 +93,9 @@ class Stabilised4(diffrax.AbstractAdaptiveSolver):
         def stage(carry, row):
             index, a, weight = row
             slopes, _, error = carry
-            y = jax.tree.map(lambda y, k: y + h * _weigh(a, k), base, slopes)
+            y = jax.tree.map(lambda y, k: y + h * tensordot(a, k, 1), base, slopes)
             slope = terms.vf(t0 + (c + jnp.sum(a)) * h, y, args)
-            # The fourth slope is the last: it goes where no stage looks any more.
+            # The fourth slope goes to row 0, which no later stage reads.
             slopes = jax.tree.map(lambda k, new: k.at[index].set(new), slopes, slope)
             return (slopes, y, _add(error, weight, slope)), None
 
@@ -119,8 +120,3 @@ def _add(y, factor, slope):
 
 def _scale(factor, slope):
     return jax.tree.map(lambda slope: factor * slope, slope)
-
-
-def _weigh(weights, slopes):
-    """Sum over stages of weight times slope, leaves (4, ...)."""
-    return tensordot(weights, slopes, 1)

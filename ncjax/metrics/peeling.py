@@ -1,13 +1,14 @@
-r"""A network's last layer, taken as a layer-peeled model.
+r"""A network's last layer as a point of the layer-peeled model.
 
 Features $h_a$ with labels and the classifier $w_k$, $b_k$ of any network are a point
-$Z = (W, H)$ of the model: a bias counts as one more coordinate of $w_k$, where every
-feature is 1.
+$Z = (W, H)$ of the model. A bias is one more coordinate of $w_k$, in which every feature
+is 1.
 """
 
 import math
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,39 +16,40 @@ import numpy as np
 from ncjax.checks import check_integer, check_params
 from ncjax.metrics.inputs import check_features
 from ncjax.numerics import at_unit_scale, matmul, power_of_two
-from ncjax.peeled.losses import log_softplus
+from ncjax.peeled.kernels import log_softplus
+from ncjax.peeled.logits import margins_of_samples, without_offset
 from ncjax.types import Array, Params
 
 
 class LastLayer(NamedTuple):
     r"""Loss, margin and alignment of a last layer. Scalars.
 
-    $N$ samples, $n$ of the smallest class, $q_{\min}$ the least margin
-    $\min_{a, j \ne y_a} (w_{y_a} - w_j)^\top h_a$, negative where a sample is
-    misclassified.
+    The smallest class has $n$ samples. The least margin $q_{\min} = \min_{a, j \ne y_a}
+    (w_{y_a} - w_j)^\top h_a$ is negative if a sample is misclassified.
     """
 
-    loss: Array  # mean over samples of the cross entropy
-    log_loss: Array  # log of the sum over samples, as `ncjax.log_cross_entropy`
+    loss: Array  # cross entropy, mean over samples
+    log_loss: Array  # log of the cross entropy, summed over samples
     least_margin: Array  # q_min
     margin_ratio: Array  # 2 (K-1) √n q_min / |Z|², at most 1
     balanced_margin_ratio: Array  # (K-1) √n q_min / (|W| |H|), at most 1
     kkt_angle: Array  # √(1-β²), β = <Z, -∇L> / (|Z| |∇L|)
-    balanced_kkt_angle: Array  # the same of (c W, H / c), c² = |H| / |W|
+    balanced_kkt_angle: Array  # kkt_angle of (c W, H / c), c² = |H| / |W|
 
 
 def last_layer(features, labels, W, b=None) -> LastLayer:
-    r"""Loss, margin ratio and KKT alignment of a last layer with all its samples.
+    r"""Measure loss, margin ratio and KKT alignment of a last layer on all its samples.
 
     $$\frac{2 (K-1) \sqrt n\, q_{\min}}{|W|_F^2 + |H|_F^2} \le
     \frac{(K-1) \sqrt n\, q_{\min}}{|W|_F |H|_F} \le 1, \qquad
     \beta = \frac{\langle Z, -\nabla \mathcal L \rangle}{|Z|\, |\nabla \mathcal L|}$$
 
-    where $q_{\min} > 0$. The first is Theorem 3.1 for classes of $n$ samples; larger
-    classes only add to $|H|_F$. The second is the first of $(c W, H / c)$ with
-    $c^2 = |H|_F / |W|_F$, which has the same logits: how scale is split between W and H is
-    the network's doing and may hide all else. So too the second angle. All are computed
-    in the log domain: a loss that underflows keeps its angle.
+    for $q_{\min} > 0$. Theorem 3.1 bounds the first ratio for classes of $n$ samples, and
+    larger classes only add to $|H|_F$. The second ratio is the first one at
+    $(c W, H / c)$ with $c^2 = |H|_F / |W|_F$, which has the same logits. It does not depend
+    on how the network splits the scale between W and H, a choice that can dominate the
+    first ratio. The second angle is balanced in the same way. All are computed in the log
+    domain, so the angles stay exact when the loss underflows.
 
     Args:
       features: (N, d) floating, the input of the last layer.
@@ -57,7 +59,7 @@ def last_layer(features, labels, W, b=None) -> LastLayer:
 
     Returns:
       `LastLayer` of scalars, in the dtype of the features, float32 for half precision.
-      NaN where a ratio or an angle is not defined (W = 0, or all features).
+      NaN if a ratio or an angle is not defined (W = 0, or all features 0).
 
     Raises:
       ValueError: as in `ncjax.collapse_metrics_from_features`.
@@ -76,21 +78,19 @@ def last_layer(features, labels, W, b=None) -> LastLayer:
 @jax.jit
 def _last_layer(features, labels, W, b) -> LastLayer:
     features, W = _with_bias(features.astype(W.dtype), W, b)
-    num_classes, (samples, _) = W.shape[0], features.shape
-    others = labels[:, None] != jnp.arange(num_classes, dtype=labels.dtype)[None]
-    # A common offset of the rows of W, which no margin sees, would cost digits.
-    logits = matmul(features, (W - W[:1]).T)
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    excess = logits - own  # minus the margins
-    log_odds = jax.nn.logsumexp(excess, axis=1, where=others)
+    num_classes, (samples, dim) = W.shape[0], features.shape
+    chex.assert_shape([labels, W], [(samples,), (num_classes, dim)])
+    margins, others = margins_of_samples(matmul(features, without_offset(W).T), labels)
+    log_odds = jax.nn.logsumexp(-margins, axis=1, where=others)
     log_losses = log_softplus(log_odds)
     log_loss = jax.nn.logsumexp(log_losses)
-    # P_a = ∇ℓ_a / L by the logits: probabilities, never tiny over tiny.
-    log_weights = excess - jax.nn.softplus(log_odds)[:, None] - log_loss
+    # Slopes ∇ℓ_a / L in the logits, from logarithms: L may underflow.
+    log_weights = -margins - jax.nn.softplus(log_odds)[:, None] - log_loss
     weights = jnp.where(others, jnp.exp(log_weights), 0)
-    inner = -2 * jnp.sum(weights * excess)  # <Z, -∇L/L>, twice the weighted margins
+    inner = 2 * jnp.sum(weights * margins)  # <Z, -∇L/L>
     total = jnp.sum(weights, axis=1, keepdims=True)
     by_logits = jnp.where(others, weights, -total)
+    chex.assert_shape(by_logits, (samples, num_classes))
     gradient = (
         matmul(by_logits.T, features),
         matmul(by_logits, W),
@@ -99,7 +99,7 @@ def _last_layer(features, labels, W, b) -> LastLayer:
     norm = jnp.hypot(norm_W, norm_H)
     scale = jnp.sqrt(norm_H / norm_W)
     counts = jnp.bincount(labels, length=num_classes)
-    least = -jnp.max(jnp.where(others, excess, -jnp.inf))
+    least = jnp.min(jnp.where(others, margins, jnp.inf))
     factor = (num_classes - 1) * jnp.sqrt(jnp.min(counts).astype(W.dtype))
     return LastLayer(
         loss=jnp.exp(log_loss - math.log(samples)),
@@ -115,23 +115,23 @@ def _last_layer(features, labels, W, b) -> LastLayer:
 
 
 def _angle(W, H, gradient_W, gradient_H, inner) -> Array:
-    """Sine of the angle between Z and -∇L, from what is left of Z beside -∇L.
+    """Return the sine of the angle between Z and -∇L: the part of Z orthogonal to ∇L.
 
-    √(1-β²) itself would keep no digit near β = 1.
+    √(1-β²) would lose all digits near β = 1.
     """
     gradient_norm = jnp.hypot(jnp.linalg.norm(gradient_W), jnp.linalg.norm(gradient_H))
     norm = jnp.hypot(jnp.linalg.norm(W), jnp.linalg.norm(H))
     along = inner / gradient_norm / norm
-    rest_W = W / norm + along / gradient_norm * gradient_W
-    rest_H = H / norm + along / gradient_norm * gradient_H
-    return jnp.hypot(jnp.linalg.norm(rest_W), jnp.linalg.norm(rest_H))
+    orthogonal_W = W / norm + along / gradient_norm * gradient_W
+    orthogonal_H = H / norm + along / gradient_norm * gradient_H
+    return jnp.hypot(jnp.linalg.norm(orthogonal_W), jnp.linalg.norm(orthogonal_H))
 
 
 def balance_norms(params: Params) -> Params:
-    r"""$(c W, H / c)$ with $c^2 = |H|_F / |W|_F$: equal norms, the same logits.
+    r"""Return $(c W, H / c)$ with $c^2 = |H|_F / |W|_F$: equal norms, the same logits.
 
-    Of all ways to split the scale of a last layer between W and H the one of the least
-    $|Z|$, so the only one that can be optimal.
+    Of all ways to split the scale of a last layer between W and H, this one has the least
+    $|Z|$, so it is the only one that can be optimal.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d), neither zero.
@@ -149,17 +149,18 @@ def balance_norms(params: Params) -> Params:
 
 
 def peel(features, labels, W, b=None, *, per_class: int | None = None) -> Params:
-    """The last layer of a network as `Params`, with equally many samples of each class.
+    """Return a network's last layer as `Params`, with equally many samples of each class.
 
     Args:
       features: (N, d) floating, the input of the last layer.
       labels: (N,) integers in [0, K), every class at least once.
       W: (K, d) weight of the last layer.
       b: (K,) bias; none if None. It becomes coordinate d of W, and H is 1 there.
-      per_class: n, the first n samples of each class; as many as all have if None.
+      per_class: n; the first n samples of each class are taken. None takes the size of
+        the smallest class.
 
     Returns:
-      `Params` with `W` (K, d) and `H` (K, n, d), d + 1 wide with a bias.
+      `Params` with `W` (K, d) and `H` (K, n, d), where d is one larger with a bias.
 
     Raises:
       ValueError: as in `ncjax.collapse_metrics_from_features`, or a class has fewer than
@@ -181,15 +182,15 @@ def peel(features, labels, W, b=None, *, per_class: int | None = None) -> Params
             f"per_class is {per_class} but class {counts.argmin()} has {counts.min()} "
             "samples"
         )
-    # Stable, so that within a class samples keep their order.
+    # A stable sort keeps the order of the samples within a class.
     order = np.argsort(np.asarray(labels), kind="stable")
     starts = np.cumsum(counts) - counts
-    chosen = order[starts[:, None] + np.arange(per_class)[None]]
-    return Params(W=W, H=features[chosen])
+    index = order[starts[:, None] + np.arange(per_class)[None]]
+    return Params(W=W, H=features[index])
 
 
 def _with_bias(features: Array, W: Array, b: Array | None) -> tuple[Array, Array]:
-    """Features and classifier with the bias as one more coordinate."""
+    """Return features and classifier with the bias as one more coordinate."""
     if b is None:
         return features, W
     ones = jnp.ones((features.shape[0], 1), features.dtype)

@@ -1,4 +1,9 @@
-"""The layer-peeled model: its shapes, its losses, its minimum-norm separation problem."""
+"""The layer-peeled model of Ji et al. (ICLR 2022): points, losses, optimality.
+
+`geometry` draws starts and holds simplex ETF, block saddles, margins and balance. `losses`
+holds the cross entropy in margin form and its logarithm. `separation` holds the
+minimum-norm separation problem: solution, multipliers, KKT residuals and certificate.
+"""
 
 from ncjax.peeled.geometry import balance as balance
 from ncjax.peeled.geometry import block_saddle as block_saddle

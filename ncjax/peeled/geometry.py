@@ -1,4 +1,4 @@
-"""Shapes that the theory speaks of: simplex ETF, margins, balance, block saddles."""
+"""Points of the model and their geometry: starts, simplex ETF, margins, block saddles."""
 
 import math
 import warnings
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_integer, check_params, check_sizes, float_dtype
-from ncjax.numerics import at_unit_scale, einsum, matmul
+from ncjax.numerics import at_unit_scale, matmul
+from ncjax.peeled import kernels
 from ncjax.types import Array, Params
 
 
@@ -28,7 +29,7 @@ def init_params(
       per_class: `n`, samples of each class, at least 1.
       dim: `d`, feature dimension, at least 1.
       scale: standard deviation of an entry, not negative.
-      dtype: floating dtype; JAX's default one if None.
+      dtype: floating dtype; JAX's default if None.
 
     Returns:
       `Params` with `W` (K, d) and `H` (K, n, d).
@@ -38,8 +39,8 @@ def init_params(
         plain integer.
 
     Warns:
-      UserWarning: `dim < num_classes - 1`, where no simplex ETF fits and neural
-        collapse can therefore not be reached.
+      UserWarning: `dim < num_classes - 1`. No simplex ETF fits then, so the flow cannot
+        reach neural collapse.
     """
     check_sizes(num_classes=num_classes, per_class=per_class, dim=dim)
     if isinstance(key, int | np.integer):
@@ -62,7 +63,7 @@ def init_params(
 
 
 def simplex_etf(num_classes: int, dim: int, key: Array | None = None, dtype=None) -> Array:
-    r"""Simplex equiangular tight frame, one unit vector per row.
+    r"""Return a simplex equiangular tight frame, one unit vector per row.
 
     $$E = \sqrt{\tfrac{K}{K-1}}\,(I - \tfrac1K \mathbf 1 \mathbf 1^\top) P^\top,
     \qquad E E^\top = \tfrac{K}{K-1} (I - \tfrac1K \mathbf 1 \mathbf 1^\top)$$
@@ -72,9 +73,9 @@ def simplex_etf(num_classes: int, dim: int, key: Array | None = None, dtype=None
     Args:
       num_classes: `K`, at least 2.
       dim: `d`, at least `K - 1`.
-      key: PRNG key for a random orientation `P` (Haar distributed); without it `P` is
+      key: PRNG key for a random orientation `P` (Haar distributed). If None, `P` holds
         the first K unit vectors, or for `dim = K - 1` the Helmert basis.
-      dtype: floating dtype; JAX's default one if None.
+      dtype: floating dtype; JAX's default if None.
 
     Returns:
       (K, d) array.
@@ -97,7 +98,7 @@ def simplex_etf(num_classes: int, dim: int, key: Array | None = None, dtype=None
         )
     dtype = float_dtype(dtype)
     if key is not None:
-        # No orthogonal matrix is drawn in half precision.
+        # JAX draws no orthogonal matrix in half precision.
         wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
         frame = jax.random.orthogonal(key, dim, dtype=wide, m=num_classes - 1)
         rows = jnp.asarray(helmert(num_classes).T, wide)
@@ -111,7 +112,7 @@ def simplex_etf(num_classes: int, dim: int, key: Array | None = None, dtype=None
 
 
 def helmert(size: int) -> np.ndarray:
-    r"""Orthonormal basis of the vectors of length `size` that sum to zero, one per row.
+    r"""Return an orthonormal basis, one vector per row, of the vectors that sum to zero.
 
     Returns a float64 NumPy array $B$ (size - 1, size) with $B B^\top = I$ and
     $B \mathbf 1 = 0$: row r is $(1, \dots, 1, -r, 0, \dots) / \sqrt{r (r + 1)}$.
@@ -124,8 +125,7 @@ def helmert(size: int) -> np.ndarray:
 
 def squared_norm(params: Params) -> Array:
     r"""$|Z|^2 = |W|_F^2 + |H|_F^2$, a scalar."""
-    W, H = check_params(params)
-    return jnp.sum(W**2) + jnp.sum(H**2)
+    return kernels.squared_norm(check_params(params))
 
 
 def margins(params: Params) -> Array:
@@ -135,31 +135,25 @@ def margins(params: Params) -> Array:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
-      (K, n, K) array; `margins(params).min()` is the dataset margin `q_min`, and
-      `margins(params).min(axis=-1)` the sample margins `q_ki`.
+      (K, n, K) array. `margins(params).min()` is the dataset margin `q_min`;
+      `margins(params).min(axis=-1)` holds the sample margins `q_ki`.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
 
     Source: Ji et al. (ICLR 2022), Section 3.1.
     """
-    W, H = check_params(params)
-    # A common offset of the rows of W, which no margin sees, would cost digits.
-    W = W - W[:1]
-    logits = einsum("kid,jd->kij", H, W)
-    own = einsum("kid,kd->ki", H, W)
-    same = jnp.eye(W.shape[0], dtype=bool)[:, None, :]
-    return jnp.where(same, jnp.inf, own[..., None] - logits)
+    return kernels.margins(check_params(params))
 
 
 def margin_ratio(params: Params) -> Array:
-    r"""Dataset margin over the largest one that the norm allows, in (-inf, 1].
+    r"""Dataset margin divided by its upper bound at this norm, in (-inf, 1].
 
     $$\frac{2 (K-1) \sqrt n \; q_{\min}}{|Z|^2} \le 1, \qquad
     q_{\min} = \min_{k,i} \min_{j \ne k} (w_k - w_j)^\top h_{k,i}$$
 
-    It is 1 if and only if `Z` is a neural collapse with `|W|_F = |H|_F`, and does not
-    depend on the norm of `Z`. At the origin it is NaN.
+    The ratio is 1 if and only if `Z` is a neural collapse with `|W|_F = |H|_F`. It does
+    not depend on the norm of `Z`, and is NaN at the origin.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
@@ -174,8 +168,8 @@ def margin_ratio(params: Params) -> Array:
     """
     params = at_unit_scale(check_params(params))
     num_classes, per_class, _ = params.H.shape
-    bound = squared_norm(params) / (2 * (num_classes - 1) * math.sqrt(per_class))
-    return jnp.min(margins(params)) / bound
+    bound = kernels.squared_norm(params) / (2 * (num_classes - 1) * math.sqrt(per_class))
+    return jnp.min(kernels.margins(params)) / bound
 
 
 def balance(params: Params) -> Array:
@@ -190,38 +184,36 @@ def balance(params: Params) -> Array:
     Raises:
       ValueError: shapes or dtypes do not fit.
     """
-    W, H = check_params(params)
-    gram = einsum("kid,kie->de", H, H)
-    return matmul(W.T, W) - gram
+    return kernels.balance(check_params(params))
 
 
 def block_saddle(
     num_blocks: int, block_size: int, per_class: int, dim: int, dtype=None
 ) -> Params:
-    r"""A critical direction of the flow: `m` orthogonal blocks, collapsed each by itself.
+    r"""Return a critical direction of the flow: `m` orthogonal blocks, each collapsed.
 
-    Within a block of `b` classes the `w_k` form a simplex ETF; blocks are orthogonal;
-    $h_{k,i} = w_k$; then $W \leftarrow n^{1/4} W$, $H \leftarrow n^{-1/4} H$. All
-    `num_blocks = 1` is neural collapse, the global minimiser; every `num_blocks >= 2`
-    is a KKT direction of the minimum-norm separation problem and a strict saddle. Only
-    the direction matters: scale it by any `c > 0`.
+    Within a block of `b` classes the `w_k` form a simplex ETF, and blocks are orthogonal.
+    Features are $h_{k,i} = w_k$. Balance then scales $W$ by $n^{1/4}$ and $H$ by
+    $n^{-1/4}$. `num_blocks = 1` gives neural collapse, the global minimiser. With
+    `num_blocks >= 2` the direction is a KKT direction of the minimum-norm separation
+    problem and a strict saddle. Any multiple `c > 0` of it has the same direction.
 
     Args:
       num_blocks: `m`, at least 1.
       block_size: `b`, at least 2; the number of classes is `K = m b`.
       per_class: `n`, at least 1.
       dim: `d`, at least `m (b - 1)`.
-      dtype: floating dtype; JAX's default one if None.
+      dtype: floating dtype; JAX's default if None.
 
     Returns:
-      `Params` with `W` (m b, d), `H` (m b, n, d) and margins of `b/(b-1)` within a
-      block, 1 across blocks.
+      `Params` with `W` (m b, d) and `H` (m b, n, d). Margins are `b/(b-1)` within a block
+      and 1 across blocks.
 
     Raises:
       ValueError: a size is out of range, or the blocks do not fit into `dim`.
 
-    Source: K = 4, b = 2, n = 1 is Example 3.1 of Ji et al. (ICLR 2022), up to scale;
-    the family is ncjax's.
+    Source: Example 3.1 of Ji et al. (ICLR 2022) is K = 4, b = 2, n = 1, up to scale; the
+    family is ncjax's.
     """
     check_sizes(num_blocks=num_blocks, per_class=per_class, dim=dim)
     check_integer("block_size", block_size, least=2)

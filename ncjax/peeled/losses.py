@@ -1,21 +1,13 @@
-"""Cross entropy in margin form: of the layer-peeled model at any norm, and of a network."""
+"""Cross entropy in margin form, of the layer-peeled model and of a network's logits."""
 
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from ncjax.checks import check_params
-from ncjax.numerics import einsum
+from ncjax.peeled import kernels
+from ncjax.peeled.logits import margins_of_samples
 from ncjax.types import Array, Params
-
-# Below this the next term of log log1p(e^a) = a - e^a/2 + ... is under one rounding
-# of `a` in float32 and float64 alike, and e^a is far from underflow in both. In float16
-# it would underflow, and one rounding of `a` is larger.
-_SMALL, _SMALL_FLOAT16 = -30.0, -8.0
-# From this size of W on it is transposed by itself: XLA's product with a transposed right
-# factor takes three times as long within a loop on CPU, its copy next to nothing.
-_LARGE = 2**14
 
 
 def cross_entropy(params: Params) -> Array:
@@ -24,9 +16,9 @@ def cross_entropy(params: Params) -> Array:
     $$\mathcal L(Z) = \sum_{k,i} \log\Bigl(1 + \sum_{j \ne k} e^{-m_{kij}}\Bigr),
     \qquad m_{kij} = (w_k - w_j)^\top h_{k,i}$$
 
-    The margin form keeps every digit where `logsumexp(logits) - logit` returns 0. The
-    value underflows once the least margin passes 708 (float64) or 87 (float32): use
-    `log_cross_entropy` there.
+    The margin form keeps all digits, where `logsumexp(logits) - logit` returns 0 once
+    margins pass 35. The value underflows when the least margin exceeds 708 (float64) or 87
+    (float32): use `log_cross_entropy` there.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
@@ -44,7 +36,7 @@ def cross_entropy(params: Params) -> Array:
     >>> round(float(ncjax.cross_entropy(params)), 4)  # 12 log 3
     13.1833
     """
-    return jnp.sum(jax.nn.softplus(_log_odds_of_error(params)))
+    return kernels.cross_entropy(check_params(params))
 
 
 def log_cross_entropy(params: Params) -> Array:
@@ -54,9 +46,9 @@ def log_cross_entropy(params: Params) -> Array:
 
     $$\log \mathcal L = \operatorname{logsumexp}_{k,i} \log\log(1 + e^{a_{ki}}).$$
 
-    Nothing underflows: a loss of `exp(-1e6)` gives -1e6, with gradient $\nabla
-    \mathcal L / \mathcal L$ correct to rounding, in float32 as in float64. NaN only where
-    a logit itself is beyond the largest number of the dtype.
+    Nothing underflows: a loss of `exp(-1e6)` gives -1e6, and the gradient $\nabla
+    \mathcal L / \mathcal L$ is correct to rounding, in float32 and float64. The result is
+    NaN only if a logit overflows.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
@@ -75,27 +67,16 @@ def log_cross_entropy(params: Params) -> Array:
     >>> round(float(ncjax.log_cross_entropy(far)) / 1e6, 4)
     -1.5
     """
-    return jax.nn.logsumexp(log_softplus(_log_odds_of_error(params)))
+    return kernels.log_cross_entropy(check_params(params))
 
 
-@jax.custom_jvp
 def log_softplus(a: Array) -> Array:
     r"""$\log\log(1 + e^a)$, elementwise, without underflow: `a` for very negative `a`."""
-    small = a < (_SMALL_FLOAT16 if a.dtype == jnp.float16 else _SMALL)
-    safe = jnp.where(small, 0.0, a)
-    return jnp.where(small, a - jnp.exp(a) / 2, jnp.log(jax.nn.softplus(safe)))
-
-
-@log_softplus.defjvp
-def _log_softplus_jvp(primals, tangents):
-    (a,), (tangent,) = primals, tangents
-    value = log_softplus(a)
-    # d/da log softplus(a) = sigmoid(a) / softplus(a), as a difference of logarithms.
-    return value, jnp.exp(jax.nn.log_sigmoid(a) - value) * tangent
+    return kernels.log_softplus(a)
 
 
 class ErrorSlopes(NamedTuple):
-    """The loss and its slopes in the logits, for `L` of any size."""
+    """Logarithm of the loss and its relative slopes in the logits, for `L` of any size."""
 
     log_loss: Array  # ()
     P: Array  # (K, n, K)  ∇ℓ_ki / L in the logits of sample (k, i); rows sum to 0
@@ -110,50 +91,19 @@ def error_slopes(params: Params) -> ErrorSlopes:
     \nabla_W \log \mathcal L = \sum_{k,i} P_{ki} h_{ki}^\top, \quad
     \nabla_{h_{ki}} \log \mathcal L = W^\top P_{ki}$$
 
-    All in logarithms until the last, so that nothing of the order of 1 is lost where the
-    loss is e^-1000000; `p_k - 1` is the sum of the others, not a difference.
+    Exponentials are taken last, so that slopes of order 1 keep their digits at a loss of
+    e^-1000000. `p_k - 1` is minus the sum of the other probabilities, without cancellation.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
       `ErrorSlopes`.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
     """
-    differences, others = _logit_differences(params)
-    highest = jnp.max(jnp.where(others, differences, -jnp.inf), axis=-1, keepdims=True)
-    weights = jnp.where(others, jnp.exp(differences - highest), 0)
-    total = jnp.sum(weights, axis=-1)
-    highest = highest[..., 0]
-    log_odds = highest + jnp.log(total)
-    log_loss = jax.nn.logsumexp(log_softplus(log_odds))
-    log_any = jax.nn.softplus(log_odds)
-    scale = jnp.exp(highest - log_any - log_loss)
-    own = -total * scale
-    return ErrorSlopes(
-        log_loss=log_loss,
-        P=jnp.where(others, weights * scale[..., None], own[..., None]),
-        right=jnp.exp(-log_any),
-    )
-
-
-def _log_odds_of_error(params: Params) -> Array:
-    """`a_ki = logsumexp over j != k of (w_j - w_k)·h_ki`, (K, n)."""
-    differences, others = _logit_differences(params)
-    return jax.nn.logsumexp(differences, axis=-1, where=others)
-
-
-def _logit_differences(params: Params) -> tuple[Array, Array]:
-    """`(w_j - w_k)·h_ki`, (K, n, K), and where j != k, (K, 1, K)."""
-    W, H = check_params(params)
-    # A common offset of the rows of W, which no margin sees, would cost digits.
-    W = W - W[:1]
-    transposed = W.T
-    if W.size >= _LARGE:
-        transposed = jax.lax.optimization_barrier(transposed)
-    logits = einsum("kid,dj->kij", H, transposed)
-    own = einsum("kid,kd->ki", H, W)
-    others = ~jnp.eye(W.shape[0], dtype=bool)[:, None, :]
-    return logits - own[..., None], others
+    return ErrorSlopes(*kernels.error_slopes(check_params(params)))
 
 
 def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
@@ -161,8 +111,8 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
 
     $$\ell_a = \log\Bigl(1 + \sum_{j \ne y_a} e^{z_{aj} - z_{a y_a}}\Bigr)$$
 
-    In margin form, whose value and gradient keep their digits where margins are large, as
-    they are long after the training error is zero.
+    In margin form the value and its gradient keep their digits at large margins, which a
+    network reaches long after its training error is zero.
 
     Args:
       logits: (N, K) floating.
@@ -177,7 +127,5 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
     >>> bool(abs(far[0] / jnp.exp(-40.0) - 1) < 1e-5)
     True
     """
-    labels = labels.astype(jnp.int32)  # in a narrow type the class numbers would wrap
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    others = labels[:, None] != jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
-    return jax.nn.softplus(jax.nn.logsumexp(logits - own, axis=1, where=others))
+    margins, others = margins_of_samples(logits, labels)
+    return jax.nn.softplus(jax.nn.logsumexp(-margins, axis=1, where=others))

@@ -1,19 +1,27 @@
-"""Minimum-norm separation: multipliers, KKT residuals, certificate of optimality."""
+r"""Minimum-norm separation (P2): solution, multipliers, KKT residuals, certificate.
+
+$$\min \tfrac12 |W|_F^2 + \tfrac12 |H|_F^2 \quad \text{s.t.} \quad
+(w_k - w_j)^\top h_{k,i} \ge 1 \; (j \ne k)$$
+
+The gradient flow converges in direction to KKT points of this problem. `kkt` measures how
+near a point is, `certificate` tells the global optimum from a saddle.
+"""
 
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_choice, check_params, check_sizes
 from ncjax.numerics import at_unit_scale, matmul
-from ncjax.peeled.geometry import block_saddle, margins, squared_norm
-from ncjax.peeled.losses import log_cross_entropy
+from ncjax.peeled.geometry import block_saddle
+from ncjax.peeled.kernels import log_cross_entropy, margins, squared_norm
 from ncjax.types import Array, Params
 
-# Values of `Certificate.verdict`, and what they say.
+# Values of `Certificate.verdict`, and their meanings.
 GLOBAL_OPTIMUM = 0
 STRICT_SADDLE = 1
 NOT_KKT = 2
@@ -28,9 +36,10 @@ VERDICTS = (
 )
 MULTIPLIERS = ("softmax", "nnls")
 
-# The loosest tolerance of a verdict, for points at a small norm.
+# Largest default tolerance of a verdict, used at a small norm.
 _LOOSEST = 0.1
-# Share of the top left singular vector of S that W may hold at a saddle, where it is 0.
+# Bound on |Wᵀu| / |W|_2 at a saddle, where the exact value is 0; u is the top left singular
+# vector of S.
 _WITHIN = 0.5
 
 
@@ -45,7 +54,7 @@ class KKT(NamedTuple):
 
 
 class Certificate(NamedTuple):
-    """Whether a KKT direction is the global optimum, and how it goes down if not."""
+    """Whether a KKT direction is the global optimum; if not, a direction of descent."""
 
     dual: Array  # (K, K n)  S, column k n + i for sample (k, i)
     sigma_max: Array  # ()  largest singular value of S; at most 1 at the optimum
@@ -53,31 +62,31 @@ class Certificate(NamedTuple):
     excess: Array  # ()  |Z̃|²/2 / ((K-1)√n) - 1
     direction: Params  # unit tangent direction of the top singular vectors
     residual: Array  # ()  the larger of stationarity and complementarity
-    tolerance: Array  # ()  that residual and sigma_max - 1 are held to
+    tolerance: Array  # ()  upper bound for residual and for sigma_max - 1
     verdict: Array  # ()  index into VERDICTS (int32)
 
 
 def solve_separation(num_classes: int, per_class: int, dim: int, dtype=None) -> Params:
-    r"""A minimiser of the minimum-norm separation problem, in closed form.
+    r"""Return a minimiser of the minimum-norm separation problem, in closed form.
 
     $$\min \tfrac12 |W|_F^2 + \tfrac12 |H|_F^2 \quad \text{s.t.} \quad
     (w_k - w_j)^\top h_{k,i} \ge 1 \; (j \ne k)$$
 
-    The minimum is $(K-1) \sqrt n$, taken at neural collapse and nowhere else; all other
-    minimisers are rotations of this one.
+    The minimum is $(K-1) \sqrt n$, attained at neural collapse only. All other minimisers
+    are rotations of this one.
 
     Args:
       num_classes: `K`, at least 2.
       per_class: `n`, at least 1.
       dim: `d`, at least `K - 1`.
-      dtype: floating dtype; JAX's default one if None.
+      dtype: floating dtype; JAX's default if None.
 
     Returns:
       `Params` with every margin equal to 1.
 
     Raises:
-      ValueError: a size is out of range, or `dim < num_classes - 1`, where no simplex ETF
-        fits.
+      ValueError: a size is out of range, or `dim < num_classes - 1`, so that no simplex
+        ETF fits.
 
     Source: Ji et al. (ICLR 2022), Theorem 3.1 and problem (P2).
 
@@ -88,7 +97,7 @@ def solve_separation(num_classes: int, per_class: int, dim: int, dtype=None) -> 
     """
     check_sizes(num_classes=num_classes, per_class=per_class, dim=dim)
     collapse = block_saddle(1, num_classes, per_class, dim, dtype)
-    scale = ((num_classes - 1) / num_classes) ** 0.5  # margins of K/(K-1) before
+    scale = ((num_classes - 1) / num_classes) ** 0.5  # its margins are K/(K-1)
     return Params(W=scale * collapse.W, H=scale * collapse.H)
 
 
@@ -100,18 +109,19 @@ def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
     $$\tilde Z = \sum \lambda_{kij} \nabla \tilde m_{kij}, \qquad \lambda_{kij} \ge 0,
     \qquad \lambda_{kij} (\tilde m_{kij} - 1) = 0, \qquad \tilde m_{kij} \ge 1.$$
 
-    Along the flow the softmax weights $p_{kij} / \mathcal L$ give the multipliers up to a
-    scale, which is fitted by least squares; stationarity is then `kkt_angle`.
+    Along the flow the softmax weights $p_{kij} / \mathcal L$ tend to the multipliers, up to
+    a scale that is fitted by least squares. Stationarity then equals `kkt_angle`.
 
     Args:
-      params: `W` (K, d) and `H` (K, n, d) with every sample classified rightly.
-      multipliers: "softmax", the weights of the loss at this norm, in the log domain, so
-        valid at any norm; or "nnls", those of the direction alone that leave the least
+      params: `W` (K, d) and `H` (K, n, d) with every sample classified correctly.
+      multipliers: "softmax" takes the weights of the loss at this norm, computed in the
+        log domain and so valid at any norm. "nnls" takes the minimiser of
         $|\tilde Z - \sum \lambda \nabla \tilde m|^2 + \sum \lambda^2 (\tilde m - 1)^2$ over
-        $\lambda \ge 0$, by SciPy's active set on the host (K n (K-1) unknowns).
+        $\lambda \ge 0$, which depends on the direction alone; SciPy's active-set solver
+        finds it on the host (K n (K-1) unknowns).
 
     Returns:
-      `KKT`; NaN under jit where a sample is misclassified.
+      `KKT`; NaN under jit if a sample is misclassified.
 
     Raises:
       ValueError: shapes or dtypes do not fit, multipliers has another value, or (outside
@@ -124,10 +134,13 @@ def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
     >>> bool(ncjax.kkt(solution).stationarity < 1e-3)
     True
     """
-    return _kkt(_check_separated(params, multipliers), multipliers)
+    check_choice("multipliers", multipliers, MULTIPLIERS)
+    params = check_params(params, finite=True)
+    _check_separated(params)
+    return _kkt(params, multipliers)
 
 
-# One program: one for each operation takes several times as long to compile.
+# One compiled program: one for each operation takes several times as long to compile.
 @partial(jax.jit, static_argnums=1)
 def _kkt(params: Params, multipliers: str) -> KKT:
     scaled = _normalise(params)
@@ -153,7 +166,7 @@ def _kkt(params: Params, multipliers: str) -> KKT:
 def certificate(
     params: Params, *, multipliers: str = "softmax", tol: float | None = None
 ) -> Certificate:
-    r"""Certificate of global optimality of a direction, or a direction of descent.
+    r"""Certify that a direction is globally optimal, or give a direction of descent.
 
     (P2) is the factored form of $\min |M|_*$ subject to margins of $M = W H^\top$ of at
     least 1. Its dual variable is
@@ -163,26 +176,25 @@ def certificate(
     KKT reads $\tilde W = S \tilde H$, $\tilde H = S^\top \tilde W$, and the point is a
     global minimiser if and only if $\sigma_{\max}(S) \le 1$. Otherwise the top singular
     vectors u, v and a unit vector a orthogonal to all rows of W and H give the tangent
-    direction $(u a^\top, v a^\top) / \sqrt2$ along which the loss on the sphere falls.
+    direction $(u a^\top, v a^\top) / \sqrt2$ along which the loss on the sphere decreases.
+
+    At a saddle the multipliers need not be unique, and `sigma_max` may depend on them; the
+    verdict does not. KKT implies $S S^\top \tilde W = \tilde W$, so u is orthogonal to the
+    columns of W if `sigma_max` exceeds 1. If instead $|W^\top u| > |W|_2 / 2$, the
+    multipliers are in error, and the verdict is "not a KKT point".
 
     Args:
-      params: `W` (K, d) and `H` (K, n, d) with every sample classified rightly.
-      multipliers: as in `kkt`. Softmax weights speak of the direction only at a large
-        norm: scale a direction up, or take "nnls".
-      tol: largest residual, and largest `sigma_max - 1`, taken for zero. None takes
-        $1/\sqrt{q_{\min}}$, the rate at which the residuals of the flow fade (1/√log t),
-        but 0.1 at most and 100 roundings at least.
-
-    At a saddle the multipliers need not be unique, and `sigma_max` may depend on them;
-    the verdict does not. KKT implies $S S^\top \tilde W = \tilde W$, so that u is
-    orthogonal to the columns of W wherever `sigma_max` is above 1. Where it is far from
-    that, $|W^\top u| > |W|_2 / 2$, the excess is an error of the multipliers, and the
-    verdict "not a KKT point".
+      params: `W` (K, d) and `H` (K, n, d) with every sample classified correctly.
+      multipliers: as in `kkt`. Softmax weights describe the direction only at a large
+        norm: scale the direction up, or use "nnls".
+      tol: largest residual, and largest `sigma_max - 1`, that count as zero. None takes
+        $1/\sqrt{q_{\min}}$, the rate at which the residuals of the flow decay (1/√log t),
+        clipped to at most 0.1 and at least 100 roundings.
 
     Returns:
       `Certificate`, float32 for half precision. `VERDICTS[int(verdict)]` is the verdict in
-      words. The direction is NaN
-      where the rows of W and H span the whole space, so that no a is left.
+      words. The direction is NaN if the rows of W and H span the whole space, so that no a
+      exists.
 
     Raises:
       ValueError: as `kkt`, or tol is negative.
@@ -197,23 +209,25 @@ def certificate(
     """
     if tol is not None and not tol >= 0:
         raise ValueError(f"tol must not be negative, got {tol}")
-    params = check_params(params)
-    if jnp.finfo(params.W.dtype).bits < 32:  # no decomposition there
+    check_choice("multipliers", multipliers, MULTIPLIERS)
+    params = check_params(params, finite=True)
+    if jnp.finfo(params.W.dtype).bits < 32:  # JAX has no SVD there
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    return _certificate(_check_separated(params, multipliers), multipliers, tol)
+    _check_separated(params)
+    return _certificate(params, multipliers, tol)
 
 
 @partial(jax.jit, static_argnums=1)
 def _certificate(params: Params, multipliers: str, tol: float | None) -> Certificate:
-    found = _kkt(params, multipliers)
+    conditions = _kkt(params, multipliers)
     num_classes, per_class, _ = params.H.shape
     optimum = (num_classes - 1) * per_class**0.5
-    dual = _dual_matrix(found.multipliers)
+    dual = _dual_matrix(conditions.multipliers)
     left, singular, right = jnp.linalg.svd(dual, full_matrices=False)
     sigma_max = singular[0]
     primal = squared_norm(_normalise(params)) / 2
-    bound = jnp.sum(found.multipliers) / jnp.maximum(1, sigma_max)
-    residual = jnp.maximum(found.stationarity, jnp.abs(found.complementarity))
+    bound = jnp.sum(conditions.multipliers) / jnp.maximum(1, sigma_max)
+    residual = jnp.maximum(conditions.stationarity, jnp.abs(conditions.complementarity))
     tolerance = _tolerance(params, tol)
     direction = _descent_direction(params, left[:, 0], right[0], tolerance)
     within = jnp.linalg.norm(left[:, 0] @ params.W) / jnp.linalg.norm(params.W, 2)
@@ -235,8 +249,8 @@ def kkt_angle(params: Params) -> Array:
     $$\sqrt{1 - \beta^2}, \qquad
     \beta = \frac{\langle Z, -\nabla \mathcal L \rangle}{|Z| |\nabla \mathcal L|}$$
 
-    computed as the share of the gradient that is tangent to the sphere, so that small
-    angles keep their digits. NaN at the origin.
+    It is computed as the relative length of the gradient's tangent part, so that small
+    angles keep their digits. It is NaN at the origin.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
@@ -247,8 +261,9 @@ def kkt_angle(params: Params) -> Array:
     Raises:
       ValueError: shapes or dtypes do not fit.
 
-    Source: Ji et al. (ICLR 2022), Theorem 3.2: along the flow beta tends to 1.
+    Source: Ji et al. (ICLR 2022), Theorem 3.2, by which beta tends to 1 along the flow.
     """
+    params = check_params(params)
     gradient = at_unit_scale(jax.grad(log_cross_entropy)(params))
     params = at_unit_scale(params)
     radial = _inner(gradient, params) / squared_norm(params)
@@ -274,10 +289,8 @@ def _verdict(params, direction, residual, sigma_max, tolerance, within) -> Array
     return jnp.where(separated, code, NOT_SEPARATED).astype(jnp.int32)
 
 
-def _check_separated(params: Params, multipliers: str) -> Params:
-    """`params` once sound, and with a positive margin where that is known."""
-    check_choice("multipliers", multipliers, MULTIPLIERS)
-    params = check_params(params, finite=True)
+def _check_separated(params: Params) -> None:
+    """Raise ValueError if a margin is known and not positive."""
     least = jnp.min(margins(params))
     if not isinstance(least, jax.core.Tracer) and not least > 0:
         raise ValueError(
@@ -285,11 +298,10 @@ def _check_separated(params: Params, multipliers: str) -> Params:
             "are not defined where a sample is misclassified; follow the flow until the "
             "loss is below log 2"
         )
-    return params
 
 
 def _normalise(params: Params) -> Params:
-    """`Z / sqrt(q_min)`, of least margin 1; NaN where q_min is not positive."""
+    """`Z / sqrt(q_min)`, whose least margin is 1; NaN if q_min is not positive."""
     least = jnp.min(margins(params))
     root = jnp.sqrt(jnp.where(least > 0, least, jnp.nan))
     return Params(params.W / root, params.H / root)
@@ -309,7 +321,7 @@ def _softmax_weights(params: Params) -> Array:
 
 
 def _fitted_scale(scaled: Params, weights: Array) -> Array:
-    """The s that makes `s Σ weights ∇m` nearest to Z̃."""
+    """The s that minimises `|s Σ weights ∇m - Z̃|`."""
     combined = _combination(weights, scaled)
     return _inner(combined, scaled) / squared_norm(combined)
 
@@ -323,6 +335,7 @@ def _dual_matrix(multipliers: Array) -> Array:
     """S (K, K n): column (k, i) has Σ_j λ_kij in row k and -λ_kij in row j."""
     num_classes, per_class, _ = multipliers.shape
     own = jnp.eye(num_classes, dtype=multipliers.dtype)[:, None, :]
+    chex.assert_shape(multipliers, (num_classes, per_class, num_classes))
     columns = own * jnp.sum(multipliers, axis=-1, keepdims=True) - multipliers
     return columns.reshape(num_classes * per_class, num_classes).T
 
@@ -332,6 +345,7 @@ def _combination(multipliers: Array, params: Params) -> Params:
     dual = _dual_matrix(multipliers)
     W, H = params
     features = H.reshape(-1, H.shape[-1])
+    chex.assert_shape(dual, (len(W), len(features)))
     return Params(
         W=matmul(dual, features),
         H=matmul(dual.T, W).reshape(H.shape),
@@ -339,9 +353,10 @@ def _combination(multipliers: Array, params: Params) -> Params:
 
 
 def _descent_direction(params: Params, u: Array, v: Array, tolerance: Array) -> Params:
-    """`(u aᵀ, v aᵀ) / √2` with a unit a orthogonal to every row, to the tolerance."""
+    """`(u aᵀ, v aᵀ) / √2`, with a unit vector a orthogonal to all rows up to tolerance."""
     W, H = params
     rows = jnp.concatenate([W, H.reshape(-1, H.shape[-1])])
+    chex.assert_shape([u, v], [(len(W),), (len(rows) - len(W),)])
     values, vectors = jnp.linalg.eigh(matmul(rows.T, rows))
     room = values[0] <= tolerance**2 * values[-1]
     a = jnp.where(room, vectors[:, 0], jnp.nan) / 2**0.5
@@ -349,7 +364,7 @@ def _descent_direction(params: Params, u: Array, v: Array, tolerance: Array) -> 
 
 
 def _least_squares_multipliers(scaled: Params) -> Array:
-    """Non-negative multipliers (K, n, K) of least KKT residual, computed on the host."""
+    """Non-negative multipliers (K, n, K) with the least KKT residual, from the host."""
     num_classes, per_class, _ = scaled.H.shape
     shape = (num_classes, per_class, num_classes)
 
@@ -362,7 +377,7 @@ def _least_squares_multipliers(scaled: Params) -> Array:
 
 def _nnls(W: np.ndarray, H: np.ndarray) -> np.ndarray:
     """Active-set non-negative least squares on stationarity and complementarity."""
-    from scipy.optimize import nnls  # type: ignore[import-untyped]  # half a second
+    from scipy.optimize import nnls  # type: ignore[import-untyped]  # takes half a second
 
     num_classes, per_class, dim = H.shape
     k, i, j = np.nonzero(
@@ -383,6 +398,6 @@ def _nnls(W: np.ndarray, H: np.ndarray) -> np.ndarray:
     if not np.isfinite(system).all():
         return np.full((num_classes, per_class, num_classes), np.nan)
     target = np.concatenate([W.ravel(), H.ravel(), np.zeros(k.size)])
-    found = np.zeros((num_classes, per_class, num_classes))
-    found[k, i, j], _ = nnls(system, target, maxiter=100 * k.size)
-    return found
+    multipliers = np.zeros((num_classes, per_class, num_classes))
+    multipliers[k, i, j], _ = nnls(system, target, maxiter=100 * k.size)
+    return multipliers

@@ -1,0 +1,103 @@
+"""The methods of `gradient_flow` in one table, and the choice among them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ncjax.checks import check_choice
+from ncjax.flow import settle, steps
+from ncjax.flow.clock import LINEARLY_IMPLICIT
+from ncjax.flow.stabilised import Stabilised4
+from ncjax.types import Array, Params
+
+
+class Finish(NamedTuple):
+    """How a method improves the states that the solver interpolates at saved times."""
+
+    # Length of x before a saved time where the state to start from is kept.
+    lead: float
+    # (x_before, before, x, interpolated, *, rtol, atol, initial) -> Z at x
+    improve: Callable[..., Params]
+
+
+class Method(NamedTuple):
+    """A solver for the flow on the clock x, and all that depends on the solver."""
+
+    solver: diffrax.AbstractSolver
+    first_step: Callable[[Array, Array], Array]  # of the first x and of the last
+    pcoeff: float = 0.0  # of the step size controller, proportional
+    icoeff: float = 1.0  # and integral
+    finish: Finish | None = None  # None keeps the interpolated states
+
+
+METHODS = {
+    "explicit": Method(diffrax.Tsit5(), steps.first_explicit_step),
+    # Stability bounds the step, not accuracy: a controller of the last two errors rejects a
+    # third as many steps as a controller of the last error alone.
+    "stabilised": Method(Stabilised4(), steps.first_explicit_step, pcoeff=0.3, icoeff=0.4),
+    "implicit": Method(
+        LINEARLY_IMPLICIT,
+        steps.first_implicit_step,
+        finish=Finish(settle.LENGTH, settle.settle),
+    ),
+}
+SOLVERS = ("auto", *METHODS)
+
+# Thresholds measured by benchmarks/flow.py. From this log t on the stabilised solver is
+# faster than the explicit one, at this rtol or a larger one: at a smaller rtol accuracy
+# bounds the step of a method of order 4, not stability.
+_STABILISED_FROM = 2e3
+_STABILISED_RTOL = 1e-9
+# From this log t on the implicit solver is the fastest. If its systems of K d unknowns are
+# larger than _IMPLICIT_SIZE, the threshold grows with the square of their size.
+_IMPLICIT_FROM = 3e4
+_IMPLICIT_SIZE = 150
+_LARGEST_SYSTEM = 2000
+
+
+def choose_solver(
+    num_classes: int, dim: int, log_t_max: float, dtype, rtol: float | None = None
+) -> str:
+    """Return the name of the fastest solver, as `gradient_flow` with "auto" chooses it.
+
+    Args:
+      num_classes: K.
+      dim: d.
+      log_t_max: natural logarithm of the last time.
+      dtype: float32 or float64.
+      rtol: relative tolerance of a step, None for the default.
+
+    Returns:
+      A key of METHODS.
+    """
+    size = num_classes * dim
+    far = log_t_max >= _IMPLICIT_FROM * max(1.0, size / _IMPLICIT_SIZE) ** 2
+    if far and size <= _LARGEST_SYSTEM and jnp.dtype(dtype) == jnp.float64:
+        return "implicit"
+    loose = rtol is None or rtol >= _STABILISED_RTOL
+    return "stabilised" if loose and log_t_max >= _STABILISED_FROM else "explicit"
+
+
+def find_method(
+    solver: str | diffrax.AbstractSolver, params: Params, log_times, rtol
+) -> Method:
+    """Return the method that `solver` names; a diffrax solver gets explicit settings.
+
+    Raises:
+      ValueError: solver is neither a diffrax solver nor one of SOLVERS.
+    """
+    if isinstance(solver, diffrax.AbstractSolver):
+        return METHODS["explicit"]._replace(solver=solver)
+    check_choice("solver", solver, SOLVERS)
+    if solver == "auto":
+        # Not converted to an array: under jit that would trace even known times.
+        traced = any(isinstance(t, jax.core.Tracer) for t in jax.tree.leaves(log_times))
+        last = 0.0 if traced else float(np.asarray(log_times)[-1])
+        tolerance = 0.0 if isinstance(rtol, jax.core.Tracer) else float(rtol)
+        num_classes, dim = params.W.shape
+        solver = choose_solver(num_classes, dim, last, params.W.dtype, tolerance)
+    return METHODS[solver]
