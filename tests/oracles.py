@@ -494,3 +494,22 @@ def log_cross_entropy_and_gradient(W, H):
                     gradient_W[j] += weights[j] * H[k, i]
                     gradient_W[k] -= weights[j] * H[k, i]
     return total, gradient_W, gradient_H
+
+
+def tangent_and_slack(params, multipliers):
+    """|Z̃ - Σ λ ∇m| / |Z̃| and Σ λ (m̃ - 1) / Σ λ m̃, by loops from the definitions."""
+    W, H = (np.asarray(leaf) for leaf in params)
+    root = np.sqrt(margins(W, H).min())
+    W, H = W / root, H / root
+    rest_W, rest_H, slack, total = W.copy(), H.copy(), 0.0, 0.0
+    for k, i, j in np.ndindex(multipliers.shape):
+        if j != k:
+            weight = multipliers[k, i, j]
+            rest_W[k] -= weight * H[k, i]
+            rest_W[j] += weight * H[k, i]
+            rest_H[k, i] -= weight * (W[k] - W[j])
+            margin = (W[k] - W[j]) @ H[k, i]
+            slack += weight * (margin - 1)
+            total += weight * margin
+    rest = np.sum(rest_W**2) + np.sum(rest_H**2)
+    return np.sqrt(rest / (np.sum(W**2) + np.sum(H**2))), slack / total

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "ncjax").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 ALL = LIBRARY + EXPERIMENTS + BENCHMARKS
 
 # What the modules of each wing may import from other wings of ncjax.
@@ -104,6 +105,12 @@ def test_experiments_share_only_their_glue(path):
 )
 def test_run_folders_know_nothing_of_neural_collapse(path):
     assert all(name.startswith("experiments._runs") for name in modules_imported(path))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=dotted)
+def test_nothing_imports_a_test_module(path):
+    """Shared inputs stand in strategies.py, shared truths in oracles.py."""
+    assert not [name for name in imported(path) if name.startswith(("test_", "tests."))]
 
 
 @pytest.mark.parametrize("path", ALL, ids=dotted)

@@ -7,25 +7,13 @@ import math
 
 import pytest
 from absl import flags
+from commands import EXPERIMENTS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments import (
-    peel,
-    report,
-    saddle_analysis,
-    theorems,
-    train_resnet,
-    train_small,
-    train_vgg,
-    ulpm_flow,
-)
+from experiments import train_small, ulpm_flow
 from experiments._runs import cli, folders, memory
 
-EXPERIMENTS = (
-    *(ulpm_flow, saddle_analysis, theorems, peel, report),
-    *(train_small, train_resnet, train_vgg),
-)
 # Of the device and the processes: looked at before the experiment begins.
 OF_THE_MACHINE = ("cpu_devices", "coordinator", "num_processes", "process_id")
 INTEGERS = st.one_of(

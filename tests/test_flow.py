@@ -7,7 +7,7 @@ import numpy as np
 import oracles
 import pytest
 from scipy.integrate import solve_ivp
-from test_losses import random_params
+from strategies import random_params
 
 import ncjax
 from ncjax.flow.solve import BAD_TIMES, STEP_LIMIT, STEP_TOO_SMALL, SUCCESS, choose_solver

@@ -11,16 +11,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 from scipy.special import log_expit, logsumexp
-from test_losses import random_params, sizes
+from strategies import WIDE, random_params, seeds, sizes
 
 import ncjax
 from ncjax.flow.solve import STEP_LIMIT, SUCCESS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-WIDE = settings.default.max_examples > 25
 few = settings(max_examples=settings.default.max_examples // 5)
-seeds = st.integers(0, 2**31)
 # K, n, d: too few dimensions for a simplex ETF, and in a campaign some that have room.
 SHAPES = [(4, 2, 2), *([(2, 1, 1), (3, 2, 2), (3, 1, 4), (5, 2, 6)] if WIDE else [])]
 SOLVERS = ["implicit", *(["explicit"] if WIDE else [])]

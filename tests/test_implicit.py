@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
-from test_losses import random_params
+from strategies import random_params
 
 import ncjax
 from ncjax.flow import block_solve

@@ -5,20 +5,10 @@ import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import random_params, sizes
 
 import ncjax
 from ncjax.peeled.losses import error_slopes, log_softplus, softmax_cross_entropy
-
-
-def random_params(seed, num_classes, per_class, dim, scale, dtype=np.float64):
-    rng = np.random.default_rng(seed)
-    W = scale * rng.normal(size=(num_classes, dim))
-    H = scale * rng.normal(size=(num_classes, per_class, dim))
-    return ncjax.Params(jnp.asarray(W, dtype), jnp.asarray(H, dtype))
-
-
-# A few shapes (K, n, d), each compiled once: K > d, K < d, two classes, one sample.
-sizes = st.sampled_from([(2, 1, 1), (3, 2, 7), (6, 1, 4), (5, 4, 5)])
 
 
 @given(st.integers(0, 10**6), sizes, st.sampled_from([1e-8, 0.1, 1.0, 3.0]))

@@ -7,7 +7,7 @@ import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_losses import random_params, sizes
+from strategies import random_params, sizes
 
 import ncjax
 

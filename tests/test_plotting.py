@@ -7,13 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex
+from strategies import WIDE, seeds
 
 import ncjax
 from ncjax import plotting
 
-WIDE = settings.default.max_examples > 25
 few = settings(max_examples=settings.default.max_examples // 5)
-seeds = st.integers(0, 2**31)
 COUNTS = st.tuples(st.integers(1, 4), st.integers(1, 12))
 # All of one kind, or of each some.
 HOLES = st.sampled_from(["none", "nan", "infinite", "zero", "negative", "all"])

@@ -9,7 +9,8 @@ import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_losses import random_params, sizes
+from state_functions import compiled, of_state
+from strategies import floats, random_params, seeds, sizes
 
 import ncjax
 from ncjax import measures, statistics
@@ -17,28 +18,8 @@ from ncjax.numerics import at_unit_scale, power_of_two
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "full_precision")
 
-seeds = st.integers(0, 2**31)
-floats = st.sampled_from([np.float32, np.float64])
 HALF = (jnp.float16, jnp.bfloat16)
 DTYPES = (*HALF, jnp.float32, jnp.float64)
-
-# Of the state alone; what they return moves with it as the tests below say.
-SCALARS = {
-    "cross_entropy": ncjax.cross_entropy,
-    "log_cross_entropy": ncjax.log_cross_entropy,
-    "squared_norm": ncjax.squared_norm,
-    "margin_ratio": ncjax.margin_ratio,
-    "kkt_angle": ncjax.kkt_angle,
-    "metrics": ncjax.collapse_metrics,
-}
-
-
-def of_state(params):
-    """All of them, one after the other: under jit, in one compiled call."""
-    return {name: function(params) for name, function in SCALARS.items()}
-
-
-compiled = jax.jit(of_state)
 
 
 def scaled(params, factor_W, factor_H):

@@ -11,8 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.linalg import null_space
 from scipy.special import logsumexp
-from test_properties import compiled
-from test_separation import certificate, kkt, separating, tangent_and_slack
+from state_functions import certificate, compiled, kkt
+from strategies import WIDE, floats, seeds, separating
 
 import ncjax
 from experiments._saddles import Block, family
@@ -20,10 +20,7 @@ from ncjax.peeled.separation import GLOBAL_OPTIMUM, NO_ROOM, STRICT_SADDLE
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "full_precision")
 
-WIDE = settings.default.max_examples > 25
 few = settings(max_examples=settings.default.max_examples * 2 // 5)
-seeds = st.integers(0, 2**31)
-floats = st.sampled_from([np.float32, np.float64])
 # Of shapes that are compiled anyway: collapse, saddles with room and without. In a
 # campaign all of the family up to K = 12.
 SADDLE, TIGHT = Block(3, 2, 1, 4), Block(2, 3, 1, 4)
@@ -161,7 +158,7 @@ def test_multipliers_of_a_direction_are_the_least_squares_ones(seed, p):
     found = kkt(jax.tree.map(lambda leaf: 2.0**p * leaf, params), multipliers="nnls")
     weights = np.asarray(found.multipliers)
     assert (weights >= 0).all()
-    tangent, slack = tangent_and_slack(params, weights)
+    tangent, slack = oracles.tangent_and_slack(params, weights)
     assert float(found.stationarity) == pytest.approx(tangent, rel=1e-9)
     assert float(found.complementarity) == pytest.approx(slack, rel=1e-9, abs=1e-12)
     slope = objective_slope(params, weights)
@@ -198,7 +195,7 @@ def test_softmax_multipliers_are_the_slopes_of_the_loss(seed, scale):
     assume(least > 1e-2 * scale**2)
     found = kkt(params)
     weights = np.asarray(found.multipliers)
-    tangent, slack = tangent_and_slack(params, weights)
+    tangent, slack = oracles.tangent_and_slack(params, weights)
     assert float(found.stationarity) == pytest.approx(tangent, rel=1e-6, abs=1e-12)
     assert float(found.complementarity) == pytest.approx(slack, rel=1e-6, abs=1e-12)
     # In proportion to exp(-m) / (1 + Σ exp(-m)) of each sample, in extended precision.

@@ -5,7 +5,8 @@ import oracles
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_losses import random_params
+from state_functions import certificate, kkt
+from strategies import separating
 
 import ncjax
 from experiments._saddles import Block
@@ -24,34 +25,6 @@ FAMILY = [
     Block(2, 3, 2, 8),
     Block(6, 2, 2, 12),
 ]
-certificate = jax.jit(ncjax.certificate, static_argnames="multipliers")
-kkt = jax.jit(ncjax.kkt, static_argnames="multipliers")
-
-
-def separating(seed, num_classes=3, per_class=2, dim=4):
-    """A random point with positive margins: collapse, disturbed."""
-    noise = random_params(seed, num_classes, per_class, dim, 0.15)
-    collapse = ncjax.block_saddle(1, num_classes, per_class, dim)
-    return jax.tree.map(jnp.add, collapse, noise)
-
-
-def tangent_and_slack(params, multipliers):
-    """|Z̃ - Σ λ ∇m| / |Z̃| and Σ λ (m̃ - 1) / Σ λ m̃, by loops from the definitions."""
-    W, H = (np.asarray(leaf) for leaf in params)
-    root = np.sqrt(oracles.margins(W, H).min())
-    W, H = W / root, H / root
-    rest_W, rest_H, slack, total = W.copy(), H.copy(), 0.0, 0.0
-    for k, i, j in np.ndindex(multipliers.shape):
-        if j != k:
-            weight = multipliers[k, i, j]
-            rest_W[k] -= weight * H[k, i]
-            rest_W[j] += weight * H[k, i]
-            rest_H[k, i] -= weight * (W[k] - W[j])
-            margin = (W[k] - W[j]) @ H[k, i]
-            slack += weight * (margin - 1)
-            total += weight * margin
-    rest = np.sum(rest_W**2) + np.sum(rest_H**2)
-    return np.sqrt(rest / (np.sum(W**2) + np.sum(H**2))), slack / total
 
 
 @pytest.mark.parametrize("block", FAMILY, ids=str)
@@ -85,7 +58,7 @@ def test_kkt_agrees_with_loops_off_a_kkt_point(multipliers):
     found = kkt(params, multipliers=multipliers)
     weights = np.asarray(found.multipliers)
     assert (weights >= 0).all()
-    tangent, slack = tangent_and_slack(params, weights)
+    tangent, slack = oracles.tangent_and_slack(params, weights)
     assert float(found.stationarity) == pytest.approx(tangent, rel=1e-9)
     assert float(found.complementarity) == pytest.approx(slack, rel=1e-9, abs=1e-12)
 

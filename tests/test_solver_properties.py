@@ -6,18 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from equations import dense_rodas
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.linalg import expm
-from test_losses import random_params
-from test_rosenbrock import dense_rodas
+from strategies import random_params, seeds
 
 from ncjax.flow import clock as clocks
 from ncjax.flow.stabilised import STABLE_TO, Stabilised4
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-seeds = st.integers(0, 2**31)
 DIM = 3
 
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_rosenbrock import curve, field
+from equations import curve, field
 
 from ncjax.flow.stabilised import STABLE_TO, Stabilised4
 

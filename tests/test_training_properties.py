@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from scipy.stats import kstest
+from strategies import seeds
 
 import ncjax
 from ncjax.networks import data, models, train
@@ -18,7 +19,6 @@ from ncjax.networks import data, models, train
 pytestmark = pytest.mark.usefixtures("quick_compilation", "full_precision")
 
 few = settings(max_examples=settings.default.max_examples * 2 // 5)
-seeds = st.integers(0, 2**31)
 
 
 # Data

@@ -4,15 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from formulas import CALLS, UNTRACED, compiled
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_variants import CALLS, RANDOM, UNTRACED, compiled, random_data
+from strategies import RANDOM, WIDE, random_data, seeds
 
 from ncjax import statistics, variants
 
-WIDE = settings.default.max_examples > 25
 few = settings(max_examples=settings.default.max_examples * 2 // 5)
-seeds = st.integers(0, 2**31)
 # Those that other tests compile.
 SHAPES = ["K=2, N<d", "d<K-1", *(["wide"] if WIDE else [])]
 TRACED = [name for name in CALLS if name not in UNTRACED]
