@@ -2,11 +2,10 @@
 
 import ast
 import graphlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import subprocesses
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "ncjax").rglob("*.py"))
@@ -129,10 +128,5 @@ def test_jax_is_configured_on_the_command_line_only(path):
 
 
 def test_importing_ncjax_loads_no_heavy_packages():
-    code = (
-        "import sys, ncjax; "
-        "heavy = {'flax', 'tensorflow_datasets', 'orbax', 'matplotlib', 'tqdm', 'absl'}; "
-        "print(sorted(heavy & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() in ("[]", "['absl']"), done.stderr
+    printed = subprocesses.output(subprocesses.command("heavy_imports"))
+    assert printed.strip() in ("[]", "['absl']")

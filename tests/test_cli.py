@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import subprocesses
 from absl import logging
 from commands import EXPERIMENTS
 
@@ -284,32 +285,9 @@ def test_the_command_runs_and_ends_with_its_folder(run_here, capsys, tmp_path):
     assert capsys.readouterr().out.splitlines()[-1] == str(folder)
 
 
-ENDLESS = """
-import jax, numpy as np
-from experiments import train_small
-from experiments._runs import cli
-
-def run(config):
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("a",))
-    split = jax.sharding.PartitionSpec("a")
-    step = lambda x: jax.lax.while_loop(lambda y: (y >= 0).all(), lambda y: x @ y, x)
-    shard = jax.shard_map(step, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
-    jax.jit(shard)(np.zeros((2, 300, 300)))
-    print("at work", flush=True)
-    raise KeyboardInterrupt
-
-cli.main(train_small.Config, run, "endless")
-"""
-
-
 def test_an_interruption_does_not_wait_for_what_is_computed():
     """An ordinary exit does, for ever here, or crashes."""
-    done = subprocess.run(
-        [sys.executable, "-c", ENDLESS, "--cpu_devices=2"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = subprocesses.run(subprocesses.command("endless", "--cpu_devices=2"), timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "at work\n", "")
 
 

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -21,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_tfds
+import subprocesses
 import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
@@ -157,18 +156,9 @@ def test_a_set_of_ones_own(tmp_path):
 
 def test_the_data_directory_is_that_of_tfds_by_default(prepared):
     """In the environment before TFDS is imported, and with warnings as errors."""
-    code = (
-        "import sys; from ncjax.networks import data; "
-        "n = [len(data.load('mnist', 'test', d).labels) for d in (None, '')]; "
-        "print(n, 'tensorflow' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        env=os.environ | {"TFDS_DATA_DIR": str(prepared)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.strip() == "[6, 6] False", done.stderr
+    command = subprocesses.command("default_data_dir", strict=True)
+    environment = os.environ | {"TFDS_DATA_DIR": str(prepared)}
+    assert subprocesses.output(command, environment) == "[6, 6] False\n"
 
 
 def test_a_data_directory_below_home(prepared, monkeypatch, offline):

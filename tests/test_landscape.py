@@ -3,9 +3,6 @@
 import itertools
 import math
 import os
-import subprocess
-import sys
-import textwrap
 from functools import partial
 
 import hypothesis.strategies as st
@@ -13,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import subprocesses
 from hypothesis import given
 from jax.flatten_util import ravel_pytree
 from scipy.sparse.linalg import LinearOperator, eigsh
@@ -505,50 +503,11 @@ def test_the_same_key_gives_the_same_result():
         np.testing.assert_allclose(eig.eigenvalues, eigs[0].eigenvalues, atol=1e-14)
 
 
-SHARDED = """
-    import jax, jax.numpy as jnp, numpy as np
-    jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_enable_x64", True)
-    import ncjax
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
-    def loss(params, x):
-        return jnp.sum(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
-
-    x = np.random.default_rng(0).normal(size=(3, 16, 40))
-    params = {"w": jnp.full((40, 30), 0.01), "b": jnp.zeros(30)}
-    for devices, kind in ((1, AxisType.Auto), (8, AxisType.Auto), (8, AxisType.Explicit)):
-        mesh = jax.make_mesh(
-            (devices,), ("data",), axis_types=(kind,), devices=jax.devices()[:devices]
-        )
-        split = NamedSharding(mesh, PartitionSpec(None, "data"))
-        copied = NamedSharding(mesh, PartitionSpec())
-        eig = ncjax.hessian_eig(
-            loss,
-            jax.device_put(params, copied),
-            batches=jax.device_put(x, split),
-            k=2,
-            which="both",
-            sphere=True,
-        )
-        assert eig.method == "lanczos" and bool(eig.converged.all())
-        assert len(eig.eigenvalues.sharding.device_set) == devices
-        print(*map(float.hex, map(float, eig.eigenvalues)))
-"""
-
-
 def test_sharded_over_devices():
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED)],
-        capture_output=True,
-        text=True,
-        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    printed = subprocesses.output(subprocesses.command("sharded_eigenvalues"), environment)
     one, automatic, explicit = (
-        [float.fromhex(word) for word in line.split()] for line in done.stdout.splitlines()
+        [float.fromhex(word) for word in line.split()] for line in printed.splitlines()
     )
     assert len(one) == 4
     np.testing.assert_allclose(automatic, one, rtol=1e-9)

@@ -15,6 +15,7 @@ from pathlib import Path
 import damage
 import numpy as np
 import pytest
+import subprocesses
 
 import ncjax
 from experiments import _training, report
@@ -41,22 +42,14 @@ def names(folder):
 
 # Two runs in one folder
 
-HOLD = """
-import sys
-from pathlib import Path
-from experiments._runs import lock
-with lock.held(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
 
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds the lock of a folder."""
     (tmp_path / "run").mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
+        subprocesses.command("hold_lock", str(tmp_path / "run")),
+        env=os.environ | subprocesses.PATH,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -220,42 +213,16 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(quick, tmp_path):
     assert (folder / "metrics.csv").read_bytes() == (expected / "metrics.csv").read_bytes()
 
 
-REFUSED = """
-import resource, sys
-from pathlib import Path
-import jax, pytest
-jax.config.update("jax_enable_x64", True)
-import damage
-with pytest.MonkeyPatch.context() as patch:
-    damage.stand_in(patch)
-    for limit in map(int, sys.argv[2:]):
-        folder = Path(sys.argv[1]) / str(limit)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        try:
-            damage.run("train_small", folder)
-        except OSError as error:
-            print(f"told: {error}")
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-        damage.run("train_small", folder, **{
-            "resume" if (folder / "config.json").exists() else "overwrite": True
-        })
-"""
-
-
 def test_the_kernel_refuses_files_of_a_size(quick, tmp_path):
     """Nothing is simulated: each limit meets another file."""
     expected = damage.run("train_small", tmp_path / "expected")
     limits = ("400", "1500", "6000")
-    done = subprocess.run(
-        [sys.executable, "-c", REFUSED, str(tmp_path), *limits],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    told = [line for line in done.stdout.splitlines() if line.startswith("told: ")]
-    assert all("File too large" in line for line in told), told
-    assert len({line.split(": ")[1].replace(str(tmp_path), "") for line in told}) >= 2, told
+    command = subprocesses.command("limited_files", str(tmp_path), *limits)
+    lines = subprocesses.output(command).splitlines()
+    errors = [line for line in lines if line.startswith("refused: ")]
+    assert all("File too large" in line for line in errors), errors
+    files = {line.split(": ")[1].replace(str(tmp_path), "") for line in errors}
+    assert len(files) >= 2, errors
     for limit in limits:
         assert not [n for n in names(tmp_path / limit) if n.endswith(".part")]
         same = (tmp_path / limit / "metrics.csv").read_bytes()

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import subprocesses
 
 import ncjax
 from ncjax import statistics
@@ -258,9 +257,8 @@ def test_the_table_of_networks(name, monkeypatch):
 @pytest.fixture(scope="module")
 def collectives():
     """Bytes that compiled programs send, by kind, on 2, 4 and 8 devices."""
-    command = [sys.executable, "-W", "error", "-m", "tests.collectives"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout)
+    command = subprocesses.command("collectives", strict=True)
+    return json.loads(subprocesses.output(command))
 
 
 def test_a_training_step_sums_its_gradient_once(collectives):

@@ -1,14 +1,11 @@
 """Streaming statistics: any grouping of the samples, any mask, any number of devices."""
 
-import subprocess
-import sys
-import textwrap
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import subprocesses
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.tree_util import Partial
@@ -260,55 +257,4 @@ def test_unknown_centring_is_refused():
 
 def test_all_merge_over_eight_devices_equals_one_pass():
     """Devices that lack a class, and one that sees nothing, in a process of its own."""
-    script = """
-    import jax
-    jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_numpy_rank_promotion", "raise")
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.sharding import PartitionSpec as P
-    from ncjax import metrics, statistics
-
-    rng = np.random.default_rng(0)
-    K, d, N = 5, 7, 64
-    features = jnp.asarray(rng.normal(size=(N, d)) + 1e4)
-    labels = jnp.asarray(np.sort(rng.integers(0, K, N)))  # a device sees one or two classes
-    mask = jnp.asarray(np.arange(N) // 8 != 2)
-    W, b = jnp.asarray(rng.normal(size=(K, d))), jnp.asarray(rng.normal(size=K))
-
-    def both(features, labels, mask, merge, total):
-        first = statistics.update(statistics.init(K, d, W.dtype), features, labels, mask)
-        first = merge(first)
-        second = statistics.compare(
-            statistics.init_comparison(K, W.dtype), first, statistics.reference(first),
-            features, labels, W, b, mask,
-        )
-        return first, total(second)
-
-    mesh = jax.make_mesh((8,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
-    assert mesh.size == 8
-    sharded = jax.jit(jax.shard_map(
-        lambda *arrays: both(
-            *arrays,
-            lambda first: statistics.all_merge(first, "devices"),
-            lambda second: jax.lax.psum(second, "devices"),
-        ),
-        mesh=mesh, in_specs=P("devices"), out_specs=P(),
-    ))(features, labels, mask)
-    alone = jax.jit(lambda *arrays: both(*arrays, lambda x: x, lambda x: x))(
-        features, labels, mask
-    )
-    np.testing.assert_array_equal(sharded[0].counts, alone[0].counts)
-    np.testing.assert_allclose(sharded[0].scatter, alone[0].scatter, rtol=1e-11)
-    for got, expected in zip(
-        metrics.metrics_from_statistics(*sharded, W),
-        metrics.metrics_from_statistics(*alone, W),
-        strict=True,
-    ):
-        np.testing.assert_allclose(got, expected, rtol=1e-10)
-    """
-    subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(script)], check=True
-    )
+    subprocesses.output(subprocesses.command("sharded_statistics", strict=True))
