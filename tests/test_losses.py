@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +31,7 @@ def test_at_the_origin(fn, dtype):
     value, gradient = jax.value_and_grad(fn)(params)
     assert value.dtype == dtype
     np.testing.assert_allclose(value, expected, rtol=4 * np.finfo(dtype).eps)
-    np.testing.assert_array_equal(gradient.W, 0)
-    np.testing.assert_array_equal(gradient.H, 0)
+    chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, params))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -55,8 +55,7 @@ def test_far_out_value_and_gradient_agree_with_extended_precision(dtype, norm):
         for got, expected in ((gradient.W, truth_W), (gradient.H, truth_H)):
             error = np.linalg.norm(np.asarray(got) - expected) / np.linalg.norm(expected)
             assert error < 2 * rounding + 20 * eps
-    assert np.isfinite(gradient.W).all()
-    assert np.isfinite(gradient.H).all()
+    chex.assert_tree_all_finite(gradient)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -78,7 +77,7 @@ def test_misclassified_far_out_the_loss_is_linear_in_the_margin():
     wrong = ncjax.Params(1e3 * etf, -1e3 * etf[:, None])
     value, gradient = jax.value_and_grad(ncjax.cross_entropy)(wrong)
     np.testing.assert_allclose(value, 3 * (1.5e6 + np.log(2)), rtol=1e-12)
-    assert np.isfinite(gradient.W).all()
+    chex.assert_tree_all_finite(gradient)
     np.testing.assert_allclose(ncjax.log_cross_entropy(wrong), np.log(value), rtol=1e-14)
 
 
@@ -92,8 +91,8 @@ def _gradients(params):
 def test_gradient_of_the_logarithm_is_the_logarithmic_gradient(seed, shape, scale):
     params = random_params(seed, *shape, scale)
     loss, gradient, log_gradient = _gradients(params)
-    for g, log_g in zip(gradient, log_gradient, strict=True):
-        np.testing.assert_allclose(log_g, g / loss, rtol=1e-10, atol=1e-13)
+    expected = jax.tree.map(lambda leaf: leaf / loss, gradient)
+    chex.assert_trees_all_close(log_gradient, expected, rtol=1e-10, atol=1e-13)
 
 
 def test_second_derivatives_agree_with_differences(key):
@@ -106,8 +105,10 @@ def test_second_derivatives_agree_with_differences(key):
         return jax.grad(ncjax.log_cross_entropy)(shifted)
 
     _, product = jax.jvp(gradient, (0.0,), (1.0,))
-    for got, ahead, behind in zip(product, gradient(step), gradient(-step), strict=True):
-        np.testing.assert_allclose(got, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)
+    expected = jax.tree.map(
+        lambda ahead, behind: (ahead - behind) / (2 * step), gradient(step), gradient(-step)
+    )
+    chex.assert_trees_all_close(product, expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

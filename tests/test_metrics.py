@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,10 +58,7 @@ def assert_matches_definition(got, data, rtol, atol=0.0, fields=oracles.FIELDS):
 
 
 def assert_same(first, second, rtol=1e-11, atol=1e-13):
-    for field in first._fields:
-        np.testing.assert_allclose(
-            getattr(first, field), getattr(second, field), rtol, atol, err_msg=field
-        )
+    chex.assert_trees_all_close(first, second, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 7, 305, 1000])

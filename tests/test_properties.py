@@ -1,7 +1,6 @@
 """Properties of the public functions at random shapes, dtypes, scales and seeds."""
 
-from functools import partial
-
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +26,7 @@ def scaled(params, factor_W, factor_H):
 
 
 def assert_close(first, second, rtol, atol=0.0):
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=atol), first, second)
+    chex.assert_trees_all_close(first, second, rtol=rtol, atol=atol)
 
 
 # The layer-peeled model

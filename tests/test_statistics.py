@@ -1,5 +1,6 @@
 """Streaming statistics: any grouping of the samples, any mask, any number of devices."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 import subprocesses
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.tree_util import Partial
 
 from ncjax import statistics
 
@@ -99,7 +99,7 @@ def test_merge_is_associative_and_commutative_with_init_as_neutral_element(drawn
     for first, second in same.values():
         assert_same(first, second, drawn[0])
     for first, second in identical.values():
-        jax.tree.map(np.testing.assert_array_equal, first, second)
+        chex.assert_trees_all_equal(first, second)
 
 
 @jax.jit
@@ -120,9 +120,8 @@ def test_devices_merge_to_one_pass_and_agree(drawn):
     for device in range(3):
         seen = jax.tree.map(lambda leaf, device=device: leaf[device], together)
         assert_same(seen, whole, drawn[0])
-        jax.tree.map(
-            lambda leaf: np.testing.assert_array_equal(leaf[0], leaf[-1]), together
-        )
+    first, last = (jax.tree.map(lambda leaf, i=i: leaf[i], together) for i in (0, -1))
+    chex.assert_trees_all_equal(first, last)
 
 
 @jax.jit
@@ -149,7 +148,7 @@ def test_masked_rows_do_no_harm_whatever_they_hold(padding, label):
     plain = _both_passes(features[:17], labels[:17], np.ones(17, bool), W)
     features[17:], labels[17:] = padding, label
     padded = _both_passes(features, labels, np.arange(N) < 17, W)
-    jax.tree.map(Partial(np.testing.assert_allclose, rtol=1e-13), padded, plain)
+    chex.assert_trees_all_close(padded, plain, rtol=1e-13)
     assert int(jnp.sum(padded[1].counts)) == 17
 
 

@@ -1,5 +1,6 @@
 """Steps of the trainer, against the same written out."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,9 +43,7 @@ def started(model, optimiser, seed=0):
 
 
 def assert_close(got, expected, rtol=1e-5, atol=1e-6):
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+    chex.assert_trees_all_close(got, expected, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.01])

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import shlex
@@ -13,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import numpy as np
 import oracles
@@ -73,10 +73,9 @@ def assert_same_run(folder, other, exact=True):
     (got, got_epoch), (expected, epoch) = state_of(folder), state_of(other)
     assert got_epoch == epoch
     if exact:
-        jax.tree.map(np.testing.assert_array_equal, got, expected)
+        chex.assert_trees_all_equal(got, expected)
     else:
-        close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
-        jax.tree.map(close, got, expected)
+        chex.assert_trees_all_close(got, expected, rtol=1e-3, atol=1e-5)
     if exact:
         files = (folder / "metrics.csv", other / "metrics.csv")
         assert files[0].read_bytes() == files[1].read_bytes()
@@ -315,7 +314,7 @@ def test_an_extended_run_is_the_longer_one_bit_for_bit(tmp_path, capsys):
     assert "goes on with --epochs=5 instead of 3" in capsys.readouterr().out
     (got, done), (expected, epochs) = state_of(folder), state_of(longer)
     assert done == epochs == 5
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    chex.assert_trees_all_equal(got, expected)
     # Rows stay and go on; what both have measured is the same.
     after = (folder / "metrics.csv").read_text()
     assert after.startswith(before)
@@ -374,7 +373,7 @@ def test_an_interrupted_run_may_end_where_it_stands(interrupted, finished, tmp_p
     # And on again, from a run made shorter.
     train_small.run(small(folder, epochs=6, resume=True))
     assert measured(folder) == [1, 2, 4, 6]
-    jax.tree.map(np.testing.assert_array_equal, state_of(folder)[0], state_of(finished)[0])
+    chex.assert_trees_all_equal(state_of(folder)[0], state_of(finished)[0])
     earlier = read_json(folder / "config.json")["earlier"]
     assert [entry["changed"] for entry in earlier] == [{"epochs": 6}, {"epochs": 4}]
 

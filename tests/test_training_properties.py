@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -263,9 +264,9 @@ def test_starts_are_independent_normal_numbers(seed, scale, dtype):
     key = jax.random.key(seed)
     start = ncjax.init_params(key, 6, 9, 7, scale, dtype)
     unit = ncjax.init_params(key, 6, 9, 7, 1.0, dtype)
-    for leaf, one in zip(start, unit, strict=True):
-        assert leaf.dtype == dtype
-        np.testing.assert_array_equal(leaf, dtype(scale) * np.asarray(one))
+    scaled = jax.tree.map(lambda leaf: dtype(scale) * np.asarray(leaf), unit)
+    chex.assert_trees_all_equal(start, scaled)
+    chex.assert_type(list(start), dtype)
     numbers = np.concatenate([np.ravel(leaf) for leaf in unit]).astype(float)
     # Of 420 numbers; by chance once in a hundred million examples.
     assert kstest(numbers, "norm").pvalue > 1e-8

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ def test_init_has_the_shapes_dtype_and_spread_asked_for(key):
 def test_init_depends_on_the_key_alone(key):
     same = ncjax.init_params(key, 3, 2, 4), ncjax.init_params(key, 3, 2, 4)
     other = ncjax.init_params(jax.random.key(1), 3, 2, 4)
-    np.testing.assert_array_equal(same[0].H, same[1].H)
+    chex.assert_trees_all_equal(*same)
     assert not np.allclose(same[0].H, other.H)
 
 
