@@ -20,14 +20,14 @@ lint: $(VENV)/.installed
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 
-# Wheel and source distribution in dist/; the wheel is tried in an empty environment.
+# Wheel and source distribution in dist/; the wheel is tried in an environment of its own.
 dist: $(VENV)/.dist
 	rm -rf build dist
 	$(VENV)/bin/python -m build
 	$(VENV)/bin/python -m twine check --strict dist/*
 	$(PYTHON) -m venv build/empty
 	build/empty/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
-	cd build && empty/bin/python -m experiments.ulpm_flow --seeds=2 --log_t_max=20
+	cd build && empty/bin/python -P ../tests/light_install.py
 	rm -rf build
 
 $(VENV)/.dist: $(VENV)/.installed

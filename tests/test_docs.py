@@ -137,7 +137,10 @@ def reexported(package):
     nodes = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ImportFrom)]
     homes = {alias.name: node.module for node in nodes for alias in node.names}
     return {
-        name: reexported(module).get(name, f"{module}.{name}")
+        # A package that re-exports a module of its own defines it.
+        name: f"{module}.{name}"
+        if module == package
+        else reexported(module).get(name, f"{module}.{name}")
         for name, module in homes.items()
     }
 

@@ -1,7 +1,10 @@
 """What is installed: files of the packages, ranges, pins, extras, versions of Python."""
 
 import configparser
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -39,8 +42,15 @@ def pins(name):
 
 
 def ranges(*extras):
-    parts = [SETUP["options"]["install_requires"], *(EXTRAS[extra] for extra in extras)]
-    return {name: r for part in parts for name, r in requirements(part).items()}
+    """Requirements of the core and of extras, by name."""
+    found = requirements(SETUP["options"]["install_requires"])
+    for extra in extras:
+        for name, requirement in requirements(EXTRAS[extra]).items():
+            if name == "ncjax":  # an extra made of others
+                found |= ranges(*requirement.extras)
+            else:
+                found[name] = requirement
+    return found
 
 
 def bound(requirement):
@@ -57,7 +67,7 @@ def test_every_dependency_has_a_lower_bound():
 
 def test_the_least_versions_are_the_bounds():
     least = pins("requirements-min.txt")
-    bounds = {name: bound(r) for name, r in ranges("test", "docs").items()}
+    bounds = {name: bound(r) for name, r in ranges("all", "test", "docs").items()}
     # Stubs are dated: the pin is the first of the release that the bound names.
     stubs = least.pop("types-tqdm"), bounds.pop("types-tqdm")
     assert stubs[0].release[:2] == stubs[1].release
@@ -67,7 +77,7 @@ def test_the_least_versions_are_the_bounds():
 @pytest.mark.parametrize(
     ("files", "extras"),
     [
-        (["requirements.txt"], ["test"]),
+        (["requirements.txt"], ["all", "test"]),
         (["requirements.txt", "requirements-docs.txt"], ["docs"]),
     ],
 )
@@ -85,6 +95,14 @@ def test_the_wheel_holds_every_file_of_the_library_and_nothing_else():
     assert all((path.parent / "__init__.py").exists() for path in files)
     data = {path.name for path in files if path.suffix != ".py"}
     assert data == set(SETUP["options.package_data"]["ncjax"].split())
+
+
+def test_the_core_works_without_the_extras():
+    program = [sys.executable, "-W", "error", ROOT / "tests" / "light_install.py", "--hide"]
+    done = subprocess.run(
+        program, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_the_versions_of_python_are_said_alike():
