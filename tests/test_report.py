@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -247,17 +246,6 @@ def test_a_file_is_replaced_only_if_asked(tmp_path):
 def test_a_run_given_twice_is_shown_once(tmp_path):
     page = make(tmp_path, f"{RESULTS / 'theorems'},{RESULTS / 'theorems'}/")
     assert len(page.all("section")) == 1
-
-
-def test_errors_are_one_line_and_exit_code_2(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.report", "--runs=nowhere"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 2
-    assert done.stderr == "error: --runs: there is no folder 'nowhere'\n"
 
 
 @pytest.mark.parametrize(

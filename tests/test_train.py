@@ -46,21 +46,6 @@ def assert_close(got, expected, rtol=1e-5, atol=1e-6):
     chex.assert_trees_all_close(got, expected, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.01])
-def test_sgd_is_the_formula_with_its_drops(decay):
-    optimiser = train.sgd(RATE, momentum=MOMENTUM, weight_decay=decay, drops=(2, 3))
-    theta, velocity = np.array([1.0, -2.0]), np.zeros(2)
-    params = jnp.asarray(theta)
-    state = optimiser.init(params)
-    for step in range(5):
-        slope = 3 * theta + step
-        updates, state = optimiser.update(jnp.asarray(slope), state, params)
-        params = params + updates
-        velocity = MOMENTUM * velocity + slope + decay * theta
-        theta = theta - RATE * 0.1 ** ((step >= 2) + (step >= 3)) * velocity
-        np.testing.assert_allclose(params, theta, rtol=1e-5)
-
-
 def test_an_epoch_is_momentum_descent_written_out(digits, mesh, key):
     model, optimiser = small(), train.sgd(RATE, momentum=MOMENTUM)
     dataset = on_device(digits, mesh)

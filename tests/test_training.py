@@ -514,7 +514,6 @@ def test_grayscale_and_colour_do_not_mix(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--dataset=mnst",), "error: no data set is called 'mnst': did you mean mnist"),
         (("--batch_size=7", "--cpu_devices=2"), "must be a multiple of the 2 devices"),
         (("--process_id=1",), "--process_id must lie in [0, 1)"),
         (("--coordinator=localhost:1",), "--coordinator=HOST:PORT and --num_processes go"),
