@@ -67,7 +67,7 @@ def parts_imported(path, package):
     return {part(name, package) for name in modules_imported(path)} - {None}
 
 
-def test_every_wing_is_in_the_table():
+def test_the_table_lists_every_wing():
     assert {part(dotted(path), "ncjax") for path in LIBRARY} - {None} == WINGS.keys()
 
 
@@ -78,13 +78,13 @@ def test_a_wing_imports_what_the_table_allows(path):
     assert "ncjax" not in modules_imported(path)
 
 
-def test_there_is_no_circle_of_imports():
+def test_imports_have_no_cycle():
     # A package that lists its own modules depends on them, and they not on it.
     graph = {name: modules_imported(path) - {name} for name, path in MODULES.items()}
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_convolution_is_the_only_door_to_its_algorithms():
+def test_only_convolution_imports_its_algorithms():
     inner = {"ncjax.networks.winograd", "ncjax.networks.grouping"}
     users = {name for name, path in MODULES.items() if modules_imported(path) & inner}
     assert users <= inner | {"ncjax.networks.convolution"}
@@ -95,7 +95,7 @@ def test_convolution_is_the_only_door_to_its_algorithms():
     [p for p in EXPERIMENTS if p.stem[0] != "_" and len(p.relative_to(ROOT).parts) == 2],
     ids=dotted,
 )
-def test_experiments_share_only_their_glue(path):
+def test_no_experiment_imports_another(path):
     assert all(name.startswith("_") for name in parts_imported(path, "experiments"))
 
 

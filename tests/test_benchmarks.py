@@ -71,7 +71,9 @@ def fake(name, note=""):
     return measure
 
 
-def test_a_section_is_replaced_and_others_are_kept(tmp_path, monkeypatch, capsys):
+def test_a_new_section_replaces_the_old_one_and_keeps_the_others(
+    tmp_path, monkeypatch, capsys
+):
     path = tmp_path / "results.json"
     monkeypatch.setattr(run, "SECTIONS", {"a": fake("old"), "b": fake("b")})
     both = run.run(run.Config(only="a,b", repeats=2, out=str(path)))
@@ -92,7 +94,7 @@ def test_a_section_is_replaced_and_others_are_kept(tmp_path, monkeypatch, capsys
     assert "| nothing | b |" not in printed
 
 
-def test_bad_settings_are_named(tmp_path):
+def test_bad_settings_raise_and_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"--only must be among .*got \['speed'\]"):
         run.run(run.Config(only="startup,speed"))
     with pytest.raises(ValueError, match="--repeats must be at least 1, got 0"):
@@ -127,7 +129,7 @@ def test_metrics_are_timed_alone_without_peers():
     assert notes == ["peers left out: none wanted"]
 
 
-def test_the_peer_computes_the_same_metrics():
+def test_torch_and_ncjax_compute_the_same_metrics():
     torch = pytest.importorskip("torch", reason="torch is not installed")
     arrays = metrics.draw(SMALL)
     ours = ncjax.collapse_metrics_from_features(*arrays)._asdict()
@@ -146,7 +148,7 @@ def test_training_steps_are_timed():
 
 
 @pytest.mark.parametrize("problem", training_step.PROBLEMS.values())
-def test_the_peer_trains_the_same_network(problem):
+def test_torch_and_ncjax_train_the_same_network(problem):
     pytest.importorskip("torchvision", reason="torchvision is not installed")
     network = training_step.torch_network(problem)
     model = models.build(problem.name, training_step.NUM_CLASSES, **problem.options)
@@ -177,7 +179,7 @@ def test_ncjax_and_arpack_agree():
         assert row["num_hvps"] > 0
 
 
-def test_pyhessian_is_given_the_same_loss(tmp_path):
+def test_pyhessian_and_ncjax_see_the_same_loss(tmp_path):
     reason = "PyHessian and torch are not installed: pip install torch pyhessian"
     torch = pytest.importorskip("torch", reason=reason)
     pytest.importorskip("pyhessian", reason=reason)
@@ -198,7 +200,7 @@ def test_pyhessian_is_given_the_same_loss(tmp_path):
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.slow
-def test_peers_of_the_flow_come_to_the_same_end(monkeypatch):
+def test_all_flow_solvers_reach_the_same_state(monkeypatch):
     monkeypatch.setattr(flow, "missing", lambda package: f"no {package}")
     end = np.log(30.0)
     monkeypatch.setattr(flow, "draw", lambda: ncjax.init_params(jax.random.key(0), 3, 2, 4))
@@ -226,7 +228,7 @@ def race(monkeypatch, seconds_of_leg, seconds, **options):
     return flow_reach.row(flow_reach.Racer("a", leg, **options), 0, seconds)
 
 
-def test_a_race_ends_with_the_last_leg_in_time(monkeypatch):
+def test_a_race_ends_with_the_last_leg_within_the_time_limit(monkeypatch):
     row = race(monkeypatch, lambda _: 2.0, 7.0)
     assert row["log_t"] == pytest.approx(10 * 1.1**2)  # three legs, not the fourth
     assert row["median_seconds"] == 6
@@ -237,7 +239,7 @@ def test_a_race_ends_with_the_last_leg_in_time(monkeypatch):
     assert row["log_t"] is None
 
 
-def test_a_race_ends_where_a_program_cannot_go_on(monkeypatch):
+def test_a_race_ends_when_a_program_fails(monkeypatch):
     def failing(target):
         if target > 12:
             raise RuntimeError("too far.\nand more")
@@ -251,7 +253,7 @@ def test_a_race_ends_where_a_program_cannot_go_on(monkeypatch):
     assert "the largest t of float64" in row["note"]
 
 
-def test_racers_go_on_from_where_they_stand():
+def test_racers_continue_from_their_last_state():
     start = flow.draw((3, 2, 4))
     every, _ = flow_reach.racers()
     assert len(every) >= 7
@@ -264,7 +266,7 @@ def test_racers_go_on_from_where_they_stand():
         np.testing.assert_allclose(second.W, whole.W, rtol=rtol, atol=rtol)
 
 
-def test_wide_models_are_timed_by_turns_with_a_product():
+def test_wide_models_are_timed_in_turns_with_a_matrix_product():
     (row,) = flow.wide(2, ((3, 2, 4),), 2.0)
     assert len(row["seconds"]) == 2
     assert "% of the matrix-product rate" in row["note"]

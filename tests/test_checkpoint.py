@@ -62,7 +62,7 @@ def assert_same_bits(got, expected):
     epochs=st.lists(st.integers(0, 10**6), min_size=1, max_size=3, unique=True),
     notes=st.dictionaries(st.text(max_size=5), st.text(max_size=20), max_size=3),
 )
-def test_what_is_saved_is_restored(tmp_path_factory, tree, seed, epochs, notes):
+def test_restore_returns_the_saved_bits(tmp_path_factory, tree, seed, epochs, notes):
     folder = tmp_path_factory.mktemp("checkpoints")
     assert newest_epoch(folder) is None
     epochs = sorted(epochs)
@@ -88,7 +88,7 @@ def test_what_is_saved_is_restored(tmp_path_factory, tree, seed, epochs, notes):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @few
 @given(st.integers(0, 2**30), st.sampled_from(DTYPES), st.sampled_from(SHAPES))
-def test_another_shape_is_not_restored(tmp_path_factory, seed, dtype, shape):
+def test_restore_refuses_arrays_of_another_shape(tmp_path_factory, seed, dtype, shape):
     folder = tmp_path_factory.mktemp("checkpoints")
     leaf = Leaf(dtype, shape)
     state = filled({"a": leaf}, seed)
@@ -103,7 +103,7 @@ def test_another_shape_is_not_restored(tmp_path_factory, seed, dtype, shape):
 
 
 @pytest.mark.parametrize("epoch", [0, 4, 5])
-def test_an_epoch_that_is_not_new_is_refused(tmp_path, epoch):
+def test_save_refuses_an_epoch_that_is_not_new(tmp_path, epoch):
     """Orbax writes nothing then, and says nothing."""
     state = {"W": np.arange(3.0)}
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
@@ -115,14 +115,14 @@ def test_an_epoch_that_is_not_new_is_refused(tmp_path, epoch):
 
 
 @pytest.mark.parametrize("epoch", [-1, 7.0, True])
-def test_an_epoch_that_no_later_run_would_find_is_refused(tmp_path, epoch):
+def test_save_refuses_an_epoch_that_no_later_run_would_find(tmp_path, epoch):
     said = pytest.raises(ValueError, match="epoch must be an integer of at least 0")
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints, said:
         checkpoints.save(epoch, {"W": np.arange(3.0)})
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_saved_where_nothing_may_be_touched(tmp_path):
+def test_a_read_only_checkpoint_refuses_to_save(tmp_path):
     state = {"W": np.arange(3.0)}
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(5, state)

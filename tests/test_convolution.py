@@ -184,7 +184,7 @@ def test_formulas_match_loops_for_any_shape(layer, seed):
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-def test_the_formula_picked(layer, platform, monkeypatch):
+def test_the_chosen_formula_is_the_expected_one(layer, platform, monkeypatch):
     x_shape, kernel_shape, stride, padding, on_cpu = layer
     for name in [name for name in vars(convolution) if name.startswith("convolve_")]:
         monkeypatch.setattr(convolution, name, lambda *_, name=name: name)
@@ -233,13 +233,13 @@ def test_winograd_rounds_a_few_times_more_than_lax_in_float32():
     ("dtype", "formula"),
     [(jnp.float32, "convolve_winograd"), (jnp.bfloat16, "convolve_canonical")],
 )
-def test_half_precision_is_not_given_to_winograd(dtype, formula):
+def test_winograd_is_not_used_in_half_precision(dtype, formula):
     shapes = LAYERS["3x3, many channels and tiles"][:2]
     assert convolution._formula(*shapes, 1, 1, dtype).__name__ == formula
 
 
 @pytest.mark.parametrize("each", [1, 3, 4])
-def test_gathering_a_few_images_at_a_time(each, monkeypatch):
+def test_gathering_in_several_parts_agrees_with_one_part(each, monkeypatch):
     monkeypatch.setattr(convolution, "_images_at_once", lambda *_: each)
     assert_convolutions_equal((7, 5, 4, 3), (3, 3, 3, 2), 2, 1)
 
@@ -343,7 +343,7 @@ def test_convolution_keeps_the_dtype(name, dtype):
         ((2, 3, 8, 8), (3, 3, 3, 4)),
     ],
 )
-def test_shapes_that_do_not_fit_are_named(x_shape, kernel_shape):
+def test_mismatched_shapes_are_named(x_shape, kernel_shape):
     with pytest.raises(ValueError, match=r"expected x \(B, height, .* got \(") as error:
         convolve(jnp.zeros(x_shape), jnp.zeros(kernel_shape))
     assert str(error.value).endswith(f"got {x_shape} and {kernel_shape}")
@@ -426,7 +426,7 @@ def test_gradients_of_equal_maxima_add_up(platform):
 
 
 @given(st.integers(0, 6), st.integers(0, 7), st.integers(0, 2**31))
-def test_a_few_at_a_time_is_all_at_once(count, each, seed):
+def test_processing_images_in_parts_agrees_with_all_at_once(count, each, seed):
     x, y = np.random.default_rng(seed).normal(size=(2, count, 3))
     np.testing.assert_array_equal(map_groups(lambda x: 2 * x, each, x), 2 * x)
     total = sum_groups(lambda x, y: jnp.matmul(x.T, y), each, x, y)

@@ -77,7 +77,7 @@ def digits():
 # The digits
 
 
-def test_digits_are_those_of_scikit_learn():
+def test_digits_equal_scikit_learn():
     train, test = data.load("digits", "train"), data.load("digits", "test")
     assert (len(train.images), len(test.images)) == (1437, 360)
     assert train.num_classes == test.num_classes == 10
@@ -102,7 +102,7 @@ def test_digits_are_those_of_scikit_learn():
         ("train[0shard]", range(1437)),
     ],
 )
-def test_splits_of_the_digits(split, index):
+def test_splits_of_the_digits_select_their_samples(split, index):
     images, labels = digits()
     dataset = data.load("digits", split)
     np.testing.assert_array_equal(dataset.labels, labels[index])
@@ -131,12 +131,12 @@ def test_prepared_sets_are_read_exactly_and_in_order(prepared, name, split, samp
     assert dataset.num_classes == 10
 
 
-def test_more_samples_than_are_read_at_once(prepared, monkeypatch):
+def test_a_set_larger_than_one_read_is_read_whole(prepared, monkeypatch):
     monkeypatch.setattr(data, "_CHUNK", 7)
     assert_holds(data.load("mnist", "train", str(prepared)), TRAIN)
 
 
-def test_a_set_of_ones_own(tmp_path):
+def test_a_custom_set_is_read(tmp_path):
     """No code of TFDS, one feature each of other names, 3 classes."""
     samples = small_tfds.noise(3, 5, (6, 4, 3), num_classes=3)
     features = {
@@ -154,14 +154,14 @@ def test_a_set_of_ones_own(tmp_path):
     assert dataset.num_classes == 3
 
 
-def test_the_data_directory_is_that_of_tfds_by_default(prepared):
+def test_the_default_data_directory_is_tfds_data_dir(prepared):
     """In the environment before TFDS is imported, and with warnings as errors."""
     command = subprocesses.command("default_data_dir", strict=True)
     environment = os.environ | {"TFDS_DATA_DIR": str(prepared)}
     assert subprocesses.output(command, environment) == "[6, 6] False\n"
 
 
-def test_a_data_directory_below_home(prepared, monkeypatch, offline):
+def test_a_data_directory_may_start_with_a_tilde(prepared, monkeypatch, offline):
     monkeypatch.setenv("HOME", str(prepared.parent))
     assert_holds(data.load("mnist", "test", f"~/{prepared.name}"), TEST)
 
@@ -182,7 +182,7 @@ def named(request, prepared):
 
 
 @given(slices=st.lists(SLICES, min_size=1, max_size=3))
-def test_slices_are_those_of_python(prepared, named, slices):
+def test_split_slices_follow_python(prepared, named, slices):
     name, whole = named
     split = "+".join(f"{key}[{start}:{stop}]" for key, start, stop in slices)
     parts = [part(whole[key][:2], start, stop) for key, start, stop in slices]
@@ -203,7 +203,7 @@ def test_slices_are_those_of_python(prepared, named, slices):
         *("train[5000:]", "train[:-5000]"),
     ],
 )
-def test_splits_that_are_not_there(prepared, name, split):
+def test_bad_splits_are_refused(prepared, name, split):
     with pytest.raises(ValueError, match=f"{name}, which has train.*, test") as raised:
         data.load(name, split, str(prepared))
     assert repr(split) in str(raised.value)
@@ -213,7 +213,7 @@ def test_splits_that_are_not_there(prepared, name, split):
 @pytest.mark.parametrize(
     "split", ["train[:0]", "train[3:3]", "train[9:8]", "train[5:2]", "train[50%:40%]"]
 )
-def test_empty_splits(prepared, name, split):
+def test_empty_splits_are_refused(prepared, name, split):
     with pytest.raises(ValueError, match="empty") as raised:
         data.load(name, split, str(prepared))
     message = str(raised.value)
@@ -228,7 +228,7 @@ def test_empty_splits(prepared, name, split):
 @given(
     seed=st.integers(0, 2**32 - 1), num_classes=st.integers(1, 5), size=st.integers(1, 40)
 )
-def test_the_first_of_each_class(seed, num_classes, size):
+def test_per_class_takes_the_first_samples_of_each_class(seed, num_classes, size):
     labels = np.random.default_rng(seed).integers(0, num_classes, size, np.int32)
     images = np.arange(size, dtype=np.uint8)[:, None, None, None]
     whole = data.Dataset(images, labels, num_classes)
@@ -243,7 +243,7 @@ def test_the_first_of_each_class(seed, num_classes, size):
         data.first_of_each_class(whole, least + 1)
 
 
-def test_per_class():
+def test_per_class_gives_every_class_as_many_samples():
     whole = data.load("digits", "train")
     dataset = data.load("digits", "train", per_class=5)
     np.testing.assert_array_equal(np.bincount(dataset.labels), np.full(10, 5))
@@ -257,7 +257,7 @@ def test_per_class():
         assert_holds(same, small_tfds.Samples(whole.images, whole.labels))
 
 
-def test_too_few_of_a_class(prepared):
+def test_per_class_refuses_more_samples_than_a_class_has(prepared):
     with pytest.raises(
         ValueError, match=r"per_class is 200 but class \d has 1\d\d samples"
     ):
@@ -268,7 +268,7 @@ def test_too_few_of_a_class(prepared):
 
 
 @pytest.mark.parametrize("per_class", [-1, 1.5, True, "3"])
-def test_per_class_is_a_number_of_samples(per_class):
+def test_per_class_must_be_an_integer_of_at_least_0(per_class):
     with pytest.raises(ValueError, match="per_class must be an integer of at least 0"):
         data.load("digits", "train", per_class=per_class)
 
@@ -285,13 +285,13 @@ def test_per_class_is_a_number_of_samples(per_class):
         ("no_such_thing", "digits needs no network"),
     ],
 )
-def test_names_that_tfds_does_not_have(tmp_path, offline, name, hint):
+def test_names_unknown_to_tfds_are_refused(tmp_path, offline, name, hint):
     with pytest.raises(ValueError, match=f"no data set is called {name!r}: .*{hint}"):
         data.load(name, "train", str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../mnist", "mnist/", "mnist,5", "hub:mnist"])
-def test_names_of_no_data_set(tmp_path, offline, name):
+def test_malformed_names_are_refused(tmp_path, offline, name):
     with pytest.raises(ValueError, match=f"no data set is called {name!r}"):
         data.load(name, "train", str(tmp_path))
 
@@ -300,7 +300,7 @@ def test_names_of_no_data_set(tmp_path, offline, name):
     ("name", "features"),
     [("imdb_reviews", "text, label"), ("celeb_a", "image, landmarks, attributes")],
 )
-def test_known_sets_without_images_and_labels(tmp_path, name, features):
+def test_sets_without_images_or_labels_are_refused(tmp_path, name, features):
     """Before anything is downloaded."""
     with pytest.raises(ValueError, match="no image classification set") as raised:
         data.load(name, "train", str(tmp_path))
@@ -316,7 +316,7 @@ def prepare(root, features, **columns):
 
 
 @pytest.mark.parametrize("labels", [[], ["a", "b"]], ids=["none", "two"])
-def test_not_one_label(tmp_path, labels):
+def test_sets_with_several_labels_are_refused(tmp_path, labels):
     features = {"image": tfds.features.Image(shape=(32, 32, 3))}
     features |= {name: tfds.features.ClassLabel(num_classes=10) for name in labels}
     columns = {name: COLOUR.labels.tolist() for name in labels}
@@ -328,7 +328,7 @@ def test_not_one_label(tmp_path, labels):
 
 @pytest.mark.parametrize("per_class", [None, 1])
 @pytest.mark.parametrize("unlabelled", [1, 12])
-def test_samples_without_label(tmp_path, unlabelled, per_class):
+def test_samples_without_label_are_refused(tmp_path, unlabelled, per_class):
     """TFDS marks them with -1."""
     labels = [-1] * unlabelled + COLOUR.labels.tolist()[unlabelled:]
     images = map(small_tfds.png, COLOUR.images)
@@ -338,7 +338,7 @@ def test_samples_without_label(tmp_path, unlabelled, per_class):
         data.load("mine", "train", str(tmp_path), per_class=per_class)
 
 
-def test_images_of_several_sizes(tmp_path):
+def test_images_of_several_sizes_are_refused(tmp_path):
     images = [small_tfds.png(image[: 32 - i % 2]) for i, image in enumerate(COLOUR.images)]
     features = small_tfds.classification((None, None, 3))
     prepare(tmp_path, features, image=images, label=COLOUR.labels.tolist())
@@ -349,7 +349,7 @@ def test_images_of_several_sizes(tmp_path):
 @pytest.mark.parametrize(
     ("channels", "dtype"), [(4, np.uint8), (1, np.uint16)], ids=["rgba", "uint16"]
 )
-def test_images_of_other_kinds(tmp_path, channels, dtype):
+def test_images_of_other_kinds_are_refused(tmp_path, channels, dtype):
     features = {
         "image": tfds.features.Image(shape=(8, 8, channels), dtype=dtype),
         "label": tfds.features.ClassLabel(num_classes=2),
@@ -363,7 +363,7 @@ def test_images_of_other_kinds(tmp_path, channels, dtype):
 # Sets that are not there
 
 
-def test_not_prepared_and_no_network(prepared, offline):
+def test_an_unprepared_set_without_network_is_refused(prepared, offline):
     start = time.monotonic()
     with pytest.raises(OSError, match="no network") as raised:
         data.load("kmnist", "test", str(prepared))
@@ -376,20 +376,20 @@ def test_not_prepared_and_no_network(prepared, offline):
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty"])
-def test_nothing_is_prepared(tmp_path, offline, kind):
+def test_an_empty_data_directory_is_refused(tmp_path, offline, kind):
     root = tmp_path if kind == "empty" else tmp_path / "missing"
     with pytest.raises(OSError, match=f"not prepared in {root} .nothing is there."):
         data.load("emnist/letters", "train", str(root))
 
 
-def test_another_version_is_prepared(prepared, tmp_path, offline):
+def test_another_prepared_version_is_named(prepared, tmp_path, offline):
     """Which the message tells apart."""
     shutil.copytree(prepared / "mnist" / "3.0.1", tmp_path / "mnist" / "3.0.0")
     with pytest.raises(OSError, match=r"mnist/3.0.1 is not prepared .*mnist/3.0.0"):
         data.load("mnist", "train", str(tmp_path))
 
 
-def test_downloads_are_no_prepared_sets(tmp_path, offline):
+def test_a_downloads_folder_is_not_taken_for_a_set(tmp_path, offline):
     """Of which there may be very many."""
     deep = tmp_path / "downloads" / "extracted" / "archive" / "folder"
     deep.mkdir(parents=True)
@@ -410,7 +410,7 @@ def tensorflow(monkeypatch):
     )
 
 
-def test_not_prepared_and_no_tensorflow(prepared, monkeypatch):
+def test_preparing_without_tensorflow_is_refused(prepared, monkeypatch):
     monkeypatch.setattr(data, "_has_network", lambda: True)
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -426,7 +426,7 @@ def test_not_prepared_and_no_tensorflow(prepared, monkeypatch):
     assert not (prepared / "kmnist").exists()
 
 
-def test_prepared_on_demand_as_array_record(tmp_path, monkeypatch, tensorflow):
+def test_a_set_is_prepared_on_demand_as_array_record(tmp_path, monkeypatch, tensorflow):
     def download(builder, *, file_format):
         assert file_format == "array_record"
         builder.info.set_file_format(file_format, override=True)
@@ -440,7 +440,9 @@ def test_prepared_on_demand_as_array_record(tmp_path, monkeypatch, tensorflow):
 @pytest.mark.parametrize(
     "error", [AssertionError("Manual download\nis required"), KeyError]
 )
-def test_preparing_fails(tmp_path, monkeypatch, tensorflow, error):
+def test_a_failed_preparation_names_the_set_and_the_cause(
+    tmp_path, monkeypatch, tensorflow, error
+):
     def download(builder, *, file_format):
         raise error
 
@@ -461,7 +463,7 @@ def hang(monkeypatch):
     over.set()
 
 
-def test_a_look_up_that_hangs_is_given_up(monkeypatch, hang):
+def test_a_hanging_network_probe_times_out(monkeypatch, hang):
     monkeypatch.setattr(data, "_PROBE_SECONDS", 0.1)
     start = time.monotonic()
     assert not data._has_network()
@@ -480,7 +482,7 @@ def test_a_look_up_that_hangs_is_given_up(monkeypatch, hang):
     ],
     ids=repr,
 )
-def test_what_counts_as_an_answer(monkeypatch, error, answered):
+def test_any_http_answer_counts_as_a_network(monkeypatch, error, answered):
     def urlopen(url, timeout):
         assert url.startswith("https://")
         assert 0 < timeout <= data._PROBE_SECONDS
@@ -520,19 +522,19 @@ def server(monkeypatch):
 
 
 @pytest.mark.parametrize("page", ["there", "missing"])
-def test_a_server_that_answers(server, monkeypatch, page):
+def test_an_answering_server_counts_as_a_network(server, monkeypatch, page):
     address, asked = server
     monkeypatch.setattr(data, "_PROBE", f"{address}/{page}")
     assert data._has_network()
     assert asked == [f"/{page}"]
 
 
-def test_a_server_that_refuses(server, monkeypatch):
+def test_a_refusing_server_does_not_count_as_a_network(server, monkeypatch):
     monkeypatch.setattr(data, "_PROBE", "http://127.0.0.1:1/")
     assert not data._has_network()
 
 
-def test_through_a_proxy(server, monkeypatch):
+def test_the_network_is_looked_for_through_a_proxy(server, monkeypatch):
     address, asked = server
     monkeypatch.setenv("http_proxy", address)
     monkeypatch.setattr(data, "_PROBE", "http://storage.invalid/tfds")
@@ -579,7 +581,7 @@ def flip(start):
         pytest.param(Path.unlink, id="missing"),
     ],
 )
-def test_damaged_records(own, damage):
+def test_damaged_records_are_named(own, damage):
     """Of the two shards the damaged one is named, and the other is still read."""
     root, folder = own
     damage(folder / SHARD)
@@ -593,7 +595,7 @@ def test_damaged_records(own, damage):
     assert_holds(data.load("mnist", "test", str(root)), TEST)
 
 
-def test_both_shards_are_damaged(own):
+def test_damage_in_both_shards_is_named(own):
     root, folder = own
     paths = sorted(folder.glob("mnist-train*"))
     paths[0].unlink()
@@ -604,7 +606,7 @@ def test_both_shards_are_damaged(own):
         assert str(path) in str(raised.value)
 
 
-def test_sound_records_of_no_image(tmp_path):
+def test_records_that_hold_no_image_are_named(tmp_path):
     features = small_tfds.classification((8, 8, 1))
     prepare(tmp_path, features, image=[io.BytesIO(b"no image")], label=[0])
     with pytest.raises(OSError, match=r"damaged or missing records in .*1.0.0: "):
@@ -637,7 +639,7 @@ def describe(**changes):
         ),
     ],
 )
-def test_damaged_description(tmp_path, offline, name, damage):
+def test_a_damaged_description_is_named(tmp_path, offline, name, damage):
     splits = {"train": [TRAIN], "test": [TEST]}
     folder = small_tfds.write_samples(tmp_path, name, "3.0.1", splits)
     damage(folder / INFO)
@@ -647,7 +649,9 @@ def test_damaged_description(tmp_path, offline, name, damage):
 
 
 @pytest.mark.parametrize("by_environment", [False, True])
-def test_a_set_of_ones_own_without_features(tmp_path, offline, monkeypatch, by_environment):
+def test_a_custom_set_without_features_is_refused(
+    tmp_path, offline, monkeypatch, by_environment
+):
     folder = small_tfds.write_samples(tmp_path, "mine", "1.0.0", {"train": [TRAIN]})
     (folder / "features.json").unlink()
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
@@ -657,7 +661,7 @@ def test_a_set_of_ones_own_without_features(tmp_path, offline, monkeypatch, by_e
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "riegeli"])
-def test_prepared_in_a_format_that_needs_tensorflow(own, kind):
+def test_a_format_that_needs_tensorflow_is_refused(own, kind):
     root, folder = own
     describe(fileFormat=kind)(folder / INFO)
     with pytest.raises(OSError, match=f"holds mnist as {kind}, which needs TensorFlow"):
@@ -681,7 +685,7 @@ def test_a_folder_without_description_is_not_overwritten(own, monkeypatch, tenso
     size=st.integers(1, 9),
     shape=st.tuples(*[st.integers(1, 9)] * 2, st.sampled_from([1, 3])),
 )
-def test_pad_to(seed, size, shape):
+def test_pad_to_centres_images_in_zeros(seed, size, shape):
     images = np.random.default_rng(seed).integers(1, 256, (2, *shape), np.uint8)
     if size < max(shape[:2]):
         message = f"image_size is {size} but the images are {shape[0]}x{shape[1]}"
@@ -706,7 +710,7 @@ def test_pad_to(seed, size, shape):
     shape=st.tuples(*[st.integers(1, 6)] * 3, st.sampled_from([1, 3])),
     low=st.integers(0, 255),
 )
-def test_channel_statistics(seed, shape, low):
+def test_channel_statistics_equal_numpy(seed, shape, low):
     images = np.random.default_rng(seed).integers(low, 256, shape, np.uint8)
     mean, deviation = data.channel_statistics(images)
     assert mean.shape == deviation.shape == (shape[-1],)
@@ -719,7 +723,7 @@ def test_channel_statistics(seed, shape, low):
 
 
 @pytest.mark.parametrize("value", [0, 1, 127, 255])
-def test_statistics_of_a_constant_channel(value):
+def test_a_constant_channel_has_deviation_one(value):
     images = np.random.default_rng(0).integers(0, 256, (50, 20, 20, 3), np.uint8)
     images[..., 1] = value
     mean, deviation = data.channel_statistics(images)
@@ -729,7 +733,7 @@ def test_statistics_of_a_constant_channel(value):
     np.testing.assert_allclose(normalised[..., 1], 0, atol=1e-7)
 
 
-def test_normalise():
+def test_normalise_centres_and_scales_each_channel():
     images = data.load("digits", "test").images
     colour = np.concatenate([images, 255 - images, images // 2], axis=-1)
     mean, deviation = data.channel_statistics(colour)
@@ -816,7 +820,9 @@ PUBLISHED = [  # split "test": samples of each class, mean and deviation of each
 @pytest.mark.parametrize(
     ("name", "counts", "mean", "deviation"), PUBLISHED, ids=[row[0] for row in PUBLISHED]
 )
-def test_real_images(offline, name, counts, mean, deviation):
+def test_real_sets_have_their_published_counts_and_statistics(
+    offline, name, counts, mean, deviation
+):
     """Where they are prepared in TFDS's data directory."""
     try:
         dataset = data.load(name, "test")

@@ -145,7 +145,7 @@ def reexported(package):
     }
 
 
-def test_every_public_name_stands_in_the_reference():
+def test_the_reference_lists_every_public_name():
     of_modules = {f"ncjax.{m}.{name}" for m in MODULES for name in public(m)}
     expected = of_modules | set(reexported("ncjax").values())
     listed = re.findall(r"^\| \[`(\w+)`\]\[([\w.]+)\] \| \S", REFERENCE, re.MULTILINE)
@@ -153,7 +153,7 @@ def test_every_public_name_stands_in_the_reference():
     assert all(full.endswith(f".{short}") for short, full in listed)
 
 
-def test_every_module_has_its_reference():
+def test_the_reference_has_a_page_for_every_module():
     pages = "".join(p.read_text() for p in (DOCS / "reference").glob("*.md"))
     documented = re.findall(r"^::: ncjax\.([\w.]+)$", pages, re.MULTILINE)
     paths = [p.relative_to(ROOT / "ncjax") for p in (ROOT / "ncjax").rglob("[!_]*.py")]
@@ -162,7 +162,7 @@ def test_every_module_has_its_reference():
     assert modules >= PRIVATE
 
 
-def test_every_page_is_in_the_navigation():
+def test_the_navigation_lists_every_page():
     pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
     assert pages <= set(re.findall(r": ([\w/]+\.md)$", NAVIGATION, re.MULTILINE))
 

@@ -104,18 +104,18 @@ def campaign(experiment, folder, examples):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda module: module.NAME)
-def test_any_flags_are_accepted_or_refused_by_name(nothing_done, experiment):
+def test_random_flags_are_accepted_or_refused_by_name(nothing_done, experiment):
     assert campaign(experiment, nothing_done, 10).total() >= 10
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda module: module.NAME)
-def test_many_more_flags(nothing_done, experiment):
+def test_many_more_random_flags_are_accepted_or_refused_by_name(nothing_done, experiment):
     trains = issubclass(experiment.Config, train_small._training.Config)
     print(experiment.NAME, campaign(experiment, nothing_done, 200 if trains else 1000))
 
 
-def test_more_than_the_memory_holds_is_refused_at_once(nothing_done):
+def test_a_run_larger_than_the_memory_is_refused_at_once(nothing_done):
     with pytest.raises(ValueError, match=r"needs at least .* GB .*: give smaller --seeds"):
         ulpm_flow.run(ulpm_flow.Config(seeds=10**9))
     with pytest.raises(ValueError, match="give smaller --image_size"):

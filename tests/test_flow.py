@@ -75,7 +75,7 @@ def test_reference_values_up_to_t_of_1e5(solver):
     ("log_times", "solver"),
     [([100.0], "explicit"), ([100.0, 1e3], "explicit"), ([100.0, 1e3], "implicit")],
 )
-def test_reference_values_far_out(log_times, solver):
+def test_reference_values_at_late_times(log_times, solver):
     flow = flow_at(sine_params(), log_times, rtol=1e-10, atol=1e-10, solver=solver)
     got = np.stack(
         [
@@ -124,7 +124,7 @@ def test_time_zero_is_the_start_and_no_drift():
     assert int(flow.result) == SUCCESS
 
 
-def test_a_way_shorter_than_the_least_step_is_gone():
+def test_a_time_span_shorter_than_the_least_step_succeeds():
     """t = e^-50 moves nothing in float64, and is no failure."""
     start = sine_params()
     flow = ncjax.gradient_flow(start, [-50.0])
@@ -132,7 +132,7 @@ def test_a_way_shorter_than_the_least_step_is_gone():
     chex.assert_trees_all_close(flow.final, start, rtol=1e-15)
 
 
-def test_legs_join():
+def test_two_legs_agree_with_one_solve():
     start = sine_params()
     whole = flow_at(start, [20.0, 50.0])
     first = flow_at(start, [20.0])
@@ -140,7 +140,7 @@ def test_legs_join():
     np.testing.assert_allclose(second.final.H, whole.final.H, rtol=1e-6)
 
 
-def test_record_replaces_the_state_by_what_it_returns():
+def test_the_value_of_record_is_saved_instead_of_the_state():
     log_times = np.array([1.0, 5.0])
     flow = ncjax.gradient_flow(sine_params(), log_times, record=ncjax.collapse_metrics)
     states = flow_at(sine_params(), log_times).params
@@ -149,7 +149,7 @@ def test_record_replaces_the_state_by_what_it_returns():
     chex.assert_trees_all_close(flow.recorded, expected, rtol=1e-6)
 
 
-def test_a_failed_seed_is_told_by_its_code_and_harms_no_other():
+def test_a_failed_seed_has_its_result_code_and_leaves_others_unchanged():
     good, log_times = sine_params(), np.array([1.0, 10.0])
     starts = [good, jax.tree.map(lambda leaf: leaf * np.nan, good), good]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
@@ -162,7 +162,7 @@ def test_a_failed_seed_is_told_by_its_code_and_harms_no_other():
     assert int(flow.num_steps[1]) < 100
 
 
-def test_the_step_limit_is_told_and_what_was_reached_is_kept():
+def test_the_step_limit_has_its_result_code_and_keeps_the_states_reached():
     flow = ncjax.gradient_flow(sine_params(), [0.0, 100.0], max_steps=50)
     assert int(flow.result) == STEP_LIMIT
     assert np.isfinite(flow.log_loss[0])
@@ -170,7 +170,7 @@ def test_the_step_limit_is_told_and_what_was_reached_is_kept():
 
 
 @pytest.mark.parametrize("scale", [1e-10, 1e-280])
-def test_a_small_start_is_followed_from_its_own_scale_on(scale):
+def test_tolerances_follow_the_scale_of_a_small_start(scale):
     start = jax.tree.map(lambda leaf: scale * leaf, random_params(0, 4, 3, 6, 1.0))
     log_times = [0.0, 1.0, 2.0, 5.0, 10.0]
     flow = ncjax.gradient_flow(start, log_times)
@@ -179,7 +179,7 @@ def test_a_small_start_is_followed_from_its_own_scale_on(scale):
     np.testing.assert_allclose(flow.params.H, tight.params.H, rtol=1e-5)
 
 
-def test_the_origin_stays():
+def test_the_flow_stays_at_the_origin():
     start = random_params(0, 4, 3, 6, 0.0)
     flow = flow_at(start, [1.0, 10.0])
     assert int(flow.result) == SUCCESS
@@ -194,14 +194,14 @@ def test_the_origin_stays():
     assert float(jax.grad(log_loss)(0.0)) == 0
 
 
-def test_nothing_goes_on_from_a_state_that_was_not_reached():
+def test_a_leg_from_a_state_that_was_not_reached_fails():
     failed = ncjax.gradient_flow(sine_params(), [100.0], max_steps=20)
     assert np.isnan(failed.final.W).all()
     on = jax.jit(lambda p: ncjax.gradient_flow(p, [200.0], start_log_time=100.0))
     assert int(on(failed.final).result) == STEP_TOO_SMALL
 
 
-def test_times_that_are_bad_under_jit_are_told_by_the_code():
+def test_bad_times_under_jit_have_their_result_code():
     flow_of = jax.jit(lambda log_times: ncjax.gradient_flow(sine_params(), log_times))
     for log_times in ([20.0, 1.0], [1.0, np.nan], [1.0, np.inf]):
         flow = flow_of(jnp.array(log_times))
@@ -209,7 +209,7 @@ def test_times_that_are_bad_under_jit_are_told_by_the_code():
         assert np.isnan(flow.log_loss).all()
 
 
-def test_record_may_return_integers_booleans_and_numbers():
+def test_record_may_return_integers_booleans_and_floats():
     def record(params):
         return {"argmax": jnp.argmax(params.W), "positive": params.W > 0, "one": 1}
 
@@ -225,7 +225,7 @@ def test_half_precision_is_refused():
 
 
 @pytest.mark.slow
-def test_the_flow_goes_far_beyond_double_exponents():
+def test_the_flow_continues_where_t_overflows():
     flow = ncjax.gradient_flow(sine_params(), [1e5])
     assert int(flow.result) == SUCCESS
     optimum = 3 * np.sqrt(3)
@@ -327,7 +327,7 @@ def test_descent_is_the_plain_loop():
         params = jax.tree.map(lambda z, g: z - 0.1 * g, params, gradient)
 
 
-def test_descent_goes_on_after_the_last_saved_step_and_records():
+def test_descent_continues_after_the_last_saved_step_and_records():
     start = sine_params()
     descent = ncjax.gradient_descent(
         start, 0.1, 20, save_steps=[5], record=ncjax.margin_ratio
@@ -424,7 +424,7 @@ def test_sharp_constants_to_five_digits(far, far_times):
     np.testing.assert_allclose(norm, 2 * optimum, rtol=3e-5)
 
 
-def test_metrics_far_out_hold_to_six_digits(far, far_times):
+def test_metrics_at_late_times_hold_to_six_digits(far, far_times):
     start, flow = far
     finer = ncjax.gradient_flow(start, far_times, rtol=1e-10)
     metrics = jax.jit(jax.vmap(ncjax.collapse_metrics))
@@ -445,7 +445,7 @@ def test_metrics_far_out_hold_to_six_digits(far, far_times):
         )
 
 
-def test_invariants_are_put_right(far):
+def test_the_implicit_solver_restores_the_invariants(far):
     start, flow = far
     drift = jax.vmap(lambda state: ncjax.invariant_drift(state, start))(flow.params)
     np.testing.assert_array_less(drift.balance, 1e-14)
@@ -485,7 +485,7 @@ def test_implicit_legs_join_under_jit_and_vmap():
         np.testing.assert_allclose(got.W[i], whole.W, rtol=1e-6, atol=1e-6)
 
 
-def test_auto_goes_by_time_size_precision_and_tolerance():
+def test_auto_chooses_by_time_size_precision_and_tolerance():
     assert choose_solver(4, 6, 1e3, jnp.float64) == "explicit"
     assert choose_solver(4, 6, 3e4, jnp.float64) == "implicit"
     assert choose_solver(4, 6, 3e4, jnp.float32) == "stabilised"
@@ -495,7 +495,7 @@ def test_auto_goes_by_time_size_precision_and_tolerance():
     assert choose_solver(10, 20, 1e4, jnp.float64, rtol=1e-11) == "explicit"
 
 
-def test_auto_knows_times_that_stand_in_a_compiled_function():
+def test_auto_reads_constant_times_under_jit():
     times = [1.0, 2500.0]
 
     @jax.jit
@@ -511,7 +511,7 @@ def test_an_unknown_solver_is_refused():
         ncjax.gradient_flow(sine_params(), [1.0], solver="euler")
 
 
-def test_implicit_follows_what_moves_fast_between_and_at_any_times():
+def test_implicit_follows_fast_motion_between_and_at_saved_times():
     # Far from the loss of its time the state moves within 1e-3 of x; then two times that
     # lie 0.02 apart about x = 1.
     start = random_params(7, 3, 2, 4, 4.0)
@@ -539,7 +539,7 @@ def test_the_absolute_tolerance_follows_the_relative_one():
     assert steps(rtol=1e-5) == steps(rtol=1e-5, atol=1e-5 * size)
 
 
-def test_a_start_that_is_traced_is_not_asked_for_its_value():
+def test_a_traced_start_time_is_accepted():
     flow = jax.jit(
         lambda start: ncjax.gradient_flow(sine_params(), [1.0, 10.0], start_log_time=start)
     )
@@ -547,6 +547,6 @@ def test_a_start_that_is_traced_is_not_asked_for_its_value():
     assert int(flow(2.0).result) == BAD_TIMES
 
 
-def test_tolerances_of_another_dtype_are_taken():
+def test_tolerances_of_another_dtype_are_accepted():
     flow = flow_at(sine_params(np.float32), [1.0], rtol=np.float64(1e-5))
     assert flow.log_loss.dtype == np.float32

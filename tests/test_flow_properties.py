@@ -117,7 +117,7 @@ def norms(W, H):
     st.sampled_from(TIMES),
     st.sampled_from(SOLVERS),
 )
-def test_the_flow_is_that_of_scipy(seed, shape, kind, times, solver):
+def test_the_flow_agrees_with_scipy(seed, shape, kind, times, solver):
     params = start_of(seed, shape, kind)
     log_times, start = times_of(seed, times)
     flow = solved(params, log_times, solver, start_log_time=start)
@@ -128,7 +128,7 @@ def test_the_flow_is_that_of_scipy(seed, shape, kind, times, solver):
 
 @few
 @given(seeds, st.sampled_from(["plain", "unbalanced"]), st.sampled_from(SOLVERS))
-def test_the_flow_turns_with_its_start_and_its_legs_join(seed, kind, solver):
+def test_the_flow_commutes_with_rotation_and_two_legs_agree_with_one(seed, kind, solver):
     shape = SHAPES[0]
     params, (log_times, _) = start_of(seed, shape, kind), times_of(seed, "wide")
     flow = solved(params, log_times, solver)
@@ -157,7 +157,7 @@ def test_the_flow_turns_with_its_start_and_its_legs_join(seed, kind, solver):
 
 @few
 @given(seeds, sizes, st.sampled_from([1e-3, 0.1, 0.5]), st.integers(1, 9))
-def test_descent_is_the_loop_in_numpy(seed, shape, step_size, num_steps):
+def test_descent_agrees_with_a_numpy_loop(seed, shape, step_size, num_steps):
     params = random_params(seed, *shape, 1.0)
     got = ncjax.gradient_descent(params, step_size, num_steps, save_steps=[0, num_steps])
     W, H = (np.asarray(leaf) for leaf in params)

@@ -31,7 +31,7 @@ def hessian_over_loss(params):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_solves_with_the_hessian_of_the_loss(shape):
+def test_solves_identity_plus_c_times_the_hessian_over_the_loss(shape):
     params, right = random_params(0, *shape, 0.7), random_params(1, *shape, 1.0)
     hessian, flat_right = np.asarray(hessian_over_loss(params)), ravel_pytree(right)[0]
     for c in (1e-3, 0.05, 0.3):
@@ -80,7 +80,7 @@ def test_solves_where_the_loss_has_underflowed(scale):
         np.testing.assert_allclose(leaf, 0, atol=1e-6)
 
 
-def test_vmap_solves_each():
+def test_vmap_solves_each_system():
     many = jax.vmap(lambda key: ncjax.init_params(key, 3, 2, 4, 0.5))(
         jax.random.split(jax.random.key(0), 3)
     )
@@ -114,7 +114,7 @@ def test_inverse_of_a_positive_definite_matrix(seed, shape, decades, p):
     np.testing.assert_allclose(got, inverse, rtol=0, atol=1e-13 * worst**2)
 
 
-def test_a_block_that_does_not_divide_is_refused():
+def test_a_block_that_does_not_divide_the_size_is_refused():
     with pytest.raises(ValueError, match="block must divide the size 6, got 4"):
         block_solve.inverse(jnp.eye(6), 4)
 

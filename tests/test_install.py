@@ -105,7 +105,7 @@ def test_the_core_works_without_the_extras():
     assert done.returncode == 0, done.stderr.decode()
 
 
-def test_the_versions_of_python_are_said_alike():
+def test_all_files_name_the_same_python_versions():
     oldest = f"py{PYTHONS[0].replace('.', '')}"
     assert SETUP["options"]["python_requires"] == f">={PYTHONS[0]}"
     assert SETUP["mypy"]["python_version"] == PYTHONS[0]

@@ -102,7 +102,9 @@ def least_on_the_sphere(scale, saddle, multiplicity, method):
 
 @pytest.mark.parametrize("method", ["dense", "lanczos"])
 @pytest.mark.parametrize(("m", "b", "n", "d", "limit", "multiplicity"), SADDLES)
-def test_block_saddle_far_out(m, b, n, d, limit, multiplicity, method):
+def test_eigenvalues_of_block_saddles_at_large_scale(
+    m, b, n, d, limit, multiplicity, method
+):
     eigenvalues = least_on_the_sphere(30.0, (m, b, n, d), multiplicity, method)
     np.testing.assert_allclose(eigenvalues[:-1], limit, rtol=0, atol=1e-10)
     assert eigenvalues[-1] > limit + 0.01
@@ -110,7 +112,9 @@ def test_block_saddle_far_out(m, b, n, d, limit, multiplicity, method):
 
 @pytest.mark.parametrize("scale", [1.5, 2.0, 4.0])
 @pytest.mark.parametrize(("m", "b", "n", "d", "limit", "multiplicity"), SADDLES)
-def test_block_saddle_at_finite_scale(scale, m, b, n, d, limit, multiplicity):
+def test_eigenvalues_of_block_saddles_at_finite_scale(
+    scale, m, b, n, d, limit, multiplicity
+):
     """-b (π_o - π_w) / (K √n ℓ): softmax weights of other and own block, sample's loss."""
     K = m * b
     own, other = math.exp(-(scale**2) * b / (b - 1)), math.exp(-(scale**2))
@@ -282,7 +286,9 @@ def test_products_and_densities_of_quadratics(seed, exponent):
     exponent=st.integers(-200, 200),
     seed=st.integers(0, 2**31 - 1),
 )
-def test_multiplicities_come_out_right(copies, gaps, first, exponent, seed):
+def test_lanczos_finds_all_copies_of_multiple_eigenvalues(
+    copies, gaps, first, exponent, seed
+):
     levels = (first + np.cumsum(gaps)[: len(copies)]) * 10.0**exponent
     spectrum = np.repeat(levels, copies)
     spectrum = np.sort(np.pad(spectrum, (0, 60 - len(spectrum)), mode="edge"))
@@ -318,7 +324,7 @@ CLUSTERS = {
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", CLUSTERS)
-def test_clusters_and_breakdown(name, dtype):
+def test_lanczos_resolves_clusters_and_survives_breakdown(name, dtype):
     spectrum = np.sort(CLUSTERS[name])
     norm = np.max(np.abs(spectrum))
     for k, which, expected in (
@@ -348,7 +354,7 @@ def test_clusters_and_breakdown(name, dtype):
         (7, "lanczos", "largest"),
     ],
 )
-def test_all_of_a_small_space(dim, method, which):
+def test_all_eigenvalues_of_a_small_space(dim, method, which):
     eig = ncjax.hessian_eig(
         quadratic,
         jnp.ones(dim),
@@ -378,7 +384,7 @@ def test_linear_and_constant_functions(method, fn):
     assert eig.converged.all()
 
 
-def test_a_sum_over_the_sphere_at_a_zero_of_the_first_coordinate():
+def test_a_linear_function_is_curved_on_the_sphere():
     """Linear functions curve on the sphere: -<∇f, Z>/|Z|², D - 1 times."""
     z = jnp.asarray([0.0, 3.0, 4.0])
     eig = ncjax.hessian_eig(lambda x: x[2], z, which="all", sphere=True)
@@ -402,7 +408,7 @@ def test_mixed_dtypes_keep_their_leaves():
         assert eig.converged.all()
 
 
-def test_not_converged_is_said():
+def test_converged_is_false_if_lanczos_stops_early():
     spectrum = 10.0 ** np.linspace(-6, 6, 100)
     eig = ncjax.hessian_eig(
         quadratic,
@@ -467,7 +473,9 @@ def test_under_jit_and_vmap(method):
 
 
 @pytest.mark.parametrize(("method", "sphere"), [("dense", False), ("lanczos", True)])
-def test_a_value_that_is_not_finite_is_flagged_under_jit(method, sphere):
+def test_a_hessian_that_is_not_finite_is_flagged_under_jit_and_refused_outside(
+    method, sphere
+):
     def fn(x):
         return jnp.sum(x**1.5)  # second derivative infinite at zero
 
@@ -503,7 +511,7 @@ def test_the_same_key_gives_the_same_result():
         np.testing.assert_allclose(eig.eigenvalues, eigs[0].eigenvalues, atol=1e-14)
 
 
-def test_sharded_over_devices():
+def test_eigenvalues_of_sharded_data_agree_with_one_device():
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     printed = subprocesses.output(subprocesses.command("sharded_eigenvalues"), environment)
     one, automatic, explicit = (
@@ -555,7 +563,7 @@ def test_gauss_rule_is_exact_for_its_vector():
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.0, 1e-200, 1e200])
-def test_density_where_lanczos_breaks_down(factor):
+def test_density_of_a_multiple_of_the_identity(factor):
     density = ncjax.spectral_density(
         quadratic,
         jnp.ones(60),
@@ -569,7 +577,7 @@ def test_density_where_lanczos_breaks_down(factor):
     np.testing.assert_allclose(area, 1, atol=1e-5)
 
 
-def test_density_on_a_grid_of_ones_own():
+def test_density_on_a_given_grid():
     grid = np.linspace(-1, 3, 41)
     density = ncjax.spectral_density(
         lambda x: jnp.sum(x**2) / 2, jnp.ones(9), grid=grid, width=0.2, num_probes=1

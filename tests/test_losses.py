@@ -24,7 +24,7 @@ def test_cross_entropy_is_the_sum_over_samples(seed, shape, scale):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("fn", [ncjax.cross_entropy, ncjax.log_cross_entropy])
-def test_at_the_origin(fn, dtype):
+def test_value_and_gradient_at_the_origin(fn, dtype):
     params = random_params(0, 5, 3, 4, 0.0, dtype)
     expected = 15 * np.log(5)
     expected = expected if fn is ncjax.cross_entropy else np.log(expected)
@@ -36,7 +36,7 @@ def test_at_the_origin(fn, dtype):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("norm", [1.0, 1e2, 1e3, 1e4])
-def test_far_out_value_and_gradient_agree_with_extended_precision(dtype, norm):
+def test_value_and_gradient_at_large_norm_agree_with_extended_precision(dtype, norm):
     # A near-collapsed point with margins up to 1e8: a loss down to exp(-1e6) and beyond.
     rng = np.random.default_rng(0)
     etf = np.asarray(ncjax.simplex_etf(4, 5))
@@ -59,7 +59,7 @@ def test_far_out_value_and_gradient_agree_with_extended_precision(dtype, norm):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_where_the_loss_is_exp_of_minus_a_million_the_gradient_is_the_direction(dtype):
+def test_gradient_at_a_loss_of_exp_of_minus_a_million_is_the_direction(dtype):
     # Exactly collapsed: margins are all equal, so is every weight, and the gradient of
     # log L is that of minus the mean margin, whatever the norm.
     etf = ncjax.simplex_etf(4, 4, dtype=dtype)
@@ -72,7 +72,7 @@ def test_where_the_loss_is_exp_of_minus_a_million_the_gradient_is_the_direction(
     np.testing.assert_allclose(gradient.H[:, 0], -1e3 * etf / 3, rtol=tolerance, atol=1e-3)
 
 
-def test_misclassified_far_out_the_loss_is_linear_in_the_margin():
+def test_loss_of_misclassified_samples_at_large_norm_is_linear_in_the_margin():
     etf = ncjax.simplex_etf(3, 3)
     wrong = ncjax.Params(1e3 * etf, -1e3 * etf[:, None])
     value, gradient = jax.value_and_grad(ncjax.cross_entropy)(wrong)
@@ -88,7 +88,7 @@ def _gradients(params):
 
 
 @given(st.integers(0, 10**6), sizes, st.sampled_from([0.1, 1.0, 3.0]))
-def test_gradient_of_the_logarithm_is_the_logarithmic_gradient(seed, shape, scale):
+def test_gradient_of_the_log_loss_is_the_gradient_over_the_loss(seed, shape, scale):
     params = random_params(seed, *shape, scale)
     loss, gradient, log_gradient = _gradients(params)
     expected = jax.tree.map(lambda leaf: leaf / loss, gradient)
@@ -140,7 +140,7 @@ def test_vmap_agrees_with_a_loop():
 
 
 @pytest.mark.parametrize("fn", [ncjax.cross_entropy, ncjax.log_cross_entropy])
-def test_shapes_that_do_not_fit_are_named(fn):
+def test_mismatched_shapes_are_named(fn):
     with pytest.raises(ValueError, match=r"expected W \(K, d\) and H \(K, n, d\)"):
         fn(ncjax.Params(jnp.ones((3, 4)), jnp.ones((3, 4))))
 
@@ -200,7 +200,7 @@ def test_log_softplus_at_any_odds(odds, dtype):
     st.sampled_from([0.1, 1.0, 30.0, 1000.0]),
     st.sampled_from([np.float32, np.float64]),
 )
-def test_slopes_of_samples_sum_to_nothing_and_to_the_gradient(seed, scale, dtype):
+def test_error_slopes_sum_to_zero_and_give_the_gradient(seed, scale, dtype):
     params = random_params(seed, 3, 2, 7, scale, dtype)
     slopes = _slopes(params)
     assert {leaf.dtype for leaf in slopes} == {np.dtype(dtype)}

@@ -131,7 +131,7 @@ def test_variation_of_1e_7_of_the_means_in_float32():
 
 @pytest.mark.parametrize("offset", [0, 3000])
 @pytest.mark.parametrize("isotropic", [True, False])
-def test_class_means_whose_spreads_differ_by_500_in_float32(offset, isotropic):
+def test_class_means_with_spreads_that_differ_by_500_in_float32(offset, isotropic):
     """Rounding is amplified by 500 at most; a pseudo-inverse of Σ_B squares that."""
     rng = np.random.default_rng(4)
     data = clusters(4, SHAPE)
@@ -162,7 +162,7 @@ def test_half_precision_features_are_computed_in_float32(dtype):
 # The rules of NC4
 
 
-def test_bias_decides_the_agreement_with_the_nearest_centre():
+def test_the_bias_changes_the_agreement_with_the_nearest_centre():
     """Weights m_k with biases -|m_k|²/2 are the nearest-centre rule itself."""
     data = clusters(6, SHAPE, spread=1.5)
     means = oracles.class_means(data.features + 1, data.labels)
@@ -174,7 +174,7 @@ def test_bias_decides_the_agreement_with_the_nearest_centre():
 # Streaming
 
 
-def test_a_trainer_gets_the_same_batch_by_batch_with_a_padded_last_batch():
+def test_streaming_in_batches_with_a_padded_last_batch_agrees_with_one_call():
     data = clusters(7, SHAPE)
     size, batch = 200, 64
     padded = -size % batch
@@ -285,7 +285,7 @@ def test_no_array_is_of_size_d_by_d():
     assert max(np.prod(shape, dtype=int) for shape in seen) == num_classes**2 * dim
 
 
-def test_memory_beyond_the_features_is_that_of_a_chunk():
+def test_memory_beyond_the_features_is_one_chunk():
     function = jax.jit(partial(ncjax.collapse_metrics_from_features, chunk_size=2000))
     compiled = function.lower(
         jax.ShapeDtypeStruct((10**6, 64), jnp.float32),
@@ -331,7 +331,7 @@ GOOD = clusters(10, (3, 4, 12))
         ),
     ],
 )
-def test_unsound_arguments_are_refused(changed, message):
+def test_bad_features_labels_and_classifiers_are_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         computed(GOOD._replace(**changed))
 
@@ -344,12 +344,12 @@ def test_unsound_arguments_are_refused(changed, message):
         ({"chunk_size": 2.0}, "chunk_size must be an integer of at least 1"),
     ],
 )
-def test_unsound_options_are_refused(options, message):
+def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         computed(GOOD, **options)
 
 
-def test_unsound_params_are_refused():
+def test_bad_params_are_refused():
     W, H = random_params()
     for params, message in (
         (W, r"expected ncjax.Params\(W, H\)"),

@@ -202,7 +202,7 @@ def test_a_training_step_equals_torchvision(case, peers):
 
 
 @small_network
-def test_logits_are_the_classifier_of_the_features(network):
+def test_logits_are_the_classifier_applied_to_the_features(network):
     variables, apply = small(network)
     logits, features = to_numpy(apply(variables, images()))
     classifier = variables["params"]["classifier"]
@@ -271,7 +271,7 @@ def test_bfloat16_is_near_float32(network):
         ("convnet", {}, 128),
     ],
 )
-def test_width_multiplies_channels_and_units(name, options, dim):
+def test_width_multiplies_the_numbers_of_channels_and_units(name, options, dim):
     shape = (40, 48, 2)
     full = shapes(models.abstract_variables(models.build(name, K, **options), shape))
     assert full["params/classifier/kernel"] == (dim, K)
@@ -289,7 +289,7 @@ def test_width_multiplies_channels_and_units(name, options, dim):
 
 
 @small_network
-def test_evaluation_treats_each_image_alone(network):
+def test_evaluation_of_an_image_does_not_depend_on_the_batch(network):
     variables, apply = small(network)
     together = to_numpy(apply(variables, images()))
     for i in range(3):
@@ -354,7 +354,7 @@ def assert_drawn(kernel, deviation, uniform, leaf):
         ("convnet", {}),
     ],
 )
-def test_initial_distributions(name, options):
+def test_initial_weights_have_their_distributions(name, options):
     variables = initial(name, **options)
     fixed = {"scale": 1, "mean": 0, "var": 1}
     seen = set()

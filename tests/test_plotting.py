@@ -138,7 +138,7 @@ def test_figures_over_epochs_hold_medians(seed, shape, holes, with_test, until):
         (plotting.figure_over_log_log_epochs, [1], "expected an epoch from 2 on"),
     ],
 )
-def test_nothing_to_draw_is_told(figure, times, message):
+def test_figures_without_data_are_refused(figure, times, message):
     panels = plotting.collapse_panels(table(0, (2, len(times)), "none"))
     with pytest.raises(ValueError, match=message):
         figure(np.array(times), panels)
@@ -180,7 +180,7 @@ def test_shares_and_losses_are_drawn_as_they_are(seed, shape, holes):
 
 @few
 @given(seeds, COUNTS, st.integers(0, 3), st.sampled_from(["none", "nan", "zero"]))
-def test_figures_of_saddles_hold_what_they_are_given(seed, shape, count, holes):
+def test_figures_of_saddles_hold_the_given_values(seed, shape, count, holes):
     rng = np.random.default_rng(seed)
     values = table(seed, shape, holes)
     times = np.sort(10 ** rng.uniform(0, 4, shape[1]))

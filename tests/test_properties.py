@@ -34,7 +34,7 @@ def assert_close(first, second, rtol, atol=0.0):
 
 @settings(max_examples=max(8, settings.default.max_examples // 3))
 @given(seeds, sizes, floats)
-def test_the_state_turns_and_its_numbers_stay(seed, shape, dtype):
+def test_metrics_and_losses_are_invariant_under_rotation_and_order(seed, shape, dtype):
     """Rotation of the features; any order of classes and of samples within a class."""
     params, rng = random_params(seed, *shape, 1.0, dtype), np.random.default_rng(seed)
     frame = np.linalg.qr(rng.normal(size=(shape[2], shape[2])))[0].astype(dtype)
@@ -55,7 +55,9 @@ def test_the_state_turns_and_its_numbers_stay(seed, shape, dtype):
 
 
 @given(seeds, sizes, floats, st.integers(-100, 100), st.integers(-100, 100))
-def test_metrics_are_blind_to_both_scales_and_ratios_to_one(seed, shape, dtype, p, q):
+def test_metrics_do_not_depend_on_two_scales_nor_margin_ratio_on_a_common_scale(
+    seed, shape, dtype, p, q
+):
     # In float64 from 2^-1000 to 2^1000. Powers of two round nothing.
     wide = 10 if dtype == np.float64 else 1
     params = random_params(seed, *shape, 1.0, dtype)
@@ -69,7 +71,7 @@ def test_metrics_are_blind_to_both_scales_and_ratios_to_one(seed, shape, dtype, 
 
 
 @given(seeds, sizes, floats, st.integers(-100, -15))
-def test_near_the_origin_the_angle_is_that_of_the_linear_flow(seed, shape, dtype, p):
+def test_kkt_angle_near_the_origin_equals_the_linear_flow(seed, shape, dtype, p):
     # There ∇log L is linear in Z, and its direction is that of (S H, Sᵀ W).
     factor = 2.0 ** (p * (10 if dtype == np.float64 else 1))
     params = random_params(seed, *shape, 1.0, dtype)
@@ -120,7 +122,7 @@ _together = jax.jit(jax.vmap(of_state))
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_half_precision_is_taken(dtype):
+def test_half_precision_keeps_its_dtype_and_metrics_are_float32(dtype):
     """Decompositions and metrics are float32; the rest keeps the dtype."""
     params = random_params(0, 3, 2, 7, 0.1, dtype)
     for name, value in compiled(params).items():
@@ -192,7 +194,7 @@ def _balance_by_loops(params):
     return W.T @ W - sum(np.outer(h, h) for rows in H for h in rows)
 
 
-def test_drift_is_nothing_at_the_origin_and_needs_two_states_alike():
+def test_drift_at_the_origin_is_zero_and_states_of_other_shapes_are_refused():
     origin, other = random_params(0, 3, 2, 4, 0.0), random_params(0, 3, 2, 5, 1.0)
     assert ncjax.invariant_drift(origin, origin) == (0, 0)
     for function in (ncjax.invariant_drift, ncjax.restore_invariants):
@@ -206,7 +208,7 @@ _restored = jax.jit(ncjax.restore_invariants)
 
 
 @given(seeds, sizes, st.sampled_from([1e-3, 1.0, 1e3]), st.booleans())
-def test_restored_invariants_move_no_logit(seed, shape, scale, repeated):
+def test_restoring_invariants_keeps_logits(seed, shape, scale, repeated):
     start = random_params(seed, *shape, scale)
     if repeated:  # rows that span less than the space
         start = start._replace(W=start.W.at[1].set(start.W[0]), H=start.H * 0 + scale)
@@ -260,7 +262,7 @@ _row_measures = jax.jit(row_measures)
 
 
 @given(seeds, st.sampled_from([(2, 1), (3, 5), (6, 2)]))
-def test_rows_beside_rows(seed, shape):
+def test_dots_and_distances_of_rows_agree_with_loops(seed, shape):
     rng = np.random.default_rng(seed)
     rows, others = (rng.normal(size=shape) for _ in range(2))
     got = measures.row_dots(jnp.asarray(rows), jnp.asarray(others))
@@ -304,7 +306,7 @@ def test_numbers_beyond_the_dtype_of_the_features_are_refused():
         ncjax.collapse_metrics_from_features(features, labels, 1e300 * np.eye(3))
 
 
-def test_too_few_samples_are_told_under_jit():
+def test_too_few_samples_are_refused_under_jit():
     with pytest.raises(ValueError, match="expected a sample of each of 3 classes"):
         jax.jit(ncjax.collapse_metrics_from_features)(
             jnp.zeros((0, 4)), jnp.zeros(0, int), jnp.ones((3, 4))

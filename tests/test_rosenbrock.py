@@ -40,7 +40,7 @@ def test_the_solution_is_of_order_five_and_its_dense_output_of_order_four(fine):
     assert 2**3.5 < dense < 2**6.5
 
 
-def test_the_error_estimate_is_that_of_order_four():
+def test_the_error_estimate_has_order_four():
     term, start = diffrax.ODETerm(field), curve(jnp.asarray(0.0)) + 0.1
     estimates = [
         np.abs(SOLVER.step(term, 0.0, h, start, None, None, False)[1]).max()
@@ -64,7 +64,7 @@ def test_a_stiff_equation_is_followed_at_any_step(rate):
     np.testing.assert_allclose(y[0], np.sin(0.5), rtol=1e-6)
 
 
-def test_what_is_fast_is_damped_at_once():
+def test_fast_components_are_damped_in_one_step():
     rate = 1e10
     solver = dense_rodas(lambda t, y: jnp.full((1, 1), -rate), lambda t, y: jnp.zeros(1))
     term = diffrax.ODETerm(lambda t, y, _: -rate * y)

@@ -75,7 +75,7 @@ def test_a_folder_in_use_is_refused(quick, tmp_path, holder, name, flags):
     assert names(tmp_path / "run") == {".lock"}
 
 
-def test_the_lock_goes_with_its_process(quick, tmp_path, holder):
+def test_a_lock_ends_with_its_process(quick, tmp_path, holder):
     holder.kill()
     holder.wait()
     assert (tmp_path / "run" / ".lock").exists()
@@ -105,7 +105,7 @@ def test_only_the_first_process_locks(quick, tmp_path, holder):
         assert _training._open(config, "train_small", stack) == (tmp_path / "run", False)
 
 
-def test_a_lock_that_is_removed_while_it_is_awaited_locks_nothing(tmp_path, monkeypatch):
+def test_a_lock_file_removed_while_waiting_is_made_again(tmp_path, monkeypatch):
     unchanged = lock._lock
     tried = []
 
@@ -121,7 +121,7 @@ def test_a_lock_that_is_removed_while_it_is_awaited_locks_nothing(tmp_path, monk
     assert len(tried) == 2
 
 
-def test_a_disk_without_locks_is_told(tmp_path, monkeypatch):
+def test_a_disk_without_locks_gives_a_warning(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -130,7 +130,7 @@ def test_a_disk_without_locks_is_told(tmp_path, monkeypatch):
         pass
 
 
-def test_a_lock_that_cannot_be_made_is_told(quick, tmp_path):
+def test_a_lock_file_that_cannot_be_made_is_an_error(quick, tmp_path):
     (tmp_path / ".lock").mkdir()
     with pytest.raises(ValueError, match=r"cannot lock .*\.lock: Is a directory"):
         damage.run("theorems", tmp_path)
@@ -159,7 +159,9 @@ def cut_off(patch, target, error):
         *(("train_small", f) for f in ("metrics", "collapse.csv", "training.png")),
     ],
 )
-def test_a_full_disk_names_the_file_and_what_to_do(quick, tmp_path, name, target):
+def test_a_full_disk_error_names_the_file_and_the_next_command(
+    quick, tmp_path, name, target
+):
     damage.run("train_small", tmp_path / "source")
     expected = damage.run(name, tmp_path / "expected")
     folder = tmp_path / "run"
@@ -181,13 +183,13 @@ def test_a_full_disk_names_the_file_and_what_to_do(quick, tmp_path, name, target
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG])
-def test_other_refusals_of_the_disk_are_told(quick, tmp_path, code):
+def test_other_disk_errors_name_the_file(quick, tmp_path, code):
     cut_off(quick, "metrics", OSError(code, os.strerror(code)))
     with pytest.raises(OSError, match=f"metrics.csv: {os.strerror(code)}"):
         damage.run("ulpm_flow", tmp_path)
 
 
-def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(quick, tmp_path):
+def test_a_checkpoint_that_does_not_fit_keeps_the_previous_one(quick, tmp_path):
     expected = damage.run("train_small", tmp_path / "expected")
     folder = tmp_path / "run"
     save = checkpoint.ocp.CheckpointManager.save
@@ -213,7 +215,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(quick, tmp_path):
     assert (folder / "metrics.csv").read_bytes() == (expected / "metrics.csv").read_bytes()
 
 
-def test_the_kernel_refuses_files_of_a_size(quick, tmp_path):
+def test_a_file_size_limit_of_the_kernel_is_an_error_and_the_run_resumes(quick, tmp_path):
     """Nothing is simulated: each limit meets another file."""
     expected = damage.run("train_small", tmp_path / "expected")
     limits = ("400", "1500", "6000")
@@ -249,7 +251,7 @@ def test_events_are_on_the_disk_at_once(tmp_path):
     assert np.float32(0.5).tobytes() in content
 
 
-def test_a_report_that_cannot_be_written_is_told(quick, tmp_path):
+def test_a_report_that_cannot_be_written_is_an_error(quick, tmp_path):
     damage.run("theorems", tmp_path / "run")
     (tmp_path / "page.html").write_text("before")
     cut_off(quick, "page", FULL)
@@ -271,7 +273,7 @@ def test_a_read_only_folder_is_refused_before_any_work(quick, tmp_path):
     assert names(tmp_path) == set()
 
 
-def test_what_a_killed_run_was_writing_goes_with_the_next(quick, tmp_path):
+def test_resume_removes_the_partial_files_of_a_killed_run(quick, tmp_path):
     folder = damage.interrupted(quick, "ulpm_flow", tmp_path / "run")
     left = folder / ".metrics.csv.abcdefgh.part"
     left.write_text("half")
@@ -292,7 +294,7 @@ def test_resuming_makes_no_folder(quick, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json"])
-def test_a_number_that_has_changed_is_noticed(quick, tmp_path, name):
+def test_resume_refuses_a_changed_number_in_a_json_file(quick, tmp_path, name):
     folder = damage.run("ulpm_flow", tmp_path / "run")
     path = folder / name
     text = path.read_text()
@@ -302,12 +304,12 @@ def test_a_number_that_has_changed_is_noticed(quick, tmp_path, name):
         damage.run("ulpm_flow", folder, resume=True)
 
 
-def test_files_of_earlier_versions_have_no_digest():
+def test_files_without_a_digest_from_earlier_versions_are_read():
     for path in (ROOT / "results").rglob("summary.json"):
         assert folders.is_finished(path.parent)
 
 
-def test_a_finished_run_says_which_of_its_files_has_changed(quick, tmp_path):
+def test_resume_of_a_finished_run_names_the_changed_file(quick, tmp_path):
     folder = damage.run("ulpm_flow", tmp_path / "run")
     path = folder / "metrics.csv"
     path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
@@ -315,7 +317,7 @@ def test_a_finished_run_says_which_of_its_files_has_changed(quick, tmp_path):
         damage.run("ulpm_flow", folder, resume=True)
 
 
-def test_metrics_that_have_changed_are_not_gone_on_from(quick, tmp_path):
+def test_resume_refuses_changed_metrics(quick, tmp_path):
     folder = damage.interrupted(quick, "train_small", tmp_path / "run")
     path = folder / "metrics.csv"
     text = path.read_text()
@@ -325,7 +327,7 @@ def test_metrics_that_have_changed_are_not_gone_on_from(quick, tmp_path):
         damage.run("train_small", folder, resume=True)
 
 
-def test_arrays_that_have_changed_are_not_restored(tmp_path, monkeypatch):
+def test_restore_refuses_changed_arrays(tmp_path, monkeypatch):
     """Orbax reads them without notice."""
     state = {"W": np.arange(6.0), "H": np.ones(3)}
     with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as checkpoints:
@@ -445,7 +447,7 @@ def test_a_table_has_a_dash_where_there_is_no_number(tmp_path):
     assert (tmp_path / "table.md").read_text().splitlines()[-1] == "| a | - | 0.5 |"
 
 
-def test_settings_that_differ_are_named_as_a_shell_wants_them(tmp_path):
+def test_settings_that_differ_are_quoted_for_a_shell(tmp_path):
     config = {"train_split": "train[:9]", "width": 1.0}
     folders.write_json(tmp_path / folders.CONFIG, {"config": config})
     with pytest.raises(

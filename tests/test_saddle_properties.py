@@ -55,7 +55,7 @@ def test_blocks_are_orthogonal_frames(block, dtype):
 
 
 @given(blocks, floats, seeds, st.floats(0.01, 60))
-def test_loss_and_margins_of_blocks(block, dtype, seed, scale):
+def test_loss_and_margins_of_blocks_agree_with_closed_forms(block, dtype, seed, scale):
     m, b, n, _ = block
     K, eps = block.num_classes, float(np.finfo(dtype).eps)
     params = turned(far(block, dtype, scale), seed)
@@ -76,7 +76,7 @@ def test_loss_and_margins_of_blocks(block, dtype, seed, scale):
 
 
 @given(blocks, floats, seeds)
-def test_metrics_of_blocks(block, dtype, seed):
+def test_metrics_of_blocks_agree_with_closed_forms(block, dtype, seed):
     m, b, _, _ = block
     K = block.num_classes
     metrics = compiled(turned(far(block, dtype, 1.0), seed))["metrics"]
@@ -104,7 +104,7 @@ def product(params, vector):
     st.floats(0.3, 6),
     seeds,
 )
-def test_curvature_of_blocks(block, scale, seed):
+def test_curvature_of_blocks_agrees_with_closed_forms(block, scale, seed):
     """Along (u aᵀ, ±v aᵀ), u the same within a block and of sum 0, a off all rows."""
     m, b, n, _ = block
     params, rng = block.params(scale), np.random.default_rng(seed)
@@ -139,7 +139,7 @@ VERDICTS = {HOST[0]: STRICT_SADDLE, HOST[1]: GLOBAL_OPTIMUM, HOST[2]: NO_ROOM}
 
 @few
 @given(st.sampled_from(HOST), seeds, st.floats(1e-3, 1e3))
-def test_verdicts_of_turned_blocks(block, seed, scale):
+def test_verdicts_of_blocks_are_invariant_under_rotation_and_scale(block, seed, scale):
     proof = certificate(turned(block.params(scale), seed), multipliers="nnls")
     assert int(proof.verdict) == VERDICTS[block]
     assert float(proof.residual) < 1e-9
@@ -151,7 +151,7 @@ def test_verdicts_of_turned_blocks(block, seed, scale):
 
 @few
 @given(seeds, st.integers(-200, 200))
-def test_multipliers_of_a_direction_are_the_least_squares_ones(seed, p):
+def test_nnls_multipliers_are_optimal(seed, p):
     """Those that no feasible step improves, at every scale of the direction."""
     params = separating(seed)
     assume(float(ncjax.margins(params).min()) > 1e-2)

@@ -120,7 +120,7 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("case", PRODUCTS, ids=lambda case: case.__name__)
-def test_the_leading_coefficients_are_the_counts_of_xla(case):
+def test_the_leading_coefficients_equal_the_counts_of_xla(case):
     degrees, expected = PRODUCTS[case]
     found = polynomial(case, degrees)
     for exponents, coefficient in expected.items():
@@ -145,11 +145,11 @@ def test_the_leading_coefficients_are_the_counts_of_xla(case):
     ],
     ids=["field", "larger field", "solve", "compare"],
 )
-def test_compiled_programs_do_little_but_products(case, products, most):
+def test_compiled_programs_compute_little_besides_products(case, products, most):
     assert 1 <= compiled(case).cost_analysis()["flops"] / products <= most
 
 
-def test_class_sums_are_a_product_off_the_cpu(monkeypatch):
+def test_class_sums_are_a_matrix_product_on_accelerators(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
     def elsewhere(B, K, d):
@@ -167,13 +167,13 @@ def temporary_numbers(case, itemsize):
 
 
 @pytest.mark.parametrize(("K", "n", "d"), [(10, 50, 20), (20, 5, 20)])
-def test_memory_of_an_implicit_step(K, n, d):
+def test_memory_of_an_implicit_step_is_as_documented(K, n, d):
     samples = K * n
     most = 3 * (K * d) ** 2 + 2 * samples * d**2 + samples * K * (d + K)
     assert 0.5 * most <= temporary_numbers(factor(K, n, d), 8) <= most
 
 
-def test_memory_of_the_metrics_is_that_of_a_chunk():
+def test_memory_of_the_metrics_is_one_chunk():
     K, d, chunk = 100, 256, 500
 
     def case(samples):
@@ -240,7 +240,7 @@ def test_training_takes_three_forward_passes(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "vgg13", "vgg16"])
-def test_the_table_of_networks(name, monkeypatch):
+def test_the_table_of_networks_holds_the_counts(name, monkeypatch):
     model, shape = models.build(name, 10), (32, 32, 3)
     layers, variables = convolutions(model, shape, monkeypatch)
     forward = sum(2 * y[1] * y[2] * np.prod(kernel) for _, kernel, _, _, y in layers)
@@ -269,7 +269,7 @@ def test_a_training_step_sums_its_gradient_once(collectives):
     assert collectives["three mlps"] == {"all-reduce": 3 * 4 * (mlp + 2)}
 
 
-def test_an_evaluation_gathers_its_features_alone(collectives):
+def test_an_evaluation_gathers_nothing_but_features(collectives):
     assert collectives["features"] == [{"all-gather": 4 * 32 * 51}] * 3
 
 

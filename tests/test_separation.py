@@ -88,7 +88,7 @@ def test_weak_duality_brackets_the_optimum(seed, multipliers):
     assert float(proof.gap) >= float(proof.excess) - 1e-9  # dual value at most that
 
 
-def test_verdict_is_blind_to_rotation_and_scale_with_multipliers_of_the_direction(key):
+def test_verdict_with_nnls_multipliers_is_invariant_under_rotation_and_scale(key):
     saddle, frame = Block(2, 2, 1, 4), jax.random.orthogonal(key, 4)
     for scale in (0.1, 1.0, 100.0):
         params = saddle.params(scale)
@@ -107,7 +107,7 @@ def test_verdicts_off_kkt_points_and_without_room():
 
 
 @pytest.mark.parametrize("block", [Block(2, 2, 1, 4), Block(2, 3, 2, 8)], ids=str)
-def test_descent_direction_is_tangent_and_has_the_curvature_predicted(block):
+def test_descent_direction_is_tangent_and_has_the_predicted_curvature(block):
     params = block.params(1.5)
     direction = certificate(params).direction
     inner = sum(jnp.vdot(x, z) for x, z in zip(direction, params, strict=True))
@@ -179,7 +179,7 @@ def test_flows_are_certified():
 
 
 @pytest.mark.slow
-def test_all_seeds_of_the_default_run_get_the_verdict_that_is_true_of_them():
+def test_all_seeds_of_the_default_run_get_the_right_verdict():
     keys = jax.random.split(jax.random.key(0), 32)
     proof = certified_flows(keys, (10, 5, 20), [1000.0])
     verdict, sigma_max, excess = (
@@ -203,7 +203,7 @@ def test_float32_stays_float32():
     assert kkt(params, multipliers="nnls").multipliers.dtype == jnp.float32
 
 
-def test_vmap_tells_the_misclassified_from_the_others():
+def test_vmap_marks_misclassified_states_alone():
     good = separating(0)
     both = jax.tree.map(lambda *x: jnp.stack(x), good, good._replace(W=-good.W))
     proof = jax.vmap(ncjax.certificate)(both)

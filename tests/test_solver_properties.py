@@ -112,7 +112,7 @@ def assume_no_explosion(arrays):
 
 
 @given(solvers, seeds)
-def test_time_is_one_more_unknown(name, seed):
+def test_a_step_agrees_with_the_step_of_the_autonomous_equation(name, seed):
     t, h, y, args = drawn(seed)
     got = STEPS[name](t, h, y, args)
     assume_no_explosion(got)
@@ -123,7 +123,7 @@ def test_time_is_one_more_unknown(name, seed):
 
 
 @given(solvers, seeds)
-def test_steps_turn_with_any_change_of_coordinates(name, seed):
+def test_steps_commute_with_affine_changes_of_coordinates(name, seed):
     """z = T y + s: the step of the equation of z is that of y, moved."""
     t, h, y, (powers, A, B) = drawn(seed)
     rng = np.random.default_rng(seed + 1)
@@ -178,7 +178,7 @@ ORDERS = {"rodas": (6, 2e-3), "stabilised": (5, 8e-3)}
 
 
 @given(solvers, seeds, st.floats(-3, 0))
-def test_linear_equations_are_followed_to_the_order(name, seed, size):
+def test_linear_equations_are_solved_to_the_order_of_the_method(name, seed, size):
     _, _, y, args = drawn(seed)
     A = args[1] * 10**size / np.linalg.norm(args[1], 2)
     y1, error, _, _ = STEPS[name](0.0, 1.0, y, (0 * args[0], A, 0 * args[2]))
@@ -191,7 +191,7 @@ def test_linear_equations_are_followed_to_the_order(name, seed, size):
 
 
 @given(solvers, seeds, st.floats(-3, 12))
-def test_what_decays_is_never_amplified(name, seed, size):
+def test_decaying_components_are_never_amplified(name, seed, size):
     """A symmetric matrix with a spectrum in the interval of stability; of Rodas5P any."""
     rng = np.random.default_rng(seed)
     frame = np.linalg.qr(rng.normal(size=(DIM, DIM)))[0]
@@ -212,7 +212,7 @@ def test_what_decays_is_never_amplified(name, seed, size):
 
 
 @given(seeds)
-def test_the_stabilised_step_hands_on_its_last_slope(seed):
+def test_the_stabilised_step_returns_its_last_slope(seed):
     t, h, y, args = drawn(seed)
     y1, _, dense, slope = STEPS["stabilised"](t, h, y, args)
     assume_no_explosion(dense)

@@ -58,7 +58,7 @@ def test_update_matches_the_definition(drawn):
 
 
 @pytest.mark.usefixtures("platform")
-def test_class_sums_by_the_formula_of_each_platform():
+def test_class_sums_of_each_platform_agree_with_loops():
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(N, D)), rng.integers(0, K, N)
     mask = rng.uniform(size=N) < 0.7
@@ -141,7 +141,7 @@ def _both_passes(features, labels, mask, W):
 
 @pytest.mark.parametrize("padding", [np.nan, np.inf, 1e300])
 @pytest.mark.parametrize("label", [0, -1, 255])
-def test_masked_rows_do_no_harm_whatever_they_hold(padding, label):
+def test_masked_rows_are_ignored_whatever_they_hold(padding, label):
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(N, D)), np.arange(N) % K
     W = jnp.asarray(rng.normal(size=(K, D)))
@@ -234,7 +234,7 @@ def test_global_mean_skips_classes_without_a_sample():
     np.testing.assert_allclose(statistics.global_mean(seen, "sample_mean"), [14 / 3])
 
 
-def test_squared_distances_of_many_rows_are_the_same_one_row_at_a_time():
+def test_squared_distances_agree_when_taken_one_row_at_a_time():
     rows = jnp.asarray(np.random.default_rng(3).normal(size=(200, 110)))
     assert rows.shape[0] * rows.size > 2**22
     few = statistics.squared_distances(rows[:10])

@@ -46,7 +46,7 @@ def assert_close(got, expected, rtol=1e-5, atol=1e-6):
     chex.assert_trees_all_close(got, expected, rtol=rtol, atol=atol)
 
 
-def test_an_epoch_is_momentum_descent_written_out(digits, mesh, key):
+def test_an_epoch_agrees_with_momentum_descent_written_out(digits, mesh, key):
     model, optimiser = small(), train.sgd(RATE, momentum=MOMENTUM)
     dataset = on_device(digits, mesh)
     state = started(model, optimiser)
@@ -121,7 +121,7 @@ def test_features_do_not_depend_on_the_chunk(digits, mesh, monkeypatch, size):
     np.testing.assert_allclose(in_chunks, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_seeds_side_by_side_are_seeds_one_by_one(digits, mesh):
+def test_seeds_trained_together_agree_with_seeds_trained_alone(digits, mesh):
     # No maxima and one step: rounding alone must not choose between two branches.
     model, optimiser = small(), train.sgd(RATE, momentum=MOMENTUM)
     dataset = on_device(digits, mesh)
@@ -154,7 +154,7 @@ def test_augmentation_changes_what_is_learnt_and_nothing_else(digits, mesh, key)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_measure_is_the_oracle_on_the_features(digits, mesh, use_bias):
+def test_measure_agrees_with_the_oracle_on_the_features(digits, mesh, use_bias):
     model = small(use_bias=use_bias)
     state = started(model, train.sgd(RATE))
     dataset = on_device(digits, mesh)
@@ -175,7 +175,7 @@ def test_measure_is_the_oracle_on_the_features(digits, mesh, use_bias):
 
 @settings(max_examples=settings.default.max_examples // 5)
 @given(st.integers(0, 2**31), st.booleans(), st.integers(-20, 20))
-def test_measure_is_the_oracle_on_any_features(seed, use_bias, exponent):
+def test_measure_agrees_with_the_oracle_on_any_features(seed, use_bias, exponent):
     """In the shapes of the test before, for which it is compiled."""
     rng, factor = np.random.default_rng(seed), 2.0**exponent
     labels = rng.permutation(np.arange(100, dtype=np.int32) % 10)

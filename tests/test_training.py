@@ -110,7 +110,7 @@ def interrupted(monkeypatch):
     return run
 
 
-def test_a_run_writes_its_folder(finished):
+def test_a_run_writes_its_files(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {"config.json", "summary.json", *_training.OUTPUTS}
     config = read_json(finished / "config.json")["config"]
@@ -153,7 +153,7 @@ def test_metrics_are_the_oracle_on_the_stored_network(finished):
     assert last["loss"] == pytest.approx(oracles.cross_entropy(exact), rel=1e-4)
 
 
-def test_a_folder_that_holds_a_run_is_refused_then_replaced_if_asked(finished, tmp_path):
+def test_a_folder_that_holds_a_run_is_replaced_only_with_overwrite(finished, tmp_path):
     folder = train_small.run(small(tmp_path / "run", epochs=2))
     with pytest.raises(ValueError, match="holds a run already"):
         train_small.run(small(folder))
@@ -177,7 +177,7 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(
     assert_same_run(folder, finished)
 
 
-def test_a_second_interrupt_is_met_within_the_epoch():
+def test_a_second_interrupt_stops_within_the_epoch():
     class Busy:
         """The result of an epoch that never ends; each look at it brings a signal."""
 
@@ -191,7 +191,7 @@ def test_a_second_interrupt_is_met_within_the_epoch():
         assert interruption.wished
 
 
-def test_the_resume_command_is_the_whole_command(tmp_path):
+def test_the_resume_command_repeats_all_settings(tmp_path):
     config = small(tmp_path / "run", data_dir="~/my data", cpu_devices=2)
     line = folders.resume_command(config, tmp_path / "run")
     assert "'--data_dir=~/my data'" in line
@@ -201,7 +201,7 @@ def test_the_resume_command_is_the_whole_command(tmp_path):
     assert cli.parse(train_small.Config, flags) == dataclasses.replace(config, resume=True)
 
 
-def test_overwriting_spares_folders_that_are_no_run(tmp_path):
+def test_overwrite_refuses_folders_that_hold_no_run(tmp_path):
     (tmp_path / "config.json").write_text('{"mine": 1}')
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "precious").write_text("weights")
@@ -211,7 +211,7 @@ def test_overwriting_spares_folders_that_are_no_run(tmp_path):
     assert (tmp_path / "config.json").read_text() == '{"mine": 1}'
 
 
-def test_overwriting_removes_a_link_and_not_what_it_leads_to(tmp_path):
+def test_overwrite_removes_a_link_but_not_its_target(tmp_path):
     scratch, run = tmp_path / "scratch", tmp_path / "run"
     scratch.mkdir()
     run.mkdir()
@@ -231,7 +231,7 @@ def test_a_run_without_its_metrics_is_not_resumed(tmp_path):
         train_small.run(small(folder, epochs=1, resume=True))
 
 
-def test_reading_a_run_touches_nothing_in_it(finished):
+def test_loading_a_trained_network_leaves_its_folder_unchanged(finished):
     saving = finished / "checkpoints" / "9.orbax-checkpoint-tmp"
     saving.mkdir()
     _training.load_trained(finished)
@@ -239,7 +239,7 @@ def test_reading_a_run_touches_nothing_in_it(finished):
     saving.rmdir()
 
 
-def test_what_was_not_compared_has_not_failed_to_fall(finished):
+def test_the_summary_is_empty_for_comparisons_not_made(finished):
     summary = read_json(finished / "summary.json")
     assert summary["zero_training_error_from_epoch"] is None
     assert {row["fell"] for row in summary["metrics"].values()} == {""}
@@ -264,7 +264,9 @@ def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path, delay):
     assert_same_run(folder, finished)
 
 
-def test_a_kill_within_a_save_leaves_the_checkpoint_before(finished, tmp_path, monkeypatch):
+def test_a_kill_within_a_save_keeps_the_previous_checkpoint(
+    finished, tmp_path, monkeypatch
+):
     """As kill -9 would: the save stops between its files, nothing is cleaned up."""
     folder = tmp_path / "run"
     save = _training.checkpoint.Checkpoints.save
@@ -358,7 +360,9 @@ def test_a_kill_within_an_extension_loses_nothing(finished, tmp_path, monkeypatc
     assert stored["config"]["epochs"] == 8
 
 
-def test_an_interrupted_run_may_end_where_it_stands(interrupted, finished, tmp_path):
+def test_an_interrupted_run_may_be_shortened_to_its_last_epoch(
+    interrupted, finished, tmp_path
+):
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         interrupted(small(folder), 4)
@@ -378,7 +382,7 @@ def test_an_interrupted_run_may_end_where_it_stands(interrupted, finished, tmp_p
     assert [entry["changed"] for entry in earlier] == [{"epochs": 6}, {"epochs": 4}]
 
 
-def test_a_run_that_is_too_short_says_how_to_train_on(tmp_path):
+def test_a_run_that_is_too_short_names_the_command_to_train_longer(tmp_path):
     said = _training._ending(small(tmp_path), tmp_path, None)
     assert said.startswith(
         "training error is not zero after 6 epochs; train on with: python"
@@ -390,7 +394,7 @@ def test_a_run_that_is_too_short_says_how_to_train_on(tmp_path):
     assert stepped == "training error is not zero after 6 epochs"
 
 
-def test_what_cannot_be_extended_is_refused(finished, tmp_path):
+def test_extending_a_run_that_cannot_be_extended_is_refused(finished, tmp_path):
     before = (finished / "config.json").read_bytes()
     with pytest.raises(ValueError, match=r"has 6 epochs behind it: .*, got --epochs=5"):
         train_small.run(small(finished, epochs=5, resume=True))
@@ -411,7 +415,7 @@ def test_divergence_is_an_error(tmp_path):
         train_small.run(small(tmp_path / "run", learning_rate=1e12))
 
 
-def test_seeds_train_side_by_side(tmp_path):
+def test_seeds_train_together(tmp_path):
     folder = train_small.run(small(tmp_path / "run", seeds=3, test_split="", epochs=3))
     rows = _training.read_rows(folder)
     assert [row["seed"] for row in rows] == [0, 1, 2] * 3
@@ -454,7 +458,7 @@ def test_measured_epochs_are_even_in_log_log():
     np.testing.assert_allclose(np.diff(late), np.diff(late).mean(), rtol=0.2)
 
 
-def test_zero_error_is_for_good():
+def test_zero_error_counts_from_the_epoch_after_which_it_stays():
     measured = {
         "epoch": np.array([[1.0, 2, 4, 8]] * 2),
         "accuracy": np.array([[0.5, 1, 1, 1], [0.9, 1, 0.99, 1]]),
@@ -490,14 +494,14 @@ def test_zero_error_is_for_good():
         ({"num_processes": 2, "workdir": ""}, "several processes need one --workdir"),
     ],
 )
-def test_bad_settings_are_named_before_any_work(tmp_path, changes, message):
+def test_bad_settings_are_refused_before_any_work(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train_small.run(dataclasses.replace(small(tmp_path / "run"), **changes))
     assert not (tmp_path / "run" / "metrics.csv").exists()
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_grayscale_and_colour_do_not_mix(tmp_path, monkeypatch):
+def test_training_and_test_images_must_have_the_same_channels(tmp_path, monkeypatch):
     load = data.load
 
     def coloured(name, split, *rest, **options):
@@ -519,7 +523,7 @@ def test_grayscale_and_colour_do_not_mix(tmp_path, monkeypatch):
         (("--coordinator=localhost:1",), "--coordinator=HOST:PORT and --num_processes go"),
     ],
 )
-def test_bad_use_is_one_line_and_exit_code_2(tmp_path, flags, message):
+def test_a_usage_error_is_one_line_and_exit_code_2(tmp_path, flags, message):
     done = subprocess.run(
         [*command(tmp_path / "run"), *flags], capture_output=True, text=True
     )
@@ -529,7 +533,7 @@ def test_bad_use_is_one_line_and_exit_code_2(tmp_path, flags, message):
 
 
 @pytest.mark.parametrize("devices", [8, pytest.param(2, marks=SLOW)])
-def test_devices_agree(finished, tmp_path, devices):
+def test_several_devices_agree_with_one(finished, tmp_path, devices):
     flags = (f"--cpu_devices={devices}",)
     subprocess.run([*command(tmp_path / "run"), *flags], check=True, capture_output=True)
     assert_same_run(tmp_path / "run", finished, exact=False)
@@ -565,7 +569,7 @@ def test_two_processes_agree_with_one(finished, tmp_path):
         ),
     ],
 )
-def test_a_hundred_real_images_are_learnt_by_heart(tmp_path, module, settings):
+def test_a_network_memorises_a_hundred_real_images(tmp_path, module, settings):
     config = module.Config(
         train_split="train[:100]",
         test_split="",
@@ -617,7 +621,7 @@ def test_peel_describes_the_network_and_where_the_flow_takes_it(finished, tmp_pa
     assert end["verdict"] == ncjax.VERDICTS[int(certificate.verdict)]
 
 
-def test_peel_says_that_the_flow_failed(finished, tmp_path, monkeypatch):
+def test_peel_reports_a_failed_flow(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(_legs, "step_limit", lambda log_t_max: 2)
     with pytest.raises(RuntimeError, match="the flow failed in leg"):
         peel.run(
@@ -625,7 +629,7 @@ def test_peel_says_that_the_flow_failed(finished, tmp_path, monkeypatch):
         )
 
 
-def test_peel_says_what_it_needs(tmp_path):
+def test_peel_names_the_run_it_needs(tmp_path):
     with pytest.raises(ValueError, match="--run=DIR is needed"):
         peel.run(peel.Config())
     with pytest.raises(ValueError, match="holds no run"):

@@ -26,7 +26,7 @@ few = settings(max_examples=settings.default.max_examples * 2 // 5)
 
 
 @given(seeds, st.sampled_from([(2, 3, 4, 1), (1, 2, 2, 3)]))
-def test_normalised_images_are_those_of_numpy(seed, shape):
+def test_normalised_images_equal_numpy(seed, shape):
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, shape, np.uint8)
     mean, deviation = rng.uniform(0, 1, shape[-1]), 10 ** rng.uniform(-3, 0, shape[-1])
@@ -75,7 +75,7 @@ def units(number, width):
     use_bias=st.booleans(),
     image=st.sampled_from([(1, 1, 1), (3, 2, 3), (8, 8, 1)]),
 )
-def test_parameters_of_fully_connected_networks(
+def test_parameter_counts_of_fully_connected_networks(
     hidden, width, num_classes, use_bias, image
 ):
     options = {"hidden": tuple(hidden), "width": width, "use_bias": use_bias}
@@ -93,7 +93,7 @@ def test_parameters_of_fully_connected_networks(
     num_classes=st.integers(2, 20),
     use_bias=st.booleans(),
 )
-def test_parameters_of_convolutional_networks(channels, width, num_classes, use_bias):
+def test_parameter_counts_of_convolutional_networks(channels, width, num_classes, use_bias):
     options = {"channels": tuple(channels), "width": width, "use_bias": use_bias}
     network = models.build("convnet", num_classes, **options)
     sizes = [3, *(units(c, width) for c in channels)]
@@ -116,7 +116,7 @@ def drawn_layers(rng, sizes, use_bias):
 
 @few
 @given(seeds, st.sampled_from([(), (3,), (4, 2)]), st.booleans())
-def test_fully_connected_networks_are_their_formula(seed, hidden, use_bias):
+def test_fully_connected_networks_agree_with_their_formula(seed, hidden, use_bias):
     rng = np.random.default_rng(seed)
     network = models.build("mlp", 3, hidden=hidden, width=1.0, use_bias=use_bias)
     params = drawn_layers(rng, [6, *hidden, 3], use_bias)
@@ -144,7 +144,7 @@ def test_fully_connected_networks_are_their_formula(seed, hidden, use_bias):
     decay=st.sampled_from([0.0, 1e-3, 0.1]),
     drops=st.lists(st.integers(0, 5), max_size=3),
 )
-def test_sgd_is_its_formula(seed, rate, momentum, decay, drops):
+def test_sgd_agrees_with_its_formula(seed, rate, momentum, decay, drops):
     rng = np.random.default_rng(seed)
     optimiser = train.sgd(
         rate, momentum=momentum, weight_decay=decay, drops=tuple(sorted(drops))
@@ -178,7 +178,7 @@ def drawn_data(rng):
 
 
 @given(seeds, seeds, st.floats(0, 20))
-def test_epochs_of_softmax_regression_are_those_of_numpy(seed, key, size):
+def test_epochs_of_softmax_regression_agree_with_numpy(seed, key, size):
     """Two of them, with the gradient in closed form: (p - e_y) xᵀ."""
     rng = np.random.default_rng(seed)
     dataset, mean, deviation = drawn_data(rng)

@@ -54,7 +54,7 @@ def test_formulas_match_their_definitions(seed, which, scale):
 
 @few
 @given(seeds, st.sampled_from(SHAPES))
-def test_formulas_see_no_rotation_and_no_order(seed, which):
+def test_formulas_are_invariant_under_rotation_and_order(seed, which):
     """Of the features, of the samples, of the classes."""
     data, rng = drawn(seed, which), np.random.default_rng(seed)
     samples, dim = data.features.shape
@@ -91,7 +91,7 @@ def test_formulas_are_homogeneous(seed, which, p):
 
 @few
 @given(seeds, st.sampled_from(SHAPES[1:]))
-def test_shares_of_classes_match_loops(seed, which):
+def test_agreement_by_class_matches_loops(seed, which):
     data = drawn(seed, which)
     for bias in (True, False):
         got = variants.ncc_agreement(*data[:3], data.b if bias else None)
@@ -145,7 +145,7 @@ def test_parts_of_the_squared_error_sum_to_it(seed, weight_decay):
     kind=st.sampled_from(["plain", "twins", "antipodes", "near"]),
     exponent=st.integers(-900, 900),
 )
-def test_distances_to_the_hull_of_the_other_rows(seed, shape, kind, exponent):
+def test_one_vs_rest_distances_match_loops(seed, shape, kind, exponent):
     rng = np.random.default_rng(seed)
     W = rng.normal(size=shape)
     if kind == "twins":
@@ -165,7 +165,7 @@ def test_distances_to_the_hull_of_the_other_rows(seed, shape, kind, exponent):
 
 @few
 @given(seeds, st.sampled_from([-2.5, -1, 0, 1, 2, 4.5]), st.integers(-400, 400))
-def test_kernels_of_distances(seed, exponent, p):
+def test_uniformity_kernels_match_loops(seed, exponent, p):
     rows = np.random.default_rng(seed).normal(size=(4, 3))
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     pairs = [(j, k) for j in range(4) for k in range(j + 1, 4)]
@@ -183,7 +183,7 @@ def test_kernels_of_distances(seed, exponent, p):
 
 @few
 @given(seeds, st.sampled_from(["class_mean", "sample_mean"]))
-def test_means_far_from_the_origin(seed, centring):
+def test_centred_means_far_from_the_origin_keep_their_digits(seed, centring):
     """Centred means to the rounding of the features, whatever is added to all."""
     data, rng = drawn(seed, "d<K-1"), np.random.default_rng(seed)
     coarse = data.features.astype(np.float16).astype(float)
