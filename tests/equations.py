@@ -7,7 +7,7 @@ from ncjax.flow.rosenbrock import Rodas5P
 
 
 def dense_rodas(jacobian, time_derivative):
-    """Rodas5P of a vector equation, by a dense factorisation."""
+    """Rodas5P for a vector equation, with a dense factorisation."""
 
     def factor(t, y, _args, c):
         return jax.scipy.linalg.lu_factor(jnp.eye(y.size) - c * jacobian(t, y))
@@ -25,7 +25,7 @@ def curve(t):
 
 
 def field(t, y, _args=None):
-    """y' = f(t, y), nonlinear in y, explicit in t, solved by `curve`."""
+    """y' = f(t, y), nonlinear in y and dependent on t, with solution `curve`."""
     exact, slope = jax.jvp(curve, (t,), (jnp.ones_like(t),))
     gap = y - exact
     return slope + jnp.stack([gap[0] * y[1] - gap[1], y[0] * gap[1] + gap[0] ** 2])

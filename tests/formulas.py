@@ -155,18 +155,18 @@ CALLS = _calls() | {
 }
 
 
-# Shapes that depend on the labels, or a solver outside JAX.
+# Their shapes depend on the labels, or their solver is outside JAX.
 UNTRACED = ("nc1.nuclear_over_fro", "nc1.numerical_rank", "gnc2.min_one_vs_rest_distance")
 
 
 def compiled(data, names):
-    """The formulas of these names on `data`, in one compiled call for its shapes."""
+    """Evaluate the named formulas on `data`, in one program for its shapes."""
     return program(tuple(names), tuple(data.ood_labels))(*data[:5])
 
 
 @cache
 def program(names, ood_labels):
-    # Rounding is the same as at full optimisation, compilation half as long.
+    # This rounds as full optimisation does and compiles in half the time.
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def traced(*arrays):
         data = oracles.Data(*arrays, np.array(ood_labels))

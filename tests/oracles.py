@@ -2,9 +2,8 @@ r"""Collapse metrics in plain NumPy, written from their definitions, in float64.
 
 Loops wherever a loop is the plainest reading of the formula; speed is no aim. Features
 h_i (N, d) with labels y_i, class means m_k of n_k samples, global mean h_G, classifier
-rows w_k. `centring` says what h_G is: "class_mean" the mean of the m_k, "sample_mean" that
-of all h_i.
-Pairs are unordered pairs of different classes.
+rows w_k. `centring` defines h_G: "class_mean" is the mean of the m_k, "sample_mean" the
+mean of all h_i. Pairs are unordered pairs of different classes.
 """
 
 from functools import partial

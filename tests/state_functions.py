@@ -15,7 +15,7 @@ SCALARS = {
 
 
 def of_state(params):
-    """The value of every function of SCALARS."""
+    """Return the value of every function of SCALARS."""
     return {name: function(params) for name, function in SCALARS.items()}
 
 

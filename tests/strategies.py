@@ -27,14 +27,14 @@ def random_params(seed, num_classes, per_class, dim, scale, dtype=np.float64):
 
 
 def separating(seed, num_classes=3, per_class=2, dim=4):
-    """A random point with positive margins: collapse, disturbed."""
+    """Draw a point with positive margins: collapse plus noise."""
     noise = random_params(seed, num_classes, per_class, dim, 0.15)
     collapse = ncjax.block_saddle(1, num_classes, per_class, dim)
     return jax.tree.map(jnp.add, collapse, noise)
 
 
 def random_data(seed, num_classes, dim, samples, scale=1.0, spread=0.5):
-    """Clusters of unequal sizes, a classifier near their means, and other clusters."""
+    """Draw clusters of unequal sizes, a classifier near their means, and other clusters."""
     rng = np.random.default_rng(seed)
     labels = np.concatenate(
         [np.arange(num_classes), rng.integers(0, num_classes, samples - num_classes) ** 2]

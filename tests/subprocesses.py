@@ -1,4 +1,4 @@
-"""Programs of tests/programs, each run in a process of its own."""
+"""Run the programs of tests/programs, each in a process of its own."""
 
 import os
 import subprocess
@@ -12,20 +12,20 @@ PATH = {"PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
 
 
 def command(name, *arguments, strict=False):
-    """The command that runs a program; every warning is an error if it is strict."""
+    """Return the command of a program. If `strict`, warnings are errors."""
     flags = ("-W", "error") if strict else ()
     return [sys.executable, *flags, str(TESTS / "programs" / f"{name}.py"), *arguments]
 
 
 def run(command, env=os.environ, **settings):
-    """The finished process of a command, with its output as text."""
+    """Run a command and return the finished process, with its output as text."""
     return subprocess.run(
         command, env=env | PATH, capture_output=True, text=True, **settings
     )
 
 
 def output(command, env=os.environ):
-    """What a command prints, if it succeeds."""
+    """Run a command that must succeed and return its standard output."""
     done = run(command, env)
     assert done.returncode == 0, done.stderr
     return done.stdout

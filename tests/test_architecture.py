@@ -1,4 +1,4 @@
-"""Imports point one way; nothing private, nothing set from inside the library."""
+"""Imports point one way. The library uses public JAX and does not configure it."""
 
 import ast
 import graphlib
@@ -58,7 +58,7 @@ def modules_imported(path):
 
 
 def part(name, package):
-    """Second part of the name of a module of `package`, None of others."""
+    """Second part of the name of a module of `package`, None for other modules."""
     first, _, rest = name.partition(".")
     return rest.partition(".")[0] if first == package and rest else None
 
@@ -79,7 +79,7 @@ def test_a_wing_imports_what_the_table_allows(path):
 
 
 def test_imports_have_no_cycle():
-    # A package that lists its own modules depends on them, and they not on it.
+    # A package depends on the modules that it lists; they do not depend on it.
     graph = {name: modules_imported(path) - {name} for name, path in MODULES.items()}
     graphlib.TopologicalSorter(graph).prepare()
 
@@ -108,7 +108,7 @@ def test_run_folders_know_nothing_of_neural_collapse(path):
 
 @pytest.mark.parametrize("path", TESTS, ids=dotted)
 def test_nothing_imports_a_test_module(path):
-    """Shared inputs stand in strategies.py, shared truths in oracles.py."""
+    """strategies.py holds shared inputs, oracles.py shared reference values."""
     assert not [name for name in imported(path) if name.startswith(("test_", "tests."))]
 
 

@@ -26,7 +26,7 @@ from ncjax.networks import models
 
 @pytest.fixture
 def no_peers(monkeypatch):
-    """As if no peer were installed."""
+    """Report every peer as not installed."""
     monkeypatch.setattr(_timing, "missing", lambda *_: "peers left out: none wanted")
     for module in (metrics, training_step):
         monkeypatch.setattr(module, "missing", _timing.missing)
@@ -215,7 +215,7 @@ def test_all_flow_solvers_reach_the_same_state(monkeypatch):
 
 
 def race(monkeypatch, seconds_of_leg, seconds, **options):
-    """The row of a program whose legs take so long."""
+    """Return the row of a program whose legs take these seconds."""
     now = [0.0]
     monkeypatch.setattr(flow_reach.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(flow_reach, "_errors", lambda *_: "")
@@ -230,7 +230,7 @@ def race(monkeypatch, seconds_of_leg, seconds, **options):
 
 def test_a_race_ends_with_the_last_leg_within_the_time_limit(monkeypatch):
     row = race(monkeypatch, lambda _: 2.0, 7.0)
-    assert row["log_t"] == pytest.approx(10 * 1.1**2)  # three legs, not the fourth
+    assert row["log_t"] == pytest.approx(10 * 1.1**2)  # three legs fit, the fourth does not
     assert row["median_seconds"] == 6
     assert "time is over" in row["note"]
     row = race(monkeypatch, lambda _: 2.0, 7.0, by_time=True)

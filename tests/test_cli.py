@@ -1,4 +1,4 @@
-"""The command line: help by groups, errors in one line, exit codes, the folder last."""
+"""The command line: grouped help, one-line errors, exit codes, the run folder last."""
 
 import dataclasses
 import json
@@ -32,13 +32,13 @@ from experiments._runs import cli, folders
 COMMANDS = {f"experiments.{module.NAME}": module for module in EXPERIMENTS} | {
     "benchmarks.run": benchmarks_run
 }
-# Their defaults leave no room beside them.
+# Their defaults are so long that the help stands on the next line.
 TWO_LINES = {"title", "only", "out"}
 
 
 @pytest.fixture
 def run_here(monkeypatch):
-    """The command of an experiment in this process, whose JAX is set up: its exit code."""
+    """Run the command of an experiment in this process and return its exit code."""
     monkeypatch.setattr(cli, "set_up_jax", lambda *_: None)
     monkeypatch.setattr(logging, "set_verbosity", lambda _: None)
 
@@ -61,7 +61,7 @@ def pages():
 
 
 def shown_flags(page):
-    """What the help shows to the left: --name=default or --[no]name."""
+    """The left column of the help: --name=default or --[no]name."""
     return re.findall(r"^  (--(?:'[^']*'|\S)+)", page, re.MULTILINE)
 
 
@@ -286,7 +286,7 @@ def test_the_command_runs_and_prints_its_folder_last(run_here, capsys, tmp_path)
 
 
 def test_an_interrupt_does_not_wait_for_running_computations():
-    """An ordinary exit does, for ever here, or crashes."""
+    """An ordinary exit would wait for ever here, or crash."""
     done = subprocesses.run(subprocesses.command("endless", "--cpu_devices=2"), timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "at work\n", "")
 

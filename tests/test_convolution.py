@@ -1,4 +1,4 @@
-"""Every formula of the convolution and the maximum against loops in NumPy."""
+"""Every formula of the convolution and of max pooling, against loops in NumPy."""
 
 from functools import partial
 
@@ -30,7 +30,7 @@ FORMULAS = {
     "gathered": convolve_gathered,
     "dense": convolve_dense,
 }
-# Shape of x, shape of the kernel, stride, padding, and what is picked on CPU.
+# Shape of x, shape of the kernel, stride, padding, and the formula chosen on CPU.
 LAYERS = {
     "cifar stem": ((2, 6, 5, 3), (3, 3, 3, 4), 1, 1, convolve_canonical),
     "imagenet stem": ((2, 9, 12, 3), (7, 7, 3, 4), 2, 3, convolve_canonical),
@@ -118,7 +118,7 @@ def normal(*shapes, seed=0):
 
 
 def distinct(shape, seed=0):
-    """No two entries equal, half of them negative."""
+    """An array without two equal entries, half of them negative."""
     size = np.prod(shape)
     return np.random.default_rng(seed).permutation(size).reshape(shape) - size / 2
 
@@ -130,10 +130,10 @@ def with_gradients(function, cotangent, *arguments):
 
 
 def assert_convolutions_equal(x_shape, kernel_shape, stride, padding, seed=0, **more):
-    """All formulas, and `more` of them.
+    """Compare all formulas, and those in `more`, with loops and with each other.
 
-    But XLA's own where the kernel is strided and not square: over the gradients of some,
-    such as 5x2 over 7x4, XLA 0.10 aborts.
+    XLA's own formula is left out if the kernel is strided and not square: XLA 0.10 aborts
+    over the gradients of some of these, such as 5x2 over 7x4.
     """
     formulas = {**FORMULAS, **more}
     if stride > 1 and kernel_shape[0] != kernel_shape[1]:
@@ -164,7 +164,7 @@ def test_formulas_match_loops_and_gradients_match_lax(layer):
 
 @st.composite
 def layers(draw):
-    """Shapes of any map at least as large as its kernel once padded."""
+    """Draw shapes of a map that is at least as large as its kernel once padded."""
     window = draw(st.sampled_from([(1, 1), (3, 3), (7, 7), (5, 2)]))
     padding = draw(st.integers(0, 3))
     least = [max(1, size - 2 * padding) for size in window]
@@ -248,7 +248,7 @@ def test_gathering_in_several_parts_agrees_with_one_part(each, monkeypatch):
     "name", ["3x3 of 1x1", "strided, large", "strided", "3x3, many channels and tiles"]
 )
 def test_second_derivatives_match_lax(name):
-    """Hessian times a direction, by both orders that reach the picked formula."""
+    """Hessian times a direction, by both orders of differentiation."""
     x_shape, kernel_shape, stride, padding, _ = LAYERS[name]
     point, direction = (
         tuple(normal(x_shape, kernel_shape, seed=seed)) for seed in range(2)
@@ -415,7 +415,7 @@ def test_max_pool_keeps_the_dtype_and_is_batched(dtype):
 
 
 def test_gradients_of_equal_maxima_add_up(platform):
-    """Shared on CPU, the first one's elsewhere."""
+    """On CPU equal maxima share the gradient; elsewhere the first one has it."""
     x = jnp.asarray([[3.0, 1.0, 3.0], [0.0, 3.0, 2.0]])[None, :, :, None]
     (gradient,) = jax.vjp(lambda x: max_pool(x[:, :, :2], 2, 2), x)[1](
         jnp.full((1, 1, 1, 1), 8.0)

@@ -41,7 +41,7 @@ def part(samples, start, stop):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A data directory, not to be written to: mnist in two shards and cifar10."""
+    """A read-only data directory with mnist in two shards and cifar10."""
     root = tmp_path_factory.mktemp("tfds")
     train = [part(TRAIN, 0, FIRST), part(TRAIN, FIRST, None)]
     small_tfds.write_samples(root, "mnist", "3.0.1", {"train": train, "test": [TEST]})
@@ -51,7 +51,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def own(prepared, tmp_path):
-    """A copy of mnist and its folder, to be broken."""
+    """A copy of mnist that a test may break, and its folder."""
     shutil.copytree(prepared / "mnist", tmp_path / "mnist")
     return tmp_path, tmp_path / "mnist" / "3.0.1"
 
@@ -69,7 +69,7 @@ def assert_holds(dataset, samples):
 
 
 def digits():
-    """The digits themselves, 0 to 16."""
+    """Images of scikit-learn, from 0 to 16, and labels."""
     bunch = load_digits()
     return bunch.images, bunch.target
 
@@ -137,7 +137,7 @@ def test_a_set_larger_than_one_read_is_read_whole(prepared, monkeypatch):
 
 
 def test_a_custom_set_is_read(tmp_path):
-    """No code of TFDS, one feature each of other names, 3 classes."""
+    """TFDS has no code for it; its features have other names; it has 3 classes."""
     samples = small_tfds.noise(3, 5, (6, 4, 3), num_classes=3)
     features = {
         "id": tfds.features.Text(),
@@ -155,7 +155,7 @@ def test_a_custom_set_is_read(tmp_path):
 
 
 def test_the_default_data_directory_is_tfds_data_dir(prepared):
-    """In the environment before TFDS is imported, and with warnings as errors."""
+    """TFDS_DATA_DIR is set before the import of TFDS; warnings are errors."""
     command = subprocesses.command("default_data_dir", strict=True)
     environment = os.environ | {"TFDS_DATA_DIR": str(prepared)}
     assert subprocesses.output(command, environment) == "[6, 6] False\n"
@@ -170,7 +170,7 @@ def test_a_data_directory_may_start_with_a_tilde(prepared, monkeypatch, offline)
 
 
 KEYS = ("train", "test")
-# Both ends reach across the shards of mnist, and its test is 6.
+# Both ends reach across the shards of mnist, whose test split has 6 samples.
 SLICES = st.tuples(st.sampled_from(KEYS), st.integers(-6, 6), st.integers(-6, 6))
 
 
@@ -273,7 +273,7 @@ def test_per_class_must_be_an_integer_of_at_least_0(per_class):
         data.load("digits", "train", per_class=per_class)
 
 
-# Sets that are none
+# Sets that cannot be used
 
 
 @pytest.mark.parametrize(
@@ -383,14 +383,14 @@ def test_an_empty_data_directory_is_refused(tmp_path, offline, kind):
 
 
 def test_another_prepared_version_is_named(prepared, tmp_path, offline):
-    """Which the message tells apart."""
+    """The message names both versions."""
     shutil.copytree(prepared / "mnist" / "3.0.1", tmp_path / "mnist" / "3.0.0")
     with pytest.raises(OSError, match=r"mnist/3.0.1 is not prepared .*mnist/3.0.0"):
         data.load("mnist", "train", str(tmp_path))
 
 
 def test_a_downloads_folder_is_not_taken_for_a_set(tmp_path, offline):
-    """Of which there may be very many."""
+    """It may hold very many folders."""
     deep = tmp_path / "downloads" / "extracted" / "archive" / "folder"
     deep.mkdir(parents=True)
     (deep / INFO).touch()
@@ -400,7 +400,7 @@ def test_a_downloads_folder_is_not_taken_for_a_set(tmp_path, offline):
 
 @pytest.fixture
 def tensorflow(monkeypatch):
-    """Network, and TensorFlow as far as `find_spec` knows."""
+    """Pretend that there is a network and that TensorFlow is installed."""
     find = importlib.util.find_spec
     monkeypatch.setattr(data, "_has_network", lambda: True)
     monkeypatch.setattr(
@@ -456,7 +456,7 @@ def test_a_failed_preparation_names_the_set_and_the_cause(
 
 @pytest.fixture
 def hang(monkeypatch):
-    """A look-up that hangs until the test is over."""
+    """Let each request hang until the test is over."""
     over = threading.Event()
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: over.wait(30))
     yield
@@ -495,12 +495,12 @@ def test_any_http_answer_counts_as_a_network(monkeypatch, error, answered):
 
 @pytest.fixture
 def server(monkeypatch):
-    """The address of a web server, and a function that says what it was asked for."""
-    asked = []
+    """The address of a web server, and the list of paths requested from it."""
+    requested = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append(self.path)
+            requested.append(self.path)
             self.send_response(404 if "missing" in self.path else 200)
             self.send_header("Content-Length", "2")
             self.end_headers()
@@ -511,11 +511,11 @@ def server(monkeypatch):
 
     for variable in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(variable, raising=False)
-    urllib.request.install_opener(None)  # it has read them before
+    urllib.request.install_opener(None)  # the old one has read them already
     with HTTPServer(("127.0.0.1", 0), Handler) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http://127.0.0.1:{httpd.server_port}", asked
+        yield f"http://127.0.0.1:{httpd.server_port}", requested
         httpd.shutdown()
         thread.join()
     urllib.request.install_opener(None)
@@ -523,10 +523,10 @@ def server(monkeypatch):
 
 @pytest.mark.parametrize("page", ["there", "missing"])
 def test_an_answering_server_counts_as_a_network(server, monkeypatch, page):
-    address, asked = server
+    address, requested = server
     monkeypatch.setattr(data, "_PROBE", f"{address}/{page}")
     assert data._has_network()
-    assert asked == [f"/{page}"]
+    assert requested == [f"/{page}"]
 
 
 def test_a_refusing_server_does_not_count_as_a_network(server, monkeypatch):
@@ -535,11 +535,11 @@ def test_a_refusing_server_does_not_count_as_a_network(server, monkeypatch):
 
 
 def test_the_network_is_looked_for_through_a_proxy(server, monkeypatch):
-    address, asked = server
+    address, requested = server
     monkeypatch.setenv("http_proxy", address)
     monkeypatch.setattr(data, "_PROBE", "http://storage.invalid/tfds")
     assert data._has_network()
-    assert asked == ["http://storage.invalid/tfds"]
+    assert requested == ["http://storage.invalid/tfds"]
 
 
 # Damage
@@ -550,7 +550,7 @@ def cut(length):
 
 
 def flip(start):
-    """8 bytes inverted."""
+    """Invert 8 bytes."""
 
     def change(path):
         content = bytearray(path.read_bytes())
@@ -582,7 +582,7 @@ def flip(start):
     ],
 )
 def test_damaged_records_are_named(own, damage):
-    """Of the two shards the damaged one is named, and the other is still read."""
+    """The error names the damaged shard alone; the other is still read."""
     root, folder = own
     damage(folder / SHARD)
     with pytest.raises(OSError, match="damaged or missing records") as raised:
@@ -614,7 +614,7 @@ def test_records_that_hold_no_image_are_named(tmp_path):
 
 
 def describe(**changes):
-    """Change the description of a set; None takes an entry out."""
+    """Change the description of a set; None removes an entry."""
 
     def change(path):
         entries = json.loads(path.read_text()) | changes
@@ -669,7 +669,7 @@ def test_a_format_that_needs_tensorflow_is_refused(own, kind):
 
 
 def test_a_folder_without_description_is_not_overwritten(own, monkeypatch, tensorflow):
-    """TFDS takes it for prepared and would leave it as it is."""
+    """TFDS itself would take the folder for a prepared set."""
     root, folder = own
     (folder / INFO).unlink()
     with pytest.raises(OSError, match=f"{folder} is incomplete"):
@@ -698,7 +698,7 @@ def test_pad_to_centres_images_in_zeros(seed, size, shape):
     rows, columns = (
         np.flatnonzero(padded.any(axis=axes)) for axes in ((0, 2, 3), (0, 1, 3))
     )
-    # All of the image is positive, so what is not zero is it, and it is in the middle.
+    # The image is positive everywhere: the nonzero part is the image, in the middle.
     np.testing.assert_array_equal(padded[:, rows][:, :, columns], images)
     for inside in (rows, columns):
         assert size - 1 - inside[-1] - inside[0] in (0, 1)
@@ -749,7 +749,7 @@ def test_normalise_centres_and_scales_each_channel():
 
 
 def shifted(image, down, right):
-    """An image (height, width, C) moved, zeros moving in."""
+    """Shift an image (height, width, C) and fill with zeros."""
     height, width, _ = image.shape
     moved = np.zeros_like(image)
     for row in range(height):
@@ -760,7 +760,7 @@ def shifted(image, down, right):
 
 
 def variants(image):
-    """The 2 x 9 x 9 images that `augment` may make of one."""
+    """All 2 x 9 x 9 images that `augment` may make of one."""
     moved = [shifted(image, i, j) for i in range(-4, 5) for j in range(-4, 5)]
     return np.stack(moved + [m[:, ::-1] for m in moved])
 
@@ -780,7 +780,7 @@ def test_augment_shifts_and_mirrors(seed, shape, dtype):
 
 
 def test_augment_makes_every_variant_as_often(key):
-    """All values differ and the image is larger than the shifts: every variant is told."""
+    """All pixels differ and the image exceeds the shifts: no two variants are alike."""
     image = np.random.default_rng(0).permutation(np.arange(1, 121, dtype=np.uint8))
     image = image.reshape(12, 10, 1)
     each = 50
@@ -823,7 +823,7 @@ PUBLISHED = [  # split "test": samples of each class, mean and deviation of each
 def test_real_sets_have_their_published_counts_and_statistics(
     offline, name, counts, mean, deviation
 ):
-    """Where they are prepared in TFDS's data directory."""
+    """Skipped unless they are prepared in the data directory of TFDS."""
     try:
         dataset = data.load(name, "test")
     except OSError as error:
@@ -834,7 +834,7 @@ def test_real_sets_have_their_published_counts_and_statistics(
     assert dataset.images.shape == (10000, size, size, len(mean))
     np.testing.assert_array_equal(np.bincount(dataset.labels), counts)
     statistics = data.channel_statistics(dataset.images)
-    # Within what compressing the images again as JPEG changes.
+    # The tolerance allows for images compressed again as JPEG.
     np.testing.assert_allclose(statistics, [mean, deviation], atol=3e-3)
     middle = data.load(name, "test[4000:4010]")
     assert_holds(middle, part(small_tfds.Samples(*dataset[:2]), 4000, 4010))

@@ -103,12 +103,12 @@ def test_a_folder_that_holds_a_run_is_replaced_only_with_overwrite(finished):
     assert (finished / "metrics.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize(("resume", "told"), [(False, True), (None, False)])
-def test_the_error_names_resume_only_if_the_experiment_has_it(tmp_path, resume, told):
+@pytest.mark.parametrize(("resume", "named"), [(False, True), (None, False)])
+def test_the_error_names_resume_only_if_the_experiment_has_it(tmp_path, resume, named):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="give --overwrite") as caught:
         folders.open_run(tmp_path, {}, (), overwrite=False, resume=resume)
-    assert ("--resume" in str(caught.value)) == told
+    assert ("--resume" in str(caught.value)) == named
 
 
 def test_an_interrupted_run_resumes_to_the_same_bytes(finished, tmp_path, monkeypatch):
@@ -158,7 +158,7 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / folders.CHECKPOINT).write_bytes(b"PK not a zip")
     with pytest.raises(ValueError, match=r"checkpoint.npz is damaged"):
         folders.load_checkpoint(tmp_path)
-    gc.collect()  # no file is left open: that would be a warning, and an error here
+    gc.collect()  # a file left open would give a warning, which is an error here
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch):

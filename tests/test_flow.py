@@ -40,7 +40,7 @@ LATE = {
 
 
 def flow_at(start, log_times, count=5, **options):
-    """`gradient_flow` with earlier times added up to `count`, so as to compile once."""
+    """`gradient_flow` with earlier times added up to `count`, so that it compiles once."""
     added = count - len(log_times)
     earlier = log_times[0] - np.arange(added, 0, -1.0)
     flow = ncjax.gradient_flow(start, np.append(earlier, log_times), **options)
@@ -86,7 +86,7 @@ def test_reference_values_at_late_times(log_times, solver):
         ],
         axis=-1,
     )
-    # The values are printed to eight digits or so; log(1 + t) is log t there.
+    # The values are printed to about eight digits; there log(1 + t) equals log t.
     np.testing.assert_allclose(got, [LATE[t] for t in log_times], rtol=2e-8)
 
 
@@ -125,7 +125,7 @@ def test_time_zero_is_the_start_and_no_drift():
 
 
 def test_a_time_span_shorter_than_the_least_step_succeeds():
-    """t = e^-50 moves nothing in float64, and is no failure."""
+    """In float64 t = e^-50 changes nothing; the solve still succeeds."""
     start = sine_params()
     flow = ncjax.gradient_flow(start, [-50.0])
     assert int(flow.result) == SUCCESS
@@ -186,7 +186,7 @@ def test_the_flow_stays_at_the_origin():
     np.testing.assert_array_equal(flow.params.H, 0)
     np.testing.assert_array_equal(flow.drift.balance, 0)
 
-    # The slope there is that of a state that does not move: 0 by symmetry.
+    # The state does not move, so its slope is 0 by symmetry.
     def log_loss(shift):
         moved = start._replace(W=start.W + shift)
         return ncjax.gradient_flow(moved, [1.0]).log_loss[0]
@@ -400,7 +400,7 @@ def far_times():
 
 @pytest.fixture(scope="module")
 def far(far_times):
-    """A start of the committed run's size, far out at the default tolerance."""
+    """A flow of the size of the committed run, to late times at the default tolerance."""
     start = ncjax.init_params(jax.random.key(0), 10, 5, 20)
     return start, ncjax.gradient_flow(start, far_times)
 
@@ -418,7 +418,7 @@ def test_sharp_constants_to_five_digits(far, far_times):
     products = np.exp(far_times + flow.log_loss) * far_times
     scaled_gap = (1 - products / (optimum / 2)) * far_times
     np.testing.assert_allclose(products[-1], optimum / 2, rtol=2e-5)
-    # In units of 1 / log t the gap grows like log log t: by log 10 a decade.
+    # In units of 1 / log t the gap grows like log log t.
     np.testing.assert_allclose(np.diff(scaled_gap)[1:], np.log(10), rtol=0.01)
     norm = float(ncjax.squared_norm(flow.final)) / far_times[-1]
     np.testing.assert_allclose(norm, 2 * optimum, rtol=3e-5)
@@ -450,7 +450,7 @@ def test_the_implicit_solver_restores_the_invariants(far):
     drift = jax.vmap(lambda state: ncjax.invariant_drift(state, start))(flow.params)
     np.testing.assert_array_less(drift.balance, 1e-14)
     np.testing.assert_array_less(drift.classifier_sum, 1e-14)
-    # What the solver itself has let slip is reported, and small too.
+    # The drift reported is the drift of the solver itself, and small too.
     assert 0 < float(flow.drift.balance.max()) < 1e-8
 
 

@@ -46,7 +46,7 @@ def test_solves_identity_plus_c_times_the_hessian_over_the_loss(shape):
     st.integers(0, 2**31), st.sampled_from(SHAPES), st.floats(0, 2.5), st.floats(-4, 0.9)
 )
 def test_solves_at_any_state_and_any_step(seed, shape, scale, size):
-    """In the shapes that the test before compiles; the matrix positive definite."""
+    """In shapes that the previous test compiles, with a positive definite matrix."""
     params, right = random_params(seed, *shape, scale), random_params(seed + 1, *shape, 1.0)
     hessian = np.asarray(hessian_over_loss(params))
     least = np.linalg.eigvalsh(hessian)[0]
@@ -102,7 +102,7 @@ _inverse = jax.jit(block_solve.inverse, static_argnums=1)
     st.integers(-300, 300),
 )
 def test_inverse_of_a_positive_definite_matrix(seed, shape, decades, p):
-    """Of any scale, with a condition of up to a million."""
+    """At any scale, with a condition number up to a million."""
     (size, block), rng = shape, np.random.default_rng(seed)
     frames = np.linalg.qr(rng.normal(size=(3, size, size)))[0]
     values = 10 ** (decades * rng.uniform(-1, 0, size=(3, 1, size)))

@@ -1,4 +1,4 @@
-"""What is installed: files of the packages, ranges, pins, extras, versions of Python."""
+"""The installation: files of the wheel, ranges, pins, extras, Python versions."""
 
 import configparser
 import os
@@ -26,13 +26,13 @@ def lines(text):
 
 
 def requirements(text):
-    """By the name that an index knows a package by."""
+    """Requirements by the normalised name of their package."""
     parsed = map(Requirement, lines(text))
     return {canonicalize_name(requirement.name): requirement for requirement in parsed}
 
 
 def pins(name):
-    """Versions of a file of pins, where each package has exactly one."""
+    """Versions in a file that pins each package to exactly one."""
     found = {}
     for package, requirement in requirements((ROOT / name).read_text()).items():
         (only,) = requirement.specifier

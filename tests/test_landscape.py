@@ -131,14 +131,14 @@ def test_example_of_the_paper_itself():
     eig = ncjax.hessian_eig(ncjax.log_cross_entropy, params, k=3, sphere=True)
     np.testing.assert_allclose(eig.eigenvalues[:2], -0.178810508, rtol=0, atol=1e-9)
     assert eig.eigenvalues[2] > -0.17
-    # There the gradient is radial: the Hessian of L over L has the same eigenvalues.
+    # The gradient is radial here, so the Hessian of L over L has the same eigenvalues.
     plain = ncjax.hessian_eig(ncjax.cross_entropy, params, k=3, sphere=True)
     ratio = plain.eigenvalues / ncjax.cross_entropy(params)
     np.testing.assert_allclose(ratio[:2], eig.eigenvalues[:2], atol=1e-12)
 
 
 def test_collapse_is_a_minimiser_on_the_sphere_only():
-    """The plain Hessian has negative eigenvalues at collapse too: it does not decide."""
+    """The plain Hessian has negative eigenvalues at collapse too."""
     params = block_saddle(2.0, 1, 4, 2, 6)
     eig = ncjax.hessian_eig(ncjax.log_cross_entropy, params, sphere=True)
     assert eig.eigenvalues[0] > -1e-12
@@ -426,7 +426,7 @@ def test_converged_is_false_if_lanczos_stops_early():
 
 @pytest.mark.parametrize("max_hvps", [100, 20_000])
 def test_progress_is_shown_and_changes_nothing(capfd, max_hvps):
-    """To the end, whether it converges or not, and again for a second call."""
+    """The line ends whether Lanczos converges or not, and a second call shows it again."""
     solve = partial(
         ncjax.hessian_eig,
         quadratic,
@@ -445,7 +445,7 @@ def test_progress_is_shown_and_changes_nothing(capfd, max_hvps):
         shown = capfd.readouterr().err
         assert shown.endswith("\n")  # the line is closed
         last = shown.strip().split("\r")[-1]
-        # The products of the true residuals come after the last restart.
+        # The three products for the true residuals come after the last restart.
         assert f"Hessian: {int(eig.num_hvps) - 3} products [" in last
         assert "residual=" in last
 

@@ -26,7 +26,7 @@ SHAPES = [(2, 3, 20), (3, 1, 25), (6, 3, 40), (4, 30, 12)]  # K, d, N
 
 
 def clusters(seed, shape, spread=0.5, noise=1.0):
-    """Unequal classes about centres, and a classifier near these."""
+    """Draw unequal classes about centres, and a classifier near these."""
     rng = np.random.default_rng(seed)
     num_classes, dim, samples = shape
     rest = rng.integers(0, num_classes, samples - num_classes) ** 2 % num_classes
@@ -45,7 +45,7 @@ def computed(data, **options):
 
 
 def assert_matches_definition(got, data, rtol, atol=0.0, fields=oracles.FIELDS):
-    """Against the oracle in float64 on the very numbers in `data`."""
+    """Compare with the oracle in float64 on the same numbers."""
     exact = oracles.float64(data)
     for field in fields:
         np.testing.assert_allclose(
@@ -94,7 +94,7 @@ SHAPE = (6, 16, 200)
 def test_features_far_from_the_origin_in_float32(offset):
     data = clusters(1, SHAPE)
     features = (data.features + offset).astype(np.float32)
-    # A bias that answers the offset, as training finds it: the logits stay small.
+    # The bias cancels the offset, as after training: the logits stay small.
     W = data.W.astype(np.float32)
     b = (data.b - W.astype(float) @ np.full(16, offset)).astype(np.float32)
     data = data._replace(features=features, W=W, b=b)
@@ -116,7 +116,7 @@ def test_nearest_centre_far_from_the_origin_in_float32():
 
 
 def test_variation_of_1e_7_of_the_means_in_float32():
-    """Features a few roundings about means in [1, 2)."""
+    """Features lie a few roundings around means in [1, 2)."""
     rng = np.random.default_rng(3)
     data = clusters(3, SHAPE)
     means = rng.uniform(1, 1.9, size=(6, 16)).astype(np.float32)
@@ -259,7 +259,7 @@ def test_metrics_under_jit_and_vmap():
 
 
 def shapes(jaxpr):
-    """Shapes of every array that a jaxpr and those inside it make."""
+    """Yield the shapes of all arrays in a jaxpr and the jaxprs inside it."""
     for equation in jaxpr.eqns:
         yield from (variable.aval.shape for variable in equation.outvars)
         for inner in jax.tree.leaves(

@@ -1,4 +1,4 @@
-"""The networks against torchvision's, with the same weights, and against their contract."""
+"""The networks agree with torchvision for equal weights, and keep their contract."""
 
 import json
 import math
@@ -43,7 +43,7 @@ CIFAR = {
     "vgg16": 14_728_266,
     "vgg19": 20_040_522,
 }
-# Quick to compile and run; every kind of network.
+# One network of every kind, quick to compile and run.
 SMALL = {
     "resnet18": ("resnet18", {"width": 1 / 16}),
     "vgg11": ("vgg11", {"width": 1 / 16}),
@@ -51,7 +51,7 @@ SMALL = {
     "mlp": ("mlp", {"width": 1 / 8}),
     "convnet": ("convnet", {"width": 1 / 4}),
 }
-# As they are, where only shapes are asked for.
+# Full-size networks, for tests that need only shapes.
 EVERY = {
     **{name: (name, {}) for name in ("resnet18", "resnet50", "vgg11", "mlp", "convnet")},
     "resnet18-imagenet": ("resnet18", {"stem": "imagenet"}),
@@ -106,7 +106,7 @@ def outputs(name):
 
 
 def assert_near(got, expected, tol, err_msg=""):
-    """Equal up to `tol` times the largest entry expected."""
+    """Compare up to `tol` times the largest expected entry."""
     assert got.shape == expected.shape, err_msg
     bound = tol * np.max(np.abs(expected))
     np.testing.assert_allclose(got, expected, rtol=0, atol=bound, err_msg=err_msg)
@@ -333,7 +333,7 @@ def initial(name, **options):
 
 
 def assert_drawn(kernel, deviation, uniform, leaf):
-    """Mean 0, this standard deviation, and normal or uniform, each within 5 sigma."""
+    """Test mean 0, the standard deviation, and normal or uniform, within 5 sigma."""
     inside = math.sqrt(1 / 3) if uniform else math.erf(math.sqrt(0.5))
     spread = 5 / math.sqrt(kernel.size)
     assert abs(kernel.mean()) < spread * deviation, leaf

@@ -182,7 +182,7 @@ def test_peeling_a_peeled_model_returns_it(seed, shape, with_bias):
     params, rng = random_params(seed, *shape, 1.0), np.random.default_rng(seed)
     b = rng.normal(size=num_classes) if with_bias else None
     order = rng.permutation(num_classes * per_class)
-    # Of each class in its order.
+    # The samples of each class keep their order.
     labels = np.repeat(np.arange(num_classes), per_class)[order]
     features = np.zeros((labels.size, dim))
     for k in range(num_classes):

@@ -35,7 +35,7 @@ def assert_close(first, second, rtol, atol=0.0):
 @settings(max_examples=max(8, settings.default.max_examples // 3))
 @given(seeds, sizes, floats)
 def test_metrics_and_losses_are_invariant_under_rotation_and_order(seed, shape, dtype):
-    """Rotation of the features; any order of classes and of samples within a class."""
+    """Rotate the features; permute the classes and the samples within a class."""
     params, rng = random_params(seed, *shape, 1.0, dtype), np.random.default_rng(seed)
     frame = np.linalg.qr(rng.normal(size=(shape[2], shape[2])))[0].astype(dtype)
     order = rng.permutation(shape[0])
@@ -43,7 +43,7 @@ def test_metrics_and_losses_are_invariant_under_rotation_and_order(seed, shape, 
     turned = jax.tree.map(lambda leaf: (leaf @ frame)[order], params)
     turned = turned._replace(H=turned.H[:, samples])
     got, expected = compiled(turned), compiled(params)
-    # Where class means nearly meet, quotients lose as many digits as these.
+    # If class means nearly coincide, quotients lose digits.
     rtol = 1e4 * np.finfo(dtype).eps
     gap = statistics.squared_distances(jnp.mean(params.H, axis=1))
     if np.sqrt(gap[np.triu_indices(shape[0], 1)].min()) > 0.1:
@@ -72,7 +72,7 @@ def test_metrics_do_not_depend_on_two_scales_nor_margin_ratio_on_a_common_scale(
 
 @given(seeds, sizes, floats, st.integers(-100, -15))
 def test_kkt_angle_near_the_origin_equals_the_linear_flow(seed, shape, dtype, p):
-    # There ∇log L is linear in Z, and its direction is that of (S H, Sᵀ W).
+    # Near the origin ∇log L is linear in Z, in the direction of (S H, Sᵀ W).
     factor = 2.0 ** (p * (10 if dtype == np.float64 else 1))
     params = random_params(seed, *shape, 1.0, dtype)
     angle = compiled(scaled(params, dtype(factor), dtype(factor)))["kkt_angle"]
@@ -91,12 +91,12 @@ def test_float32_is_near_float64(seed, shape, scale):
     double = jax.tree.map(lambda leaf: leaf.astype(float), single)
     got, exact = compiled(single), compiled(double)
     eps = float(np.finfo(np.float32).eps)
-    # A margin rounds at eps |w| |h|; log L moves by that, the loss by that share.
+    # A margin rounds at eps |w| |h|: an absolute error of log L, a relative one of L.
     largest = [np.linalg.norm(leaf, axis=-1).max() for leaf in double]
     rounding = 20 * eps * (1 + largest[0] * largest[1])
     assert_close(got["log_cross_entropy"], exact["log_cross_entropy"], eps, rounding)
     if rounding < 0.1:
-        # Past margins of 87 the loss is below the least normal number, taken for 0.
+        # For margins above 87 the loss is below the least normal number.
         tiny = float(np.finfo(np.float32).tiny)
         assert_close(got["cross_entropy"], exact["cross_entropy"], 2 * rounding, tiny)
     assert_close(ncjax.margins(single), ncjax.margins(double), eps, rounding)
@@ -213,7 +213,7 @@ def test_restoring_invariants_keeps_logits(seed, shape, scale, repeated):
     if repeated:  # rows that span less than the space
         start = start._replace(W=start.W.at[1].set(start.W[0]), H=start.H * 0 + scale)
     off = random_params(seed + 1, *shape, 1e-6 * scale)
-    # A solver's error lies in the span of what it has moved.
+    # A solver's error lies in the span of the rows it has moved.
     span = np.concatenate([start.W, start.H.reshape(-1, shape[2])])
     onto = np.linalg.pinv(span) @ span
     moved = jax.tree.map(lambda p, q: p + q @ onto, start, off)
@@ -221,7 +221,7 @@ def test_restoring_invariants_keeps_logits(seed, shape, scale, repeated):
     drift = ncjax.invariant_drift(back, start)
     assert float(drift.balance) < 1e-11
     assert float(drift.classifier_sum) < 1e-13
-    # The move of the margins is the square of that of the balance.
+    # Margins change by the square of the change of the balance.
     atol = 1e-8 * max(scale, 1e-3) ** 2
     assert_close(ncjax.margins(back), ncjax.margins(moved), 1e-8, atol)
 
@@ -290,7 +290,7 @@ def test_metrics_of_features_at_any_scale_and_order(seed, shape, dtype, exponent
         features, labels, W, b if with_b else None
     )
     order, factor = rng.permutation(samples), dtype(2.0**p)
-    # Features and bias by one factor: the decisions stay.
+    # A common factor of features and bias keeps the decisions.
     far = factor * features[order], labels[order], W, factor * b if with_b else None
     got = ncjax.collapse_metrics_from_features(*far)
     tolerance = 1e4 * np.finfo(dtype).eps
@@ -313,7 +313,7 @@ def test_too_few_samples_are_refused_under_jit():
         )
 
 
-# Pieces that others stand on
+# Numerics
 
 
 @given(seeds, floats, st.integers(-100, 100), st.booleans())

@@ -54,7 +54,7 @@ def test_the_examples_of_the_training_page_run(capsys):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 def test_make_names_the_python_version_it_needs(tmp_path):
-    """With `false` for an interpreter that is too old."""
+    """The command `false` stands for a Python that is too old."""
     command = ["make", "-C", ROOT, "flow", "PYTHON=false", f"VENV={tmp_path / 'venv'}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2

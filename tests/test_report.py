@@ -1,4 +1,4 @@
-"""The report: one sound page of any runs, whatever their folders hold."""
+"""The report is one valid page, whatever the run folders hold."""
 
 import html.parser
 import json
@@ -26,7 +26,7 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
 class Page(html.parser.HTMLParser):
-    """A page as parsed: its tags in order, its text, and the cells of its tables."""
+    """A parsed page: its tags in order and its text."""
 
     def __init__(self, text):
         super().__init__()
@@ -281,7 +281,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser")))
 @pytest.mark.skipif(BROWSER is None, reason="needs the chromium of Debian")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_the_page(tmp_path, width):
-    """Without a script and without a network, as it stands on the disk."""
+    """Without scripts and without a network."""
     make(tmp_path, RESULTS / "ulpm_flow")
     picture = tmp_path / "page.png"
     headless = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars")

@@ -1,4 +1,4 @@
-"""Run folders under stress: two runs at once, full and read-only disks, pickles, kills."""
+"""Run folders with two runs at once, full and read-only disks, pickles and kills."""
 
 import ast
 import contextlib
@@ -45,7 +45,7 @@ def names(folder):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the lock of a folder."""
+    """Start another process that holds the lock of a folder."""
     (tmp_path / "run").mkdir()
     process = subprocess.Popen(
         subprocesses.command("hold_lock", str(tmp_path / "run")),
@@ -67,11 +67,11 @@ def holder(tmp_path):
 def test_a_folder_in_use_is_refused(quick, tmp_path, holder, name, flags):
     with pytest.raises(ValueError, match="is in use by another run") as raised:
         damage.run(name, tmp_path / "run", **flags)
-    told = str(raised.value)
-    assert str(tmp_path / "run") in told
-    assert f"process {holder.pid} on {socket.gethostname()}: " in told
-    assert told.endswith("give another --workdir")
-    assert "\n" not in told
+    message = str(raised.value)
+    assert str(tmp_path / "run") in message
+    assert f"process {holder.pid} on {socket.gethostname()}: " in message
+    assert message.endswith("give another --workdir")
+    assert "\n" not in message
     assert names(tmp_path / "run") == {".lock"}
 
 
@@ -84,17 +84,17 @@ def test_a_lock_ends_with_its_process(quick, tmp_path, holder):
 
 
 def test_a_run_holds_its_folder_to_its_end_and_no_longer(quick, tmp_path):
-    asked = []
+    refusals = []
 
     def again(*_):
         with pytest.raises(ValueError, match=f"process {os.getpid()} on") as raised:
             damage.run("theorems", tmp_path, overwrite=True)
-        asked.append(raised)
+        refusals.append(raised)
 
     with quick.context() as patch:
         patch.setattr(damage.theorems, "_run", again)
         damage.run("theorems", tmp_path)
-    assert len(asked) == 1
+    assert len(refusals) == 1
     damage.run("theorems", tmp_path, overwrite=True)
 
 
@@ -140,7 +140,7 @@ def test_a_lock_file_that_cannot_be_made_is_an_error(quick, tmp_path):
 
 
 def cut_off(patch, target, error):
-    """Let every write to a file whose name starts so fail, as the kernel would."""
+    """Let writes to files whose names start with `target` fail with this error."""
     replace = Path.replace
 
     def refuse(path, goal):
@@ -169,13 +169,13 @@ def test_a_full_disk_error_names_the_file_and_the_next_command(
         cut_off(patch, target, FULL)
         with pytest.raises(OSError, match="No space left on device; free some") as raised:
             damage.run(name, folder)
-    told = str(raised.value)
-    assert f"cannot write {folder}/{target}" in told
+    message = str(raised.value)
+    assert f"cannot write {folder}/{target}" in message
     afresh = name == "theorems" or target == "config"
     how, flag = ("start again", "overwrite") if afresh else ("go on", "resume")
-    assert f"; then {how} with: python -m" in told
-    assert f"--workdir={folder} --{flag}" in told
-    assert "\n" not in told
+    assert f"; then {how} with: python -m" in message
+    assert f"--workdir={folder} --{flag}" in message
+    assert "\n" not in message
     assert not [n for n in names(folder) if n.startswith(".")]
     damage.run(name, folder, **{flag: True})
     for path in expected.glob("*.csv"):
@@ -216,7 +216,7 @@ def test_a_checkpoint_that_does_not_fit_keeps_the_previous_one(quick, tmp_path):
 
 
 def test_a_file_size_limit_of_the_kernel_is_an_error_and_the_run_resumes(quick, tmp_path):
-    """Nothing is simulated: each limit meets another file."""
+    """The kernel itself refuses; each limit hits another file."""
     expected = damage.run("train_small", tmp_path / "expected")
     limits = ("400", "1500", "6000")
     command = subprocesses.command("limited_files", str(tmp_path), *limits)
@@ -290,7 +290,7 @@ def test_resuming_makes_no_folder(quick, tmp_path):
     assert names(tmp_path) == set()
 
 
-# What is read from a folder
+# Reading a folder
 
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json"])
@@ -328,12 +328,12 @@ def test_resume_refuses_changed_metrics(quick, tmp_path):
 
 
 def test_restore_refuses_changed_arrays(tmp_path, monkeypatch):
-    """Orbax reads them without notice."""
+    """Orbax itself would return them."""
     state = {"W": np.arange(6.0), "H": np.ones(3)}
     with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as checkpoints:
-        checkpoints.save(1, state, {"said": "of it"})
+        checkpoints.save(1, state, {"note": "text"})
         restored, notes = checkpoints.restore(state)
-        assert notes == {"said": "of it"}
+        assert notes == {"note": "text"}
         np.testing.assert_array_equal(restored["W"], state["W"])
         restore = checkpoint.ocp.CheckpointManager.restore
 
@@ -403,7 +403,7 @@ def test_a_pickle_in_a_folder_is_not_loaded(quick, tmp_path, name):
     assert not (tmp_path / "exploded").exists()
     with np.load(io.BytesIO(np_bytes(bomb)), allow_pickle=True) as stored:
         stored["W"]
-    assert (tmp_path / "exploded").exists()  # it would have
+    assert (tmp_path / "exploded").exists()  # the pickle does make a file if it is loaded
 
 
 def np_bytes(array):
@@ -428,7 +428,7 @@ def test_nothing_is_unpickled_while_a_run_goes_on(quick, tmp_path):
     _WATCHED.append(found)
     try:
         pickle.loads(pickle.dumps(ncjax.Params(1, 2)))
-        assert found  # the report works
+        assert found  # the hook works
         found.clear()
         damage.run("train_small", tmp_path / "source")
         for name in ("ulpm_flow", "train_small", "peel"):

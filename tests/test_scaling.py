@@ -100,7 +100,7 @@ def polynomial(case, degrees):
     return found
 
 
-# Exponents (of K, n, d or as the case names them) and what stands before them.
+# Exponents (of K, n, d or as the case names them) and their coefficients.
 PRODUCTS = {
     clock_field: ((2, 1, 1), {(2, 1, 1): 6}),
     time_derivative: ((2, 1, 1), {(2, 1, 1): 8}),
@@ -125,7 +125,7 @@ def test_the_leading_coefficients_equal_the_counts_of_xla(case):
     found = polynomial(case, degrees)
     for exponents, coefficient in expected.items():
         assert found[exponents] == pytest.approx(coefficient, abs=1e-3), exponents
-    # It is a polynomial, with no term that the interpolation could not see.
+    # The count is a polynomial without terms that the interpolation would miss.
     sizes = [degree + 9 for degree in degrees]
     value = found
     for size, degree in zip(sizes, degrees, strict=True):
@@ -134,7 +134,7 @@ def test_the_leading_coefficients_equal_the_counts_of_xla(case):
     assert lowered(case(*sizes)) == pytest.approx(float(value), rel=1e-6)
 
 
-# What the compiler adds is elementwise, or computed twice: it fades with size.
+# The compiler adds elementwise or repeated work, whose share falls with size.
 @pytest.mark.parametrize(
     ("case", "products", "most"),
     [
@@ -154,7 +154,7 @@ def test_class_sums_are_a_matrix_product_on_accelerators(monkeypatch):
 
     def elsewhere(B, K, d):
         fn, *arguments = update(B, K, d)
-        return lambda *given: fn(*given), *arguments  # not what is traced for the CPU
+        return lambda *given: fn(*given), *arguments  # traced anew
 
     assert polynomial(elsewhere, (1, 1, 1))[1, 1, 1] == pytest.approx(2, abs=1e-3)
     products = 2 * 1000 * 40 * 512
@@ -203,7 +203,7 @@ def convolutions(model, image_shape, monkeypatch):
 
 
 def within_image(size, window, stride, padding, outputs):
-    """Positions of a window along one axis, over all outputs, that are no padding."""
+    """Count positions of a window along one axis that are not padding."""
     return sum(
         0 <= i * stride + j - padding < size for i in range(outputs) for j in range(window)
     )
@@ -262,7 +262,7 @@ def collectives():
 
 
 def test_a_training_step_sums_its_gradient_once(collectives):
-    """And loss, accuracy, batch statistics; the same on any number of devices."""
+    """It also sums loss, accuracy and batch statistics, on any number of devices."""
     mlp, convnet = (collectives["parameters"][name] for name in ("mlp", "convnet"))
     assert collectives["mlp"] == {"all-reduce": 4 * (mlp + 2)}
     assert collectives["convnet"] == [{"all-reduce": 4 * (convnet + 3 * (3 + 6) + 2)}] * 3

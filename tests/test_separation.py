@@ -167,7 +167,7 @@ def certified_flows(keys, sizes, log_times):
 
 
 def test_flows_are_certified():
-    """On their way one is a saddle by residual and sigma_max, but not by the verdict."""
+    """On the way a state looks like a saddle by residual and sigma_max alone."""
     keys = jax.random.split(jax.random.key(0), 8)[np.array([0, 7])]
     proof = certified_flows(keys, (8, 2, 10), [80.0, 160.0, 1000.0])
     np.testing.assert_array_equal(proof.verdict[:, -1], GLOBAL_OPTIMUM)
@@ -188,7 +188,7 @@ def test_all_seeds_of_the_default_run_get_the_right_verdict():
     arrived = excess < 3e-4
     assert arrived.sum() >= 30
     np.testing.assert_array_equal(verdict[arrived], GLOBAL_OPTIMUM)
-    # What is still leaving a saddle is not called optimal.
+    # States that are still leaving a saddle are not called optimal.
     assert (verdict[~arrived] != GLOBAL_OPTIMUM).all()
     assert (sigma_max[~arrived] > 1.01).all()
 

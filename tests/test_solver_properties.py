@@ -1,4 +1,4 @@
-"""One step of each solver of the flow: what holds for every equation and every size."""
+"""Properties of one step of each solver, for any equation and step size."""
 
 import chex
 import diffrax
@@ -107,7 +107,7 @@ def drawn(seed, degree=4, linear=1.0, bent=0.3):
 
 
 def assume_no_explosion(arrays):
-    """A square may end in a pole before the step does."""
+    """Discard examples whose solution explodes within the step."""
     assume(all(np.abs(array).max() < 100 for array in jax.tree.leaves(arrays)))
 
 
@@ -185,14 +185,14 @@ def test_linear_equations_are_solved_to_the_order_of_the_method(name, seed, size
     order, constant = ORDERS[name]
     gap = np.linalg.norm(y1 - expm(A) @ y) / np.linalg.norm(y)
     assert gap <= constant * 10 ** (order * size) + 1e-15
-    # The estimate is of one order less, and not of more.
+    # The error estimate has one order less.
     share = np.linalg.norm(error) / np.linalg.norm(y)
     assert share <= 10 * constant * 10 ** ((order - 1) * size) + 1e-15
 
 
 @given(solvers, seeds, st.floats(-3, 12))
 def test_decaying_components_are_never_amplified(name, seed, size):
-    """A symmetric matrix with a spectrum in the interval of stability; of Rodas5P any."""
+    """For symmetric matrices with spectra in the interval of stability."""
     rng = np.random.default_rng(seed)
     frame = np.linalg.qr(rng.normal(size=(DIM, DIM)))[0]
     largest = 10**size if name == "rodas" else min(10**size, STABLE_TO)
@@ -203,10 +203,10 @@ def test_decaying_components_are_never_amplified(name, seed, size):
     y1, *_ = STEPS[name](0.0, 1.0, y, zero)
     parts, ends = frame.T @ y, frame.T @ np.asarray(y1)
     bound = np.abs(parts) * np.where((name == "stabilised") & (rates < -1), 0.951, 1)
-    # Rounding at the stages is that of the fastest part.
+    # The fastest component sets the rounding of the stages.
     room = 1e-9 * np.abs(y).max()
     assert (np.abs(ends) <= bound + room).all()
-    # As if each eigenvector were by itself.
+    # Each eigenvector evolves as if it were alone.
     alone = STEPS[name](0.0, 1.0, parts, (zero[0], np.diag(rates), zero[2]))[0]
     np.testing.assert_allclose(ends, alone, atol=room)
 
@@ -227,7 +227,7 @@ SHAPE = (3, 2, 4)
 
 @jax.jit
 def on_the_clock(x, scaled, right, c):
-    """Field, and a solve with I - c J beside the product with it."""
+    """Field, (I - c J) times the solution of that system, and the time derivative."""
     solver = clocks.LINEARLY_IMPLICIT
     solved = solver.solve(solver.factor(x, scaled, None, c), right)
     along = jax.jvp(lambda y: clocks.field(x, y), (scaled,), (solved,))[1]

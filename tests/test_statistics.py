@@ -1,4 +1,4 @@
-"""Streaming statistics: any grouping of the samples, any mask, any number of devices."""
+"""Streaming statistics in any grouping, with any mask, on any number of devices."""
 
 import chex
 import jax
@@ -17,7 +17,7 @@ K, D, N = 4, 3, 24
 
 @st.composite
 def samples(draw):
-    """Features (N, D) of any scale and offset, labels, and a batch number per sample."""
+    """Draw features (N, D) of any scale and offset, labels, and batch numbers."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     scale = 10.0 ** draw(st.integers(-6, 6))
     offset = scale * draw(st.sampled_from([0.0, 1.0, 1e4]))
@@ -32,7 +32,7 @@ def take(features, labels, mask):
 
 
 def assert_same(first, second, features, rtol=1e-11):
-    """Equal counts, means and scatters; the anchor itself is free."""
+    """Compare counts, means and scatters; the anchors may differ."""
     scale = float(jnp.max(jnp.abs(features)))
     np.testing.assert_array_equal(first.counts, second.counts)
     np.testing.assert_allclose(
@@ -104,7 +104,7 @@ def test_merge_is_associative_and_commutative_with_init_as_neutral_element(drawn
 
 @jax.jit
 def _of_all_devices(features, labels, batch):
-    """What each of three devices says of all samples, and one pass over them."""
+    """Statistics of all samples on each of three devices, and by one pass."""
 
     def one(number):
         return statistics.all_merge(take(features, labels, batch == number), "devices")
@@ -255,5 +255,5 @@ def test_unknown_centring_is_refused():
 
 
 def test_all_merge_over_eight_devices_equals_one_pass():
-    """Devices that lack a class, and one that sees nothing, in a process of its own."""
+    """Some devices lack a class and one sees nothing."""
     subprocesses.output(subprocesses.command("sharded_statistics", strict=True))

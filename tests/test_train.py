@@ -1,4 +1,4 @@
-"""Steps of the trainer, against the same written out."""
+"""Steps of the trainer, against the same steps in NumPy."""
 
 import chex
 import jax
@@ -122,7 +122,7 @@ def test_features_do_not_depend_on_the_chunk(digits, mesh, monkeypatch, size):
 
 
 def test_seeds_trained_together_agree_with_seeds_trained_alone(digits, mesh):
-    # No maxima and one step: rounding alone must not choose between two branches.
+    # Without maxima and in one step, rounding cannot choose between branches.
     model, optimiser = small(), train.sgd(RATE, momentum=MOMENTUM)
     dataset = on_device(digits, mesh)
     epoch = train.make_epoch(model, optimiser, batch_size=100, mesh=mesh)
@@ -176,7 +176,7 @@ def test_measure_agrees_with_the_oracle_on_the_features(digits, mesh, use_bias):
 @settings(max_examples=settings.default.max_examples // 5)
 @given(st.integers(0, 2**31), st.booleans(), st.integers(-20, 20))
 def test_measure_agrees_with_the_oracle_on_any_features(seed, use_bias, exponent):
-    """In the shapes of the test before, for which it is compiled."""
+    """In shapes that the previous test compiles."""
     rng, factor = np.random.default_rng(seed), 2.0**exponent
     labels = rng.permutation(np.arange(100, dtype=np.int32) % 10)
     features = (factor * rng.normal(size=(100, 26))).astype(np.float32)

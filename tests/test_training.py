@@ -34,7 +34,7 @@ SMALL = train_small.Config(
     checkpoint_every=2,
 )
 
-# The same at another moment or size: half a minute each.
+# Variations at another moment or size, half a minute each.
 SLOW = pytest.mark.slow
 
 
@@ -43,7 +43,7 @@ def small(folder, **changes):
 
 
 def command(folder, *flags, module="train_small", **changes):
-    """The command of `SMALL` with changes, for another process."""
+    """Return the command of `SMALL` with changes, for another process."""
     settings = folders.settings(dataclasses.replace(SMALL, **changes))
     default = train_small.Config()
     given = [f"--{k}={v}" for k, v in settings.items() if v != getattr(default, k)]
@@ -69,7 +69,7 @@ def measured(folder):
 
 
 def assert_same_run(folder, other, exact=True):
-    """Same parameters, optimiser state, metrics and summary."""
+    """Compare parameters, optimiser state, metrics and summary of two runs."""
     (got, got_epoch), (expected, epoch) = state_of(folder), state_of(other)
     assert got_epoch == epoch
     if exact:
@@ -94,7 +94,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """Runs a config as if Ctrl-C came in an epoch."""
+    """Run a config that is interrupted by SIGINT in an epoch."""
     finite = _training._Loop._check_finite
 
     def run(config, epoch):
@@ -135,7 +135,7 @@ def test_metrics_are_the_oracle_on_the_stored_network(finished):
     assert trained.epoch == 6
     digits = data.load("digits", "train[:200]")
     np.testing.assert_array_equal(trained.labels, digits.labels)
-    # Features once more, in NumPy, from the parameters.
+    # Compute the features in NumPy from the parameters.
     leaves = state_of(finished)[0].params
     mean, deviation = data.channel_statistics(digits.images)
     hidden = ((digits.images / 255 - mean) / deviation).reshape(200, -1)
@@ -179,7 +179,7 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(
 
 def test_a_second_interrupt_stops_within_the_epoch():
     class Busy:
-        """The result of an epoch that never ends; each look at it brings a signal."""
+        """The result of an endless epoch, which sends a signal whenever it is polled."""
 
         def is_ready(self):
             os.kill(os.getpid(), signal.SIGINT)
@@ -254,7 +254,7 @@ def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path, delay):
     process = subprocess.Popen(
         command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    # Wait until a first checkpoint is begun, be it whole or not.
+    # Wait until the first checkpoint is begun.
     while process.poll() is None and not list((folder / "checkpoints").glob("*")):
         time.sleep(0.005)
     time.sleep(delay)
@@ -317,12 +317,12 @@ def test_an_extended_run_is_the_longer_one_bit_for_bit(tmp_path, capsys):
     (got, done), (expected, epochs) = state_of(folder), state_of(longer)
     assert done == epochs == 5
     chex.assert_trees_all_equal(got, expected)
-    # Rows stay and go on; what both have measured is the same.
+    # The old rows stay. Rows that both runs measured are the same.
     after = (folder / "metrics.csv").read_text()
     assert after.startswith(before)
     assert measured(folder) == [1, 2, 3, 5]
     assert set((longer / "metrics.csv").read_text().splitlines()) <= {*after.splitlines()}
-    # What was said of the shorter run is kept.
+    # The record of the shorter run is kept.
     stored = read_json(folder / "config.json")
     assert stored["experiment"] == short.pop("experiment")
     assert stored["config"] == short.pop("config") | {"epochs": 5}
@@ -374,7 +374,7 @@ def test_an_interrupted_run_may_be_shortened_to_its_last_epoch(
     train_small.run(small(folder, epochs=4, resume=True))
     assert measured(folder) == [1, 2, 4]
     assert state_of(folder)[1] == 4
-    # And on again, from a run made shorter.
+    # The shortened run is extended again.
     train_small.run(small(folder, epochs=6, resume=True))
     assert measured(folder) == [1, 2, 4, 6]
     chex.assert_trees_all_equal(state_of(folder)[0], state_of(finished)[0])
@@ -383,13 +383,13 @@ def test_an_interrupted_run_may_be_shortened_to_its_last_epoch(
 
 
 def test_a_run_that_is_too_short_names_the_command_to_train_longer(tmp_path):
-    said = _training._ending(small(tmp_path), tmp_path, None)
-    assert said.startswith(
+    message = _training._ending(small(tmp_path), tmp_path, None)
+    assert message.startswith(
         "training error is not zero after 6 epochs; train on with: python"
     )
-    assert "--resume" in said
-    assert "--epochs=12" in said
-    assert "'--train_split=train[:200]'" in said  # as a shell wants it
+    assert "--resume" in message
+    assert "--epochs=12" in message
+    assert "'--train_split=train[:200]'" in message  # quoted for a shell
     stepped = _training._ending(small(tmp_path, schedule="step"), tmp_path, None)
     assert stepped == "training error is not zero after 6 epochs"
 

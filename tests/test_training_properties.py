@@ -179,7 +179,7 @@ def drawn_data(rng):
 
 @given(seeds, seeds, st.floats(0, 20))
 def test_epochs_of_softmax_regression_agree_with_numpy(seed, key, size):
-    """Two of them, with the gradient in closed form: (p - e_y) xᵀ."""
+    """Two epochs, with the gradient in closed form: (p - e_y) xᵀ."""
     rng = np.random.default_rng(seed)
     dataset, mean, deviation = drawn_data(rng)
     params = drawn_layers(rng, [4, K], True)
@@ -223,10 +223,10 @@ def test_epochs_of_softmax_regression_agree_with_numpy(seed, key, size):
 def test_features_come_in_order_and_in_chunks_of_one_size(size, chunk, seed):
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(size, 3)).astype(np.float32)
-    asked = []
+    lengths = []
 
     def forward(state, dataset, index):
-        asked.append(len(index))
+        lengths.append(len(index))
         return jnp.asarray(features[index] + state)
 
     labels = np.zeros(size, np.int32)
@@ -235,8 +235,8 @@ def test_features_come_in_order_and_in_chunks_of_one_size(size, chunk, seed):
         patch.setattr(train, "_CHUNK", chunk)
         got = train.extract_features(forward, np.float32(2), dataset)
     np.testing.assert_array_equal(got, features + np.float32(2))
-    assert set(asked) == {min(chunk, size)}
-    assert len(asked) == -(-size // min(chunk, size))
+    assert set(lengths) == {min(chunk, size)}
+    assert len(lengths) == -(-size // min(chunk, size))
 
 
 # The start of the flow
@@ -253,9 +253,9 @@ def test_starts_are_independent_normal_numbers(seed, scale, dtype):
     chex.assert_trees_all_equal(start, scaled)
     chex.assert_type(list(start), dtype)
     numbers = np.concatenate([np.ravel(leaf) for leaf in unit]).astype(float)
-    # Of 420 numbers; by chance once in a hundred million examples.
+    # A sample of 420 numbers fails by chance once in a hundred million examples.
     assert kstest(numbers, "norm").pvalue > 1e-8
     W, H = (np.asarray(leaf, float) for leaf in unit)
-    # No row of W is one of H, and no two rows are alike.
+    # No two rows of W and H are equal.
     rows = np.concatenate([W, H.reshape(-1, 7)])
     assert len({tuple(row) for row in rows}) == len(rows)

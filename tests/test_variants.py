@@ -1,4 +1,4 @@
-"""Every published value of the reference, by the call that `docs/metrics.md` names."""
+"""Calls that `docs/metrics.md` names reproduce every published reference value."""
 
 import json
 from functools import cache
@@ -32,8 +32,8 @@ def unit_row_distances(data):
     return measures.row_distances(unit(jnp.asarray(data.W)), unit(means(data)))
 
 
-# Values of other codebases: a name in CALLS or a call, and the relative error of the value
-# where it is not of rounding in float64.
+# Values of other codebases: a name in CALLS or a call, with the relative error of the value
+# if it exceeds rounding in float64.
 PEERS = {
     "rhubarb64.nc1_pinv": "nc1.pinv_over_K.class_mean",
     "rhubarb64.nc1_svd": "nc1.pinv_over_K.class_mean",
@@ -201,7 +201,7 @@ def test_half_precision_is_computed_in_float32():
 def test_variation_far_from_the_origin_in_float32():
     data = RANDOM["wide"]
     data = data._replace(features=(data.features + 1e4).astype(np.float32))
-    # The rest speaks of the origin: losses, uncentred products and directions.
+    # The other formulas depend on the origin: losses, uncentred products, directions.
     centred = ("nc1.pinv", "nc1.quot", "nc1.cdnv", "nc1.vci", "lpm", "nc2g")
     values = compiled(data, [name for name in CALLS if name.startswith(centred)])
     for name, value in values.items():
