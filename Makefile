@@ -27,7 +27,7 @@ dist: $(VENV)/.dist
 	$(VENV)/bin/python -m twine check --strict dist/*
 	$(PYTHON) -m venv build/empty
 	build/empty/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
-	cd build && empty/bin/python -P ../tests/light_install.py
+	cd build && empty/bin/python -P ../tests/programs/light_install.py
 	rm -rf build
 
 $(VENV)/.dist: $(VENV)/.installed

@@ -13,20 +13,21 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 settings.register_profile("ncjax", deadline=None, derandomize=True, max_examples=25)
-# By hand: pytest --hypothesis-profile campaign, other examples every time.
+# `pytest --hypothesis-profile campaign` draws other examples every time.
 settings.register_profile("campaign", deadline=None, max_examples=500, print_blob=True)
 settings.load_profile("ncjax")
 
 
-# XLA's earlier code generation for CPUs: half the time to compile, and runs hardly slower.
+# XLA's earlier code generation for CPUs takes half the time to compile.
 QUICK = "--xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_configure(config):
-    """Most of the suite's time is compilation: make it short.
+    """Shorten compilation, which takes most of the time of the suite.
 
-    Programs are compiled once for all workers, subprocesses and later runs (`--cache-clear`
-    empties the folder), and quickly, unless the environment has `XLA_FLAGS`, empty or not.
+    All workers, subprocesses and later runs share one cache of compiled programs, which
+    `--cache-clear` empties. If the environment sets `XLA_FLAGS`, even to the empty string,
+    it is left as it is.
     """
     if "XLA_FLAGS" not in os.environ and knows(QUICK):
         os.environ["XLA_FLAGS"] = QUICK
@@ -42,7 +43,7 @@ def pytest_configure(config):
 
 
 def knows(flag):
-    """Whether this XLA has the flag; it aborts over one that it has not."""
+    """Whether this XLA knows the flag. XLA aborts the process over an unknown one."""
     process = subprocess.run(
         [sys.executable, "-c", "import jax; jax.devices()"],
         env=os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"},
@@ -53,14 +54,14 @@ def knows(flag):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Each module leaves no compiled programs in memory, which would come to gigabytes."""
+    """Remove compiled programs after each module: all of them would fill gigabytes."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Where nearly all of the time goes to the compiler and nothing hangs on its best."""
+    """Compile with few optimisations, for tests that mostly compile."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -68,14 +69,14 @@ def quick_compilation():
 
 @pytest.fixture(scope="module")
 def full_precision():
-    """Products of float32 in float32, on every platform."""
+    """Compute products of float32 in float32 on every platform."""
     with jax.default_matmul_precision("highest"):
         yield
 
 
 @pytest.fixture(params=["cpu", "gpu"])
 def platform(request, monkeypatch):
-    """What is picked for this platform, on whichever the tests run."""
+    """Make JAX report this platform, on whichever platform the tests run."""
     monkeypatch.setattr(jax, "default_backend", lambda: request.param)
     return request.param
 

@@ -1,7 +1,7 @@
 """Small runs with stand-ins for the numerics, and what can happen to their files.
 
-A stand-in is a sum: quick, the same every time, and another one if a number read from a
-file is. What is written, read, checked and told is the experiments' own.
+A stand-in is a sum: quick, deterministic, and different if any number read from a file is
+different. The experiments' own code writes, reads, checks and reports.
 """
 
 import functools
@@ -54,7 +54,7 @@ CONFIGS = {
 
 
 def stand_in(patch):
-    """Put the stand-ins in the place of what takes long."""
+    """Replace slow functions by stand-ins."""
     _for_flows(patch)
     _for_training(patch)
     for name in ("saddle_analysis", "theorems"):
@@ -68,7 +68,7 @@ def stand_in(patch):
 
 
 def _committed(name, config, folder):
-    """The run of `results/`, written again."""
+    """Copy the run of `results/` into the folder."""
     summary = files.read_json(RESULTS / name / "summary.json")
     for path in (RESULTS / name).iterdir():
         if path.suffix in (".csv", ".md", ".png", ".pdf"):
@@ -135,7 +135,7 @@ def _for_training(patch):
 
 
 def _peeled(trained, per_class):
-    """A point that depends on the checkpoint and on the labels."""
+    """Return a point that depends on the checkpoint and on the labels."""
     shift = float(trained.features[0, 0]) + float(trained.labels.sum())
     return ncjax.Params(
         np.asarray(trained.weight, np.float64)[:2, :2] + shift, np.ones((2, 1, 2))
@@ -148,7 +148,7 @@ def _described(point):
 
 
 def run(name, folder, **changes):
-    """Run an experiment in a folder; `peel` of the training run beside it."""
+    """Run an experiment in a folder; `peel` reads the training run beside it."""
     values = {"workdir": str(folder)} | changes
     if name == "peel":
         values.setdefault("run", str(folder.parent / "source"))
@@ -157,7 +157,7 @@ def run(name, folder, **changes):
 
 
 def interrupted(patch, name, folder):
-    """Leave a run of an experiment in a folder that is half done."""
+    """Start a run of an experiment in a folder and interrupt it half way."""
     with patch.context() as once:
         if name == "train_small":
             save = _training.checkpoint.Checkpoints.save
@@ -196,7 +196,7 @@ def _to_folder(path, where):
     path.mkdir()
 
 
-# What happens to a file, at a place in it from 0 to below 1.
+# Each damages a file at a relative place in [0, 1).
 DAMAGES = {
     "cut": lambda path, where: path.write_bytes(
         path.read_bytes()[: int(where * path.stat().st_size)]
@@ -213,6 +213,6 @@ DAMAGES = {
 
 
 def fresh(template, folder):
-    """A copy of a template at a place that is always the same."""
+    """Copy a template to a folder, replacing what is there."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(template, folder)

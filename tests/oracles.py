@@ -2,9 +2,8 @@ r"""Collapse metrics in plain NumPy, written from their definitions, in float64.
 
 Loops wherever a loop is the plainest reading of the formula; speed is no aim. Features
 h_i (N, d) with labels y_i, class means m_k of n_k samples, global mean h_G, classifier
-rows w_k. `centring` says what h_G is: "class_mean" the mean of the m_k, "sample_mean" that
-of all h_i.
-Pairs are unordered pairs of different classes.
+rows w_k. `centring` defines h_G: "class_mean" is the mean of the m_k, "sample_mean" the
+mean of all h_i. Pairs are unordered pairs of different classes.
 """
 
 from functools import partial
@@ -494,3 +493,22 @@ def log_cross_entropy_and_gradient(W, H):
                     gradient_W[j] += weights[j] * H[k, i]
                     gradient_W[k] -= weights[j] * H[k, i]
     return total, gradient_W, gradient_H
+
+
+def tangent_and_slack(params, multipliers):
+    """|Z̃ - Σ λ ∇m| / |Z̃| and Σ λ (m̃ - 1) / Σ λ m̃, by loops from the definitions."""
+    W, H = (np.asarray(leaf) for leaf in params)
+    root = np.sqrt(margins(W, H).min())
+    W, H = W / root, H / root
+    rest_W, rest_H, slack, total = W.copy(), H.copy(), 0.0, 0.0
+    for k, i, j in np.ndindex(multipliers.shape):
+        if j != k:
+            weight = multipliers[k, i, j]
+            rest_W[k] -= weight * H[k, i]
+            rest_W[j] += weight * H[k, i]
+            rest_H[k, i] -= weight * (W[k] - W[j])
+            margin = (W[k] - W[j]) @ H[k, i]
+            slack += weight * (margin - 1)
+            total += weight * margin
+    rest = np.sum(rest_W**2) + np.sum(rest_H**2)
+    return np.sqrt(rest / (np.sum(W**2) + np.sum(H**2))), slack / total

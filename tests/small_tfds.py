@@ -11,7 +11,7 @@ from PIL import Image
 
 
 class Samples(NamedTuple):
-    """What is written, and is to be read back."""
+    """Images and labels that are written and read back."""
 
     images: np.ndarray  # (N, height, width, C) uint8
     labels: np.ndarray  # (N,)

@@ -1,17 +1,17 @@
-"""Imports point one way; nothing private, nothing set from inside the library."""
+"""Imports point one way. The library uses public JAX and does not configure it."""
 
 import ast
 import graphlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import subprocesses
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "ncjax").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 ALL = LIBRARY + EXPERIMENTS + BENCHMARKS
 
 # What the modules of each wing may import from other wings of ncjax.
@@ -58,7 +58,7 @@ def modules_imported(path):
 
 
 def part(name, package):
-    """Second part of the name of a module of `package`, None of others."""
+    """Second part of the name of a module of `package`, None for other modules."""
     first, _, rest = name.partition(".")
     return rest.partition(".")[0] if first == package and rest else None
 
@@ -67,7 +67,7 @@ def parts_imported(path, package):
     return {part(name, package) for name in modules_imported(path)} - {None}
 
 
-def test_every_wing_is_in_the_table():
+def test_the_table_lists_every_wing():
     assert {part(dotted(path), "ncjax") for path in LIBRARY} - {None} == WINGS.keys()
 
 
@@ -78,13 +78,13 @@ def test_a_wing_imports_what_the_table_allows(path):
     assert "ncjax" not in modules_imported(path)
 
 
-def test_there_is_no_circle_of_imports():
-    # A package that lists its own modules depends on them, and they not on it.
+def test_imports_have_no_cycle():
+    # A package depends on the modules that it lists; they do not depend on it.
     graph = {name: modules_imported(path) - {name} for name, path in MODULES.items()}
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_convolution_is_the_only_door_to_its_algorithms():
+def test_only_convolution_imports_its_algorithms():
     inner = {"ncjax.networks.winograd", "ncjax.networks.grouping"}
     users = {name for name, path in MODULES.items() if modules_imported(path) & inner}
     assert users <= inner | {"ncjax.networks.convolution"}
@@ -95,7 +95,7 @@ def test_convolution_is_the_only_door_to_its_algorithms():
     [p for p in EXPERIMENTS if p.stem[0] != "_" and len(p.relative_to(ROOT).parts) == 2],
     ids=dotted,
 )
-def test_experiments_share_only_their_glue(path):
+def test_no_experiment_imports_another(path):
     assert all(name.startswith("_") for name in parts_imported(path, "experiments"))
 
 
@@ -104,6 +104,12 @@ def test_experiments_share_only_their_glue(path):
 )
 def test_run_folders_know_nothing_of_neural_collapse(path):
     assert all(name.startswith("experiments._runs") for name in modules_imported(path))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=dotted)
+def test_nothing_imports_a_test_module(path):
+    """strategies.py holds shared inputs, oracles.py shared reference values."""
+    assert not [name for name in imported(path) if name.startswith(("test_", "tests."))]
 
 
 @pytest.mark.parametrize("path", ALL, ids=dotted)
@@ -122,10 +128,5 @@ def test_jax_is_configured_on_the_command_line_only(path):
 
 
 def test_importing_ncjax_loads_no_heavy_packages():
-    code = (
-        "import sys, ncjax; "
-        "heavy = {'flax', 'tensorflow_datasets', 'orbax', 'matplotlib', 'tqdm', 'absl'}; "
-        "print(sorted(heavy & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() in ("[]", "['absl']"), done.stderr
+    printed = subprocesses.output(subprocesses.command("heavy_imports"))
+    assert printed.strip() in ("[]", "['absl']")

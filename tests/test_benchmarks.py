@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +29,7 @@ from ncjax.networks import convolution, models
 
 @pytest.fixture
 def no_peers(monkeypatch):
-    """As if no peer were installed."""
+    """Report every peer as not installed."""
     monkeypatch.setattr(_timing, "missing", lambda *_: "peers left out: none wanted")
     for module in (metrics, training_step):
         monkeypatch.setattr(module, "missing", _timing.missing)
@@ -93,7 +94,9 @@ def fake(name, note=""):
     return measure
 
 
-def test_a_section_is_replaced_and_others_are_kept(tmp_path, monkeypatch, capsys):
+def test_a_new_section_replaces_the_old_one_and_keeps_the_others(
+    tmp_path, monkeypatch, capsys
+):
     path = tmp_path / "results.json"
     monkeypatch.setattr(run, "SECTIONS", {"a": fake("old"), "b": fake("b")})
     both = run.run(run.Config(only="a,b", repeats=2, out=str(path)))
@@ -114,7 +117,7 @@ def test_a_section_is_replaced_and_others_are_kept(tmp_path, monkeypatch, capsys
     assert "| nothing | b |" not in printed
 
 
-def test_bad_settings_are_named(tmp_path):
+def test_bad_settings_raise_and_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"--only must be among .*got \['speed'\]"):
         run.run(run.Config(only="startup,speed"))
     with pytest.raises(ValueError, match="--repeats must be at least 1, got 0"):
@@ -149,7 +152,7 @@ def test_metrics_are_timed_alone_without_peers():
     assert notes == ["peers left out: none wanted"]
 
 
-def test_the_peer_computes_the_same_metrics():
+def test_torch_and_ncjax_compute_the_same_metrics():
     torch = pytest.importorskip("torch", reason="torch is not installed")
     arrays = metrics.draw(SMALL)
     ours = ncjax.collapse_metrics_from_features(*arrays)._asdict()
@@ -186,7 +189,7 @@ def test_winograd_is_timed_with_and_without(monkeypatch):
 
 
 @pytest.mark.parametrize("problem", training_step.PROBLEMS.values())
-def test_the_peer_trains_the_same_network(problem):
+def test_torch_and_ncjax_train_the_same_network(problem):
     pytest.importorskip("torchvision", reason="torchvision is not installed")
     network = training_step.torch_network(problem)
     model = models.build(problem.name, training_step.NUM_CLASSES, **problem.options)
@@ -217,7 +220,7 @@ def test_ncjax_and_arpack_agree():
         assert row["num_hvps"] > 0
 
 
-def test_pyhessian_is_given_the_same_loss(tmp_path):
+def test_pyhessian_and_ncjax_see_the_same_loss(tmp_path):
     reason = "PyHessian and torch are not installed: pip install torch pyhessian"
     torch = pytest.importorskip("torch", reason=reason)
     pytest.importorskip("pyhessian", reason=reason)
@@ -238,7 +241,7 @@ def test_pyhessian_is_given_the_same_loss(tmp_path):
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.slow
-def test_peers_of_the_flow_come_to_the_same_end(monkeypatch):
+def test_all_flow_solvers_reach_the_same_state(monkeypatch):
     monkeypatch.setattr(flow, "missing", lambda package: f"no {package}")
     end = np.log(30.0)
     monkeypatch.setattr(flow, "draw", lambda: ncjax.init_params(jax.random.key(0), 3, 2, 4))
@@ -248,12 +251,12 @@ def test_peers_of_the_flow_come_to_the_same_end(monkeypatch):
     start = flow.draw()
     expected = ncjax.gradient_flow(start, [end], rtol=1e-10).final
     for solve in flow.SOLVERS.values():
-        got = solve(start, 30.0)
-        np.testing.assert_allclose(got.W, expected.W, rtol=1e-5, atol=1e-6)
+        got = ncjax.Params(*solve(start, 30.0))
+        chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def race(monkeypatch, seconds_of_leg, seconds, **options):
-    """The row of a program whose legs take so long."""
+    """Return the row of a program whose legs take these seconds."""
     now = [0.0]
     monkeypatch.setattr(flow_reach.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(flow_reach, "_errors", lambda *_: "")
@@ -266,9 +269,9 @@ def race(monkeypatch, seconds_of_leg, seconds, **options):
     return flow_reach.row(flow_reach.Racer("a", leg, **options), 0, seconds)
 
 
-def test_a_race_ends_with_the_last_leg_in_time(monkeypatch):
+def test_a_race_ends_with_the_last_leg_within_the_time_limit(monkeypatch):
     row = race(monkeypatch, lambda _: 2.0, 7.0)
-    assert row["log_t"] == pytest.approx(10 * 1.1**2)  # three legs, not the fourth
+    assert row["log_t"] == pytest.approx(10 * 1.1**2)  # three legs fit, the fourth does not
     assert row["median_seconds"] == 6
     assert "time is over" in row["note"]
     row = race(monkeypatch, lambda _: 2.0, 7.0, by_time=True)
@@ -277,7 +280,7 @@ def test_a_race_ends_with_the_last_leg_in_time(monkeypatch):
     assert row["log_t"] is None
 
 
-def test_a_race_ends_where_a_program_cannot_go_on(monkeypatch):
+def test_a_race_ends_when_a_program_fails(monkeypatch):
     def failing(target):
         if target > 12:
             raise RuntimeError("too far.\nand more")
@@ -291,7 +294,7 @@ def test_a_race_ends_where_a_program_cannot_go_on(monkeypatch):
     assert "the largest t of float64" in row["note"]
 
 
-def test_racers_go_on_from_where_they_stand():
+def test_racers_continue_from_their_last_state():
     start = flow.draw((3, 2, 4))
     every, _ = flow_reach.racers()
     assert len(every) >= 7
@@ -304,7 +307,7 @@ def test_racers_go_on_from_where_they_stand():
         np.testing.assert_allclose(second.W, whole.W, rtol=rtol, atol=rtol)
 
 
-def test_wide_models_are_timed_by_turns_with_a_product():
+def test_wide_models_are_timed_in_turns_with_a_matrix_product():
     (row,) = flow.wide(2, ((3, 2, 4),), 2.0)
     assert len(row["seconds"]) == 2
     assert "% of the matrix-product rate" in row["note"]

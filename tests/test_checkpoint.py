@@ -1,4 +1,4 @@
-"""Checkpoints give back what was saved, bit by bit, the newest of at most two."""
+"""Checkpoints restore the newest of at most two states bit by bit."""
 
 import contextlib
 import gc
@@ -23,7 +23,7 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
 
 
-# As Flax and optax name and nest theirs, with nothing in some of them.
+# Nested and named as in Flax and optax; some nodes are empty.
 NAMES = st.text("abcXYZ_019. é", min_size=1, max_size=6)
 LEAVES = st.builds(Leaf, st.sampled_from(DTYPES), st.sampled_from(SHAPES))
 TREES = st.recursive(
@@ -34,7 +34,7 @@ TREES = st.recursive(
 
 
 def filled(tree, seed):
-    """Arrays of random bits: signed zeros, infinities and every NaN among them."""
+    """Arrays of random bits, with signed zeros, infinities and all kinds of NaN."""
     rng = np.random.default_rng(seed)
 
     def array(leaf):
@@ -62,7 +62,7 @@ def assert_same_bits(got, expected):
     epochs=st.lists(st.integers(0, 10**6), min_size=1, max_size=3, unique=True),
     notes=st.dictionaries(st.text(max_size=5), st.text(max_size=20), max_size=3),
 )
-def test_what_is_saved_is_restored(tmp_path_factory, tree, seed, epochs, notes):
+def test_restore_returns_the_saved_bits(tmp_path_factory, tree, seed, epochs, notes):
     folder = tmp_path_factory.mktemp("checkpoints")
     assert newest_epoch(folder) is None
     epochs = sorted(epochs)
@@ -73,9 +73,9 @@ def test_what_is_saved_is_restored(tmp_path_factory, tree, seed, epochs, notes):
         for epoch, state in zip(epochs, states, strict=True):
             checkpoints.save(epoch, state, notes | {"epoch": str(epoch)})
             assert checkpoints.newest() == newest_epoch(folder) == epoch
-            restored, said = checkpoints.restore(like)
+            restored, found = checkpoints.restore(like)
             assert_same_bits(restored, state)
-            assert said == notes | {"epoch": str(epoch)}
+            assert found == notes | {"epoch": str(epoch)}
     kept = sorted(int(path.name) for path in folder.iterdir())
     assert kept == epochs[-2:]
     with contextlib.closing(Checkpoints(folder, read_only=True)) as others:
@@ -84,11 +84,11 @@ def test_what_is_saved_is_restored(tmp_path_factory, tree, seed, epochs, notes):
     assert sorted(int(path.name) for path in folder.iterdir()) == kept
 
 
-# Orbax leaves coroutines never awaited: collected here, where that is no error.
+# Orbax leaves coroutines never awaited; collect them where that is no error.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @few
 @given(st.integers(0, 2**30), st.sampled_from(DTYPES), st.sampled_from(SHAPES))
-def test_another_shape_is_not_restored(tmp_path_factory, seed, dtype, shape):
+def test_restore_refuses_arrays_of_another_shape(tmp_path_factory, seed, dtype, shape):
     folder = tmp_path_factory.mktemp("checkpoints")
     leaf = Leaf(dtype, shape)
     state = filled({"a": leaf}, seed)
@@ -103,8 +103,8 @@ def test_another_shape_is_not_restored(tmp_path_factory, seed, dtype, shape):
 
 
 @pytest.mark.parametrize("epoch", [0, 4, 5])
-def test_an_epoch_that_is_not_new_is_refused(tmp_path, epoch):
-    """Orbax writes nothing then, and says nothing."""
+def test_save_refuses_an_epoch_that_is_not_new(tmp_path, epoch):
+    """Orbax itself would write nothing and raise nothing."""
     state = {"W": np.arange(3.0)}
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(5, state)
@@ -115,18 +115,18 @@ def test_an_epoch_that_is_not_new_is_refused(tmp_path, epoch):
 
 
 @pytest.mark.parametrize("epoch", [-1, 7.0, True])
-def test_an_epoch_that_no_later_run_would_find_is_refused(tmp_path, epoch):
-    said = pytest.raises(ValueError, match="epoch must be an integer of at least 0")
-    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints, said:
+def test_save_refuses_an_epoch_that_no_later_run_would_find(tmp_path, epoch):
+    refused = pytest.raises(ValueError, match="epoch must be an integer of at least 0")
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints, refused:
         checkpoints.save(epoch, {"W": np.arange(3.0)})
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_saved_where_nothing_may_be_touched(tmp_path):
+def test_a_read_only_checkpoint_refuses_to_save(tmp_path):
     state = {"W": np.arange(3.0)}
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(5, state)
-    said = pytest.raises(ValueError, match="was opened with read_only=True")
+    refused = pytest.raises(ValueError, match="was opened with read_only=True")
     reader = contextlib.closing(Checkpoints(tmp_path, read_only=True))
-    with reader as checkpoints, said:
+    with reader as checkpoints, refused:
         checkpoints.save(6, state)

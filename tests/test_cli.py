@@ -1,4 +1,4 @@
-"""The command line: help by groups, errors in one line, exit codes, the folder last."""
+"""The command line: grouped help, one-line errors, exit codes, the run folder last."""
 
 import dataclasses
 import json
@@ -12,8 +12,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import subprocesses
 from absl import logging
-from test_flags import EXPERIMENTS
+from commands import MODULES
 
 from benchmarks import run as benchmarks_run
 from experiments import (
@@ -28,17 +29,16 @@ from experiments import (
 )
 from experiments._runs import cli, folders
 
-ROOT = Path(__file__).parents[1]
-COMMANDS = {f"experiments.{module.NAME}": module for module in EXPERIMENTS} | {
+COMMANDS = {f"experiments.{module.NAME}": module for module in MODULES} | {
     "benchmarks.run": benchmarks_run
 }
-# Their defaults leave no room beside them.
+# Their defaults are so long that the help stands on the next line.
 TWO_LINES = {"title", "only", "out"}
 
 
 @pytest.fixture
 def run_here(monkeypatch):
-    """The command of an experiment in this process, whose JAX is set up: its exit code."""
+    """Run the command of an experiment in this process and return its exit code."""
     monkeypatch.setattr(cli, "set_up_jax", lambda *_: None)
     monkeypatch.setattr(logging, "set_verbosity", lambda _: None)
 
@@ -61,16 +61,11 @@ def pages():
 
 
 def shown_flags(page):
-    """What the help shows to the left: --name=default or --[no]name."""
+    """The left column of the help: --name=default or --[no]name."""
     return re.findall(r"^  (--(?:'[^']*'|\S)+)", page, re.MULTILINE)
 
 
-def test_every_experiment_is_tested_here():
-    files = {p.stem for p in (ROOT / "experiments").glob("[!_]*.py")}
-    assert {name.removeprefix("experiments.") for name in COMMANDS} >= files
-
-
-def test_the_experiments_are_listed_with_what_they_do():
+def test_the_list_of_experiments_describes_each():
     lines = __main__.listing().splitlines()
     listed = {line.split()[0]: line for line in lines if line.startswith("  ")}
     assert {f"experiments.{name}" for name in listed} | {"benchmarks.run"} == {*COMMANDS}
@@ -79,7 +74,7 @@ def test_the_experiments_are_listed_with_what_they_do():
 
 
 @pytest.mark.parametrize(("config", "page"), pages())
-def test_every_flag_stands_in_its_group_with_its_help(config, page):
+def test_the_help_shows_every_flag_in_its_group(config, page):
     parts = dict(part.split("\n", 1) for part in page.split("\n\n") if "\n" in part)
     groups = [line for line in page.splitlines() if line in cli.GROUPS]
     assert groups == [group for group in cli.GROUPS if group in groups]
@@ -93,7 +88,9 @@ def test_every_flag_stands_in_its_group_with_its_help(config, page):
 
 
 @pytest.mark.parametrize(("config", "page"), pages())
-def test_the_help_fits_in_100_columns_and_says_the_manners(config, page):
+def test_the_help_fits_in_100_columns_and_explains_common_flags_and_exit_codes(
+    config, page
+):
     assert max(map(len, page.splitlines())) <= 100
     for words in (
         "--traceback",
@@ -104,14 +101,14 @@ def test_the_help_fits_in_100_columns_and_says_the_manners(config, page):
 
 
 @pytest.mark.parametrize(("config", "page"), pages())
-def test_the_defaults_shown_are_the_defaults(config, page):
+def test_the_help_shows_the_true_defaults(config, page):
     shown = [flag for flag in shown_flags(page) if "=" in flag]
     assert shown
     assert cli.parse(config, ["", *shlex.split(" ".join(shown))]) == config()
 
 
 @pytest.mark.parametrize(("config", "page"), pages())
-def test_the_example_parses(config, page):
+def test_the_example_in_the_help_parses(config, page):
     (example,) = re.findall(r"^Example: python -m (\S+)(.*)$", page, re.MULTILINE)
     assert COMMANDS[example[0]].Config is config
     cli.parse(config, ["", *shlex.split(example[1])])
@@ -142,7 +139,7 @@ def test_flags_are_parsed_by_type():
         ("--resume", "--resume needs --workdir"),
     ],
 )
-def test_bad_use_is_one_line_and_exit_code_2(run_here, capsys, flag, message):
+def test_a_usage_error_is_one_line_and_exit_code_2(run_here, capsys, flag, message):
     assert run_here(flag) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -175,7 +172,7 @@ def out_of_memory(_config):
         (raising(ValueError("of a library")), "ValueError: of a library"),
     ],
 )
-def test_what_no_check_foresaw_is_one_line_with_its_type(run_here, capsys, run, message):
+def test_an_unexpected_error_is_one_line_with_its_type(run_here, capsys, run, message):
     assert run_here(run=run) == 1
     line = only_line(capsys.readouterr().err)
     assert line.startswith(f"error: {message}")
@@ -189,9 +186,7 @@ def test_what_no_check_foresaw_is_one_line_with_its_type(run_here, capsys, run, 
         (lambda config: _failed(config), "all 32 seeds failed at once"),
     ],
 )
-def test_a_failure_that_a_check_tells_is_one_line_without_a_type(
-    run_here, capsys, run, message
-):
+def test_an_expected_error_is_one_line_without_its_type(run_here, capsys, run, message):
     assert run_here(run=run) == 1
     line = only_line(capsys.readouterr().err)
     assert line.startswith(f"error: {message}")
@@ -210,7 +205,7 @@ def _failed(config):
         ((), raising(KeyError("mean")), 1),
     ],
 )
-def test_the_traceback_comes_when_asked_for_and_changes_nothing(
+def test_the_traceback_flag_adds_a_traceback_and_changes_nothing_else(
     run_here, capsys, flags, run, code
 ):
     assert run_here(*flags, run=run) == code
@@ -234,7 +229,7 @@ STOPPED = {
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), KeyError("a bug")], ids=type)
 @pytest.mark.parametrize("module", STOPPED, ids=lambda module: module.NAME)
-def test_a_run_that_is_stopped_ends_with_its_folder(
+def test_a_stopped_run_prints_its_folder_last(
     run_here, capsys, monkeypatch, tmp_path, module, error
 ):
     def stop(*_args, **_settings):
@@ -259,7 +254,7 @@ def test_a_run_that_is_stopped_ends_with_its_folder(
     assert getattr(config, "resume", config.overwrite)
 
 
-def test_of_several_processes_the_first_alone_speaks(capsys, monkeypatch, tmp_path):
+def test_only_the_first_of_several_processes_prints(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with (
         pytest.raises(KeyboardInterrupt),
@@ -275,7 +270,7 @@ def command(*flags, module="report", **streams):
     return subprocess.run(arguments, text=True, **streams)
 
 
-def test_the_command_runs_and_ends_with_its_folder(run_here, capsys, tmp_path):
+def test_the_command_runs_and_prints_its_folder_last(run_here, capsys, tmp_path):
     folder = tmp_path / "run"
     flags = ("--seeds=3", "--num_classes=3", "--dim=2", "--log_t_max=5", "--num_times=20")
     flags += (f"--workdir={folder}", "--traceback")
@@ -290,36 +285,13 @@ def test_the_command_runs_and_ends_with_its_folder(run_here, capsys, tmp_path):
     assert capsys.readouterr().out.splitlines()[-1] == str(folder)
 
 
-ENDLESS = """
-import jax, numpy as np
-from experiments import train_small
-from experiments._runs import cli
-
-def run(config):
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("a",))
-    split = jax.sharding.PartitionSpec("a")
-    step = lambda x: jax.lax.while_loop(lambda y: (y >= 0).all(), lambda y: x @ y, x)
-    shard = jax.shard_map(step, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
-    jax.jit(shard)(np.zeros((2, 300, 300)))
-    print("at work", flush=True)
-    raise KeyboardInterrupt
-
-cli.main(train_small.Config, run, "endless")
-"""
-
-
-def test_an_interruption_does_not_wait_for_what_is_computed():
-    """An ordinary exit does, for ever here, or crashes."""
-    done = subprocess.run(
-        [sys.executable, "-c", ENDLESS, "--cpu_devices=2"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def test_an_interrupt_does_not_wait_for_running_computations():
+    """An ordinary exit would wait for ever here, or crash."""
+    done = subprocesses.run(subprocesses.command("endless", "--cpu_devices=2"), timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "at work\n", "")
 
 
-def test_a_pipe_without_a_reader_ends_it_quietly():
+def test_a_closed_pipe_ends_the_command_quietly():
     reading, writing = os.pipe()
     os.close(reading)
     done = command("--help", stdout=writing)
@@ -328,7 +300,7 @@ def test_a_pipe_without_a_reader_ends_it_quietly():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_output_without_room_is_one_line():
+def test_a_full_output_device_is_one_error_line():
     with open("/dev/full", "w") as full:
         done = command("--help", stdout=full)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""Every formula of the convolution and the maximum against loops in NumPy."""
+"""Every formula of the convolution and of max pooling, against loops in NumPy."""
 
 from functools import partial
 
@@ -30,7 +30,7 @@ FORMULAS = {
     "gathered": convolve_gathered,
     "dense": convolve_dense,
 }
-# Shape of x, shape of the kernel, stride, padding, and what is picked on CPU.
+# Shape of x, shape of the kernel, stride, padding, and the formula chosen on CPU.
 LAYERS = {
     "cifar stem": ((2, 6, 5, 3), (3, 3, 3, 4), 1, 1, convolve_canonical),
     "imagenet stem": ((2, 9, 12, 3), (7, 7, 3, 4), 2, 3, convolve_canonical),
@@ -118,7 +118,7 @@ def normal(*shapes, seed=0):
 
 
 def distinct(shape, seed=0):
-    """No two entries equal, half of them negative."""
+    """An array without two equal entries, half of them negative."""
     size = np.prod(shape)
     return np.random.default_rng(seed).permutation(size).reshape(shape) - size / 2
 
@@ -130,10 +130,10 @@ def with_gradients(function, cotangent, *arguments):
 
 
 def assert_convolutions_equal(x_shape, kernel_shape, stride, padding, seed=0, **more):
-    """All formulas, and `more` of them.
+    """Compare all formulas, and those in `more`, with loops and with each other.
 
-    But XLA's own where the kernel is strided and not square: over the gradients of some,
-    such as 5x2 over 7x4, XLA 0.10 aborts.
+    XLA's own formula is left out if the kernel is strided and not square: XLA 0.10 aborts
+    over the gradients of some of these, such as 5x2 over 7x4.
     """
     formulas = {**FORMULAS, **more}
     if stride > 1 and kernel_shape[0] != kernel_shape[1]:
@@ -164,7 +164,7 @@ def test_formulas_match_loops_and_gradients_match_lax(layer):
 
 @st.composite
 def layers(draw):
-    """Shapes of any map at least as large as its kernel once padded."""
+    """Draw shapes of a map that is at least as large as its kernel once padded."""
     window = draw(st.sampled_from([(1, 1), (3, 3), (7, 7), (5, 2)]))
     padding = draw(st.integers(0, 3))
     least = [max(1, size - 2 * padding) for size in window]
@@ -184,7 +184,7 @@ def test_formulas_match_loops_for_any_shape(layer, seed):
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-def test_the_formula_picked(layer, platform, monkeypatch):
+def test_the_chosen_formula_is_the_expected_one(layer, platform, monkeypatch):
     x_shape, kernel_shape, stride, padding, on_cpu = layer
     for name in [name for name in vars(convolution) if name.startswith("convolve_")]:
         monkeypatch.setattr(convolution, name, lambda *_, name=name: name)
@@ -233,13 +233,13 @@ def test_winograd_rounds_a_few_times_more_than_lax_in_float32():
     ("dtype", "formula"),
     [(jnp.float32, "convolve_winograd"), (jnp.bfloat16, "convolve_canonical")],
 )
-def test_half_precision_is_not_given_to_winograd(dtype, formula):
+def test_winograd_is_not_used_in_half_precision(dtype, formula):
     shapes = LAYERS["3x3, many channels and tiles"][:2]
     assert convolution._formula(*shapes, 1, 1, dtype).__name__ == formula
 
 
 @pytest.mark.parametrize("each", [1, 3, 4])
-def test_gathering_a_few_images_at_a_time(each, monkeypatch):
+def test_gathering_in_several_parts_agrees_with_one_part(each, monkeypatch):
     monkeypatch.setattr(convolution, "_images_at_once", lambda *_: each)
     assert_convolutions_equal((7, 5, 4, 3), (3, 3, 3, 2), 2, 1)
 
@@ -248,7 +248,7 @@ def test_gathering_a_few_images_at_a_time(each, monkeypatch):
     "name", ["3x3 of 1x1", "strided, large", "strided", "3x3, many channels and tiles"]
 )
 def test_second_derivatives_match_lax(name):
-    """Hessian times a direction, by both orders that reach the picked formula."""
+    """Hessian times a direction, by both orders of differentiation."""
     x_shape, kernel_shape, stride, padding, _ = LAYERS[name]
     point, direction = (
         tuple(normal(x_shape, kernel_shape, seed=seed)) for seed in range(2)
@@ -343,7 +343,7 @@ def test_convolution_keeps_the_dtype(name, dtype):
         ((2, 3, 8, 8), (3, 3, 3, 4)),
     ],
 )
-def test_shapes_that_do_not_fit_are_named(x_shape, kernel_shape):
+def test_mismatched_shapes_are_named(x_shape, kernel_shape):
     with pytest.raises(ValueError, match=r"expected x \(B, height, .* got \(") as error:
         convolve(jnp.zeros(x_shape), jnp.zeros(kernel_shape))
     assert str(error.value).endswith(f"got {x_shape} and {kernel_shape}")
@@ -415,7 +415,7 @@ def test_max_pool_keeps_the_dtype_and_is_batched(dtype):
 
 
 def test_gradients_of_equal_maxima_add_up(platform):
-    """Shared on CPU, the first one's elsewhere."""
+    """On CPU equal maxima share the gradient; elsewhere the first one has it."""
     x = jnp.asarray([[3.0, 1.0, 3.0], [0.0, 3.0, 2.0]])[None, :, :, None]
     (gradient,) = jax.vjp(lambda x: max_pool(x[:, :, :2], 2, 2), x)[1](
         jnp.full((1, 1, 1, 1), 8.0)
@@ -426,7 +426,7 @@ def test_gradients_of_equal_maxima_add_up(platform):
 
 
 @given(st.integers(0, 6), st.integers(0, 7), st.integers(0, 2**31))
-def test_a_few_at_a_time_is_all_at_once(count, each, seed):
+def test_processing_images_in_parts_agrees_with_all_at_once(count, each, seed):
     x, y = np.random.default_rng(seed).normal(size=(2, count, 3))
     np.testing.assert_array_equal(map_groups(lambda x: 2 * x, each, x), 2 * x)
     total = sum_groups(lambda x, y: jnp.matmul(x.T, y), each, x, y)

@@ -1,4 +1,4 @@
-"""Damaged files: the right numbers, or one line that names what is wrong; never else."""
+"""A damaged file gives the right numbers or a one-line error that names it."""
 
 import collections
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from experiments import report
 
-# Of a damaged checkpoint Orbax leaves coroutines never awaited and loops closed too early.
+# After a damaged checkpoint Orbax leaves coroutines that are never awaited.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 STATES = [(name, "finished") for name in damage.MODULES] + [
     (name, "interrupted") for name in ("ulpm_flow", "train_small", "peel")
@@ -20,7 +20,7 @@ RESUMABLE = ("ulpm_flow", "train_small", "peel")
 
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory):
-    """A folder of each state, the stand-ins in place while it is used."""
+    """Make a run folder in each state, and keep the stand-ins in place."""
     root = tmp_path_factory.mktemp("damage")
     with pytest.MonkeyPatch.context() as patch:
         damage.stand_in(patch)
@@ -35,7 +35,7 @@ def templates(tmp_path_factory):
 
 
 def content(folder):
-    """What a run has found: its tables and its summary, without dates."""
+    """Results of a run: its tables and its summary, without dates."""
     found = {
         path.name: path.read_bytes() for path in folder.glob("*") if path.suffix == ".csv"
     }
@@ -45,7 +45,7 @@ def content(folder):
 
 
 def act(root, name, action):
-    """Do it to the folder `case`, and return what came of it, to be compared."""
+    """Act on the folder `case` and return the results, to be compared."""
     case = root / "case"
     if action == "report":
         page = root / "page.html"
@@ -59,7 +59,7 @@ def act(root, name, action):
 
 
 def bystanders(case):
-    """What is no part of the run and must be left alone."""
+    """Files beside the run, which no action may change."""
     for path in (case / "notes.txt", case / "other" / "summary.json"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"precious {path.name}")
@@ -67,7 +67,7 @@ def bystanders(case):
 
 
 def trial(root, state, action, choice, kind, where):
-    """Damage a file of a run, act, and say how it ended; then overwrite the run."""
+    """Damage a file of a run, act, return how that ended, and overwrite the run."""
     name = state[0]
     case, template = root / "case", root / "_".join(state)
     damage.fresh(template, case)
@@ -89,7 +89,7 @@ def trial(root, state, action, choice, kind, where):
 
 
 def judge(root, name, action, path, expected, what):
-    """How an action ends on a damaged folder: the right numbers, or an error that helps."""
+    """Assert that an action gives the right numbers or a helpful error; return which."""
     case = root / "case"
     try:
         found = act(root, name, action)
@@ -101,19 +101,20 @@ def judge(root, name, action, path, expected, what):
         return "right"
     assert action == "report", what
     assert any(word in found for word in ("damaged", "There is no", "cannot be read")), what
-    return "told on the page"
+    return "reported on the page"
 
 
 def refusal(error, case, path, what):
-    """An error that names the folder, and the file or that there is no run."""
-    told = str(error)
-    assert str(case) in told, (what, told)
-    assert path.relative_to(case).parts[0] in told or "no run" in told, (what, told)
+    """Assert that an error names the folder and the file, or that there is no run."""
+    message = str(error)
+    assert str(case) in message, (what, message)
+    named = path.relative_to(case).parts[0] in message
+    assert named or "no run" in message, (what, message)
     return "refused by name"
 
 
 def actions(name):
-    """What can be done with a folder of this experiment."""
+    """Actions that a folder of this experiment allows."""
     chosen = ["overwrite", "report"]
     chosen += ["resume"] if name in RESUMABLE else []
     return chosen + (["peel"] if name == "train_small" else [])
@@ -121,7 +122,7 @@ def actions(name):
 
 @pytest.fixture
 def campaign(templates):
-    """Runs so many trials and counts their outcomes."""
+    """Run this many trials and count their outcomes."""
 
     def run(examples):
         counts = collections.Counter()

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -21,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_tfds
+import subprocesses
 import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +41,7 @@ def part(samples, start, stop):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A data directory, not to be written to: mnist in two shards and cifar10."""
+    """A read-only data directory with mnist in two shards and cifar10."""
     root = tmp_path_factory.mktemp("tfds")
     train = [part(TRAIN, 0, FIRST), part(TRAIN, FIRST, None)]
     small_tfds.write_samples(root, "mnist", "3.0.1", {"train": train, "test": [TEST]})
@@ -52,7 +51,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def own(prepared, tmp_path):
-    """A copy of mnist and its folder, to be broken."""
+    """A copy of mnist that a test may break, and its folder."""
     shutil.copytree(prepared / "mnist", tmp_path / "mnist")
     return tmp_path, tmp_path / "mnist" / "3.0.1"
 
@@ -70,7 +69,7 @@ def assert_holds(dataset, samples):
 
 
 def digits():
-    """The digits themselves, 0 to 16."""
+    """Images of scikit-learn, from 0 to 16, and labels."""
     bunch = load_digits()
     return bunch.images, bunch.target
 
@@ -78,7 +77,7 @@ def digits():
 # The digits
 
 
-def test_digits_are_those_of_scikit_learn():
+def test_digits_equal_scikit_learn():
     train, test = data.load("digits", "train"), data.load("digits", "test")
     assert (len(train.images), len(test.images)) == (1437, 360)
     assert train.num_classes == test.num_classes == 10
@@ -103,7 +102,7 @@ def test_digits_are_those_of_scikit_learn():
         ("train[0shard]", range(1437)),
     ],
 )
-def test_splits_of_the_digits(split, index):
+def test_splits_of_the_digits_select_their_samples(split, index):
     images, labels = digits()
     dataset = data.load("digits", split)
     np.testing.assert_array_equal(dataset.labels, labels[index])
@@ -132,13 +131,13 @@ def test_prepared_sets_are_read_exactly_and_in_order(prepared, name, split, samp
     assert dataset.num_classes == 10
 
 
-def test_more_samples_than_are_read_at_once(prepared, monkeypatch):
+def test_a_set_larger_than_one_read_is_read_whole(prepared, monkeypatch):
     monkeypatch.setattr(data, "_CHUNK", 7)
     assert_holds(data.load("mnist", "train", str(prepared)), TRAIN)
 
 
-def test_a_set_of_ones_own(tmp_path):
-    """No code of TFDS, one feature each of other names, 3 classes."""
+def test_a_custom_set_is_read(tmp_path):
+    """TFDS has no code for it; its features have other names; it has 3 classes."""
     samples = small_tfds.noise(3, 5, (6, 4, 3), num_classes=3)
     features = {
         "id": tfds.features.Text(),
@@ -155,23 +154,14 @@ def test_a_set_of_ones_own(tmp_path):
     assert dataset.num_classes == 3
 
 
-def test_the_data_directory_is_that_of_tfds_by_default(prepared):
-    """In the environment before TFDS is imported, and with warnings as errors."""
-    code = (
-        "import sys; from ncjax.networks import data; "
-        "n = [len(data.load('mnist', 'test', d).labels) for d in (None, '')]; "
-        "print(n, 'tensorflow' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        env=os.environ | {"TFDS_DATA_DIR": str(prepared)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.strip() == "[6, 6] False", done.stderr
+def test_the_default_data_directory_is_tfds_data_dir(prepared):
+    """TFDS_DATA_DIR is set before the import of TFDS; warnings are errors."""
+    command = subprocesses.command("default_data_dir", strict=True)
+    environment = os.environ | {"TFDS_DATA_DIR": str(prepared)}
+    assert subprocesses.output(command, environment) == "[6, 6] False\n"
 
 
-def test_a_data_directory_below_home(prepared, monkeypatch, offline):
+def test_a_data_directory_may_start_with_a_tilde(prepared, monkeypatch, offline):
     monkeypatch.setenv("HOME", str(prepared.parent))
     assert_holds(data.load("mnist", "test", f"~/{prepared.name}"), TEST)
 
@@ -180,7 +170,7 @@ def test_a_data_directory_below_home(prepared, monkeypatch, offline):
 
 
 KEYS = ("train", "test")
-# Both ends reach across the shards of mnist, and its test is 6.
+# Both ends reach across the shards of mnist, whose test split has 6 samples.
 SLICES = st.tuples(st.sampled_from(KEYS), st.integers(-6, 6), st.integers(-6, 6))
 
 
@@ -192,7 +182,7 @@ def named(request, prepared):
 
 
 @given(slices=st.lists(SLICES, min_size=1, max_size=3))
-def test_slices_are_those_of_python(prepared, named, slices):
+def test_split_slices_follow_python(prepared, named, slices):
     name, whole = named
     split = "+".join(f"{key}[{start}:{stop}]" for key, start, stop in slices)
     parts = [part(whole[key][:2], start, stop) for key, start, stop in slices]
@@ -213,7 +203,7 @@ def test_slices_are_those_of_python(prepared, named, slices):
         *("train[5000:]", "train[:-5000]"),
     ],
 )
-def test_splits_that_are_not_there(prepared, name, split):
+def test_bad_splits_are_refused(prepared, name, split):
     with pytest.raises(ValueError, match=f"{name}, which has train.*, test") as raised:
         data.load(name, split, str(prepared))
     assert repr(split) in str(raised.value)
@@ -223,7 +213,7 @@ def test_splits_that_are_not_there(prepared, name, split):
 @pytest.mark.parametrize(
     "split", ["train[:0]", "train[3:3]", "train[9:8]", "train[5:2]", "train[50%:40%]"]
 )
-def test_empty_splits(prepared, name, split):
+def test_empty_splits_are_refused(prepared, name, split):
     with pytest.raises(ValueError, match="empty") as raised:
         data.load(name, split, str(prepared))
     message = str(raised.value)
@@ -238,7 +228,7 @@ def test_empty_splits(prepared, name, split):
 @given(
     seed=st.integers(0, 2**32 - 1), num_classes=st.integers(1, 5), size=st.integers(1, 40)
 )
-def test_the_first_of_each_class(seed, num_classes, size):
+def test_per_class_takes_the_first_samples_of_each_class(seed, num_classes, size):
     labels = np.random.default_rng(seed).integers(0, num_classes, size, np.int32)
     images = np.arange(size, dtype=np.uint8)[:, None, None, None]
     whole = data.Dataset(images, labels, num_classes)
@@ -253,7 +243,7 @@ def test_the_first_of_each_class(seed, num_classes, size):
         data.first_of_each_class(whole, least + 1)
 
 
-def test_per_class():
+def test_per_class_gives_every_class_as_many_samples():
     whole = data.load("digits", "train")
     dataset = data.load("digits", "train", per_class=5)
     np.testing.assert_array_equal(np.bincount(dataset.labels), np.full(10, 5))
@@ -267,7 +257,7 @@ def test_per_class():
         assert_holds(same, small_tfds.Samples(whole.images, whole.labels))
 
 
-def test_too_few_of_a_class(prepared):
+def test_per_class_refuses_more_samples_than_a_class_has(prepared):
     with pytest.raises(
         ValueError, match=r"per_class is 200 but class \d has 1\d\d samples"
     ):
@@ -278,12 +268,12 @@ def test_too_few_of_a_class(prepared):
 
 
 @pytest.mark.parametrize("per_class", [-1, 1.5, True, "3"])
-def test_per_class_is_a_number_of_samples(per_class):
+def test_per_class_must_be_an_integer_of_at_least_0(per_class):
     with pytest.raises(ValueError, match="per_class must be an integer of at least 0"):
         data.load("digits", "train", per_class=per_class)
 
 
-# Sets that are none
+# Sets that cannot be used
 
 
 @pytest.mark.parametrize(
@@ -295,13 +285,13 @@ def test_per_class_is_a_number_of_samples(per_class):
         ("no_such_thing", "digits needs no network"),
     ],
 )
-def test_names_that_tfds_does_not_have(tmp_path, offline, name, hint):
+def test_names_unknown_to_tfds_are_refused(tmp_path, offline, name, hint):
     with pytest.raises(ValueError, match=f"no data set is called {name!r}: .*{hint}"):
         data.load(name, "train", str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../mnist", "mnist/", "mnist,5", "hub:mnist"])
-def test_names_of_no_data_set(tmp_path, offline, name):
+def test_malformed_names_are_refused(tmp_path, offline, name):
     with pytest.raises(ValueError, match=f"no data set is called {name!r}"):
         data.load(name, "train", str(tmp_path))
 
@@ -310,7 +300,7 @@ def test_names_of_no_data_set(tmp_path, offline, name):
     ("name", "features"),
     [("imdb_reviews", "text, label"), ("celeb_a", "image, landmarks, attributes")],
 )
-def test_known_sets_without_images_and_labels(tmp_path, name, features):
+def test_sets_without_images_or_labels_are_refused(tmp_path, name, features):
     """Before anything is downloaded."""
     with pytest.raises(ValueError, match="not an image classification set") as raised:
         data.load(name, "train", str(tmp_path))
@@ -326,7 +316,7 @@ def prepare(root, features, **columns):
 
 
 @pytest.mark.parametrize("labels", [[], ["a", "b"]], ids=["none", "two"])
-def test_not_one_label(tmp_path, labels):
+def test_sets_with_several_labels_are_refused(tmp_path, labels):
     features = {"image": tfds.features.Image(shape=(32, 32, 3))}
     features |= {name: tfds.features.ClassLabel(num_classes=10) for name in labels}
     columns = {name: COLOUR.labels.tolist() for name in labels}
@@ -338,7 +328,7 @@ def test_not_one_label(tmp_path, labels):
 
 @pytest.mark.parametrize("per_class", [None, 1])
 @pytest.mark.parametrize("unlabelled", [1, 12])
-def test_samples_without_label(tmp_path, unlabelled, per_class):
+def test_samples_without_label_are_refused(tmp_path, unlabelled, per_class):
     """TFDS marks them with -1."""
     labels = [-1] * unlabelled + COLOUR.labels.tolist()[unlabelled:]
     images = map(small_tfds.png, COLOUR.images)
@@ -348,7 +338,7 @@ def test_samples_without_label(tmp_path, unlabelled, per_class):
         data.load("mine", "train", str(tmp_path), per_class=per_class)
 
 
-def test_images_of_several_sizes(tmp_path):
+def test_images_of_several_sizes_are_refused(tmp_path):
     images = [small_tfds.png(image[: 32 - i % 2]) for i, image in enumerate(COLOUR.images)]
     features = small_tfds.classification((None, None, 3))
     prepare(tmp_path, features, image=images, label=COLOUR.labels.tolist())
@@ -359,7 +349,7 @@ def test_images_of_several_sizes(tmp_path):
 @pytest.mark.parametrize(
     ("channels", "dtype"), [(4, np.uint8), (1, np.uint16)], ids=["rgba", "uint16"]
 )
-def test_images_of_other_kinds(tmp_path, channels, dtype):
+def test_images_of_other_kinds_are_refused(tmp_path, channels, dtype):
     features = {
         "image": tfds.features.Image(shape=(8, 8, channels), dtype=dtype),
         "label": tfds.features.ClassLabel(num_classes=2),
@@ -373,7 +363,7 @@ def test_images_of_other_kinds(tmp_path, channels, dtype):
 # Sets that are not there
 
 
-def test_not_prepared_and_no_network(prepared, offline):
+def test_an_unprepared_set_without_network_is_refused(prepared, offline):
     start = time.monotonic()
     with pytest.raises(OSError, match="no network") as raised:
         data.load("kmnist", "test", str(prepared))
@@ -386,21 +376,21 @@ def test_not_prepared_and_no_network(prepared, offline):
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty"])
-def test_nothing_is_prepared(tmp_path, offline, kind):
+def test_an_empty_data_directory_is_refused(tmp_path, offline, kind):
     root = tmp_path if kind == "empty" else tmp_path / "missing"
     with pytest.raises(OSError, match=f"not prepared in {root} .nothing is there."):
         data.load("emnist/letters", "train", str(root))
 
 
-def test_another_version_is_prepared(prepared, tmp_path, offline):
-    """Which the message tells apart."""
+def test_another_prepared_version_is_named(prepared, tmp_path, offline):
+    """The message names both versions."""
     shutil.copytree(prepared / "mnist" / "3.0.1", tmp_path / "mnist" / "3.0.0")
     with pytest.raises(OSError, match=r"mnist/3.0.1 is not prepared .*mnist/3.0.0"):
         data.load("mnist", "train", str(tmp_path))
 
 
-def test_downloads_are_no_prepared_sets(tmp_path, offline):
-    """Of which there may be very many."""
+def test_a_downloads_folder_is_not_taken_for_a_set(tmp_path, offline):
+    """It may hold very many folders."""
     deep = tmp_path / "downloads" / "extracted" / "archive" / "folder"
     deep.mkdir(parents=True)
     (deep / INFO).touch()
@@ -410,7 +400,7 @@ def test_downloads_are_no_prepared_sets(tmp_path, offline):
 
 @pytest.fixture
 def tensorflow(monkeypatch):
-    """Network, and TensorFlow as far as `find_spec` knows."""
+    """Pretend that there is a network and that TensorFlow is installed."""
     find = importlib.util.find_spec
     monkeypatch.setattr(data, "_has_network", lambda: True)
     monkeypatch.setattr(
@@ -420,7 +410,7 @@ def tensorflow(monkeypatch):
     )
 
 
-def test_not_prepared_and_no_tensorflow(prepared, monkeypatch):
+def test_preparing_without_tensorflow_is_refused(prepared, monkeypatch):
     monkeypatch.setattr(data, "_has_network", lambda: True)
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -436,7 +426,7 @@ def test_not_prepared_and_no_tensorflow(prepared, monkeypatch):
     assert not (prepared / "kmnist").exists()
 
 
-def test_prepared_on_demand_as_array_record(tmp_path, monkeypatch, tensorflow):
+def test_a_set_is_prepared_on_demand_as_array_record(tmp_path, monkeypatch, tensorflow):
     def download(builder, *, file_format):
         assert file_format == "array_record"
         builder.info.set_file_format(file_format, override=True)
@@ -450,7 +440,9 @@ def test_prepared_on_demand_as_array_record(tmp_path, monkeypatch, tensorflow):
 @pytest.mark.parametrize(
     "error", [AssertionError("Manual download\nis required"), KeyError]
 )
-def test_preparing_fails(tmp_path, monkeypatch, tensorflow, error):
+def test_a_failed_preparation_names_the_set_and_the_cause(
+    tmp_path, monkeypatch, tensorflow, error
+):
     def download(builder, *, file_format):
         raise error
 
@@ -464,14 +456,14 @@ def test_preparing_fails(tmp_path, monkeypatch, tensorflow, error):
 
 @pytest.fixture
 def hang(monkeypatch):
-    """A look-up that hangs until the test is over."""
+    """Let each request hang until the test is over."""
     over = threading.Event()
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: over.wait(30))
     yield
     over.set()
 
 
-def test_a_look_up_that_hangs_is_given_up(monkeypatch, hang):
+def test_a_hanging_network_probe_times_out(monkeypatch, hang):
     monkeypatch.setattr(data, "_PROBE_SECONDS", 0.1)
     start = time.monotonic()
     assert not data._has_network()
@@ -490,7 +482,7 @@ def test_a_look_up_that_hangs_is_given_up(monkeypatch, hang):
     ],
     ids=repr,
 )
-def test_what_counts_as_an_answer(monkeypatch, error, answered):
+def test_any_http_answer_counts_as_a_network(monkeypatch, error, answered):
     def urlopen(url, timeout):
         assert url.startswith("https://")
         assert 0 < timeout <= data._PROBE_SECONDS
@@ -503,12 +495,12 @@ def test_what_counts_as_an_answer(monkeypatch, error, answered):
 
 @pytest.fixture
 def server(monkeypatch):
-    """The address of a web server, and a function that says what it was asked for."""
-    asked = []
+    """The address of a web server, and the list of paths requested from it."""
+    requested = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append(self.path)
+            requested.append(self.path)
             self.send_response(404 if "missing" in self.path else 200)
             self.send_header("Content-Length", "2")
             self.end_headers()
@@ -519,35 +511,35 @@ def server(monkeypatch):
 
     for variable in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(variable, raising=False)
-    urllib.request.install_opener(None)  # it has read them before
+    urllib.request.install_opener(None)  # the old one has read them already
     with HTTPServer(("127.0.0.1", 0), Handler) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http://127.0.0.1:{httpd.server_port}", asked
+        yield f"http://127.0.0.1:{httpd.server_port}", requested
         httpd.shutdown()
         thread.join()
     urllib.request.install_opener(None)
 
 
 @pytest.mark.parametrize("page", ["there", "missing"])
-def test_a_server_that_answers(server, monkeypatch, page):
-    address, asked = server
+def test_an_answering_server_counts_as_a_network(server, monkeypatch, page):
+    address, requested = server
     monkeypatch.setattr(data, "_PROBE", f"{address}/{page}")
     assert data._has_network()
-    assert asked == [f"/{page}"]
+    assert requested == [f"/{page}"]
 
 
-def test_a_server_that_refuses(server, monkeypatch):
+def test_a_refusing_server_does_not_count_as_a_network(server, monkeypatch):
     monkeypatch.setattr(data, "_PROBE", "http://127.0.0.1:1/")
     assert not data._has_network()
 
 
-def test_through_a_proxy(server, monkeypatch):
-    address, asked = server
+def test_the_network_is_looked_for_through_a_proxy(server, monkeypatch):
+    address, requested = server
     monkeypatch.setenv("http_proxy", address)
     monkeypatch.setattr(data, "_PROBE", "http://storage.invalid/tfds")
     assert data._has_network()
-    assert asked == ["http://storage.invalid/tfds"]
+    assert requested == ["http://storage.invalid/tfds"]
 
 
 # Damage
@@ -558,7 +550,7 @@ def cut(length):
 
 
 def flip(start):
-    """8 bytes inverted."""
+    """Invert 8 bytes."""
 
     def change(path):
         content = bytearray(path.read_bytes())
@@ -589,8 +581,8 @@ def flip(start):
         pytest.param(Path.unlink, id="missing"),
     ],
 )
-def test_damaged_records(own, damage):
-    """Of the two shards the damaged one is named, and the other is still read."""
+def test_damaged_records_are_named(own, damage):
+    """The error names the damaged shard alone; the other is still read."""
     root, folder = own
     damage(folder / SHARD)
     with pytest.raises(OSError, match="damaged or missing records") as raised:
@@ -603,7 +595,7 @@ def test_damaged_records(own, damage):
     assert_holds(data.load("mnist", "test", str(root)), TEST)
 
 
-def test_both_shards_are_damaged(own):
+def test_damage_in_both_shards_is_named(own):
     root, folder = own
     paths = sorted(folder.glob("mnist-train*"))
     paths[0].unlink()
@@ -614,7 +606,7 @@ def test_both_shards_are_damaged(own):
         assert str(path) in str(raised.value)
 
 
-def test_sound_records_of_no_image(tmp_path):
+def test_records_that_hold_no_image_are_named(tmp_path):
     features = small_tfds.classification((8, 8, 1))
     prepare(tmp_path, features, image=[io.BytesIO(b"no image")], label=[0])
     with pytest.raises(OSError, match=r"damaged or missing records in .*1.0.0: "):
@@ -622,7 +614,7 @@ def test_sound_records_of_no_image(tmp_path):
 
 
 def describe(**changes):
-    """Change the description of a set; None takes an entry out."""
+    """Change the description of a set; None removes an entry."""
 
     def change(path):
         entries = json.loads(path.read_text()) | changes
@@ -647,7 +639,7 @@ def describe(**changes):
         ),
     ],
 )
-def test_damaged_description(tmp_path, offline, name, damage):
+def test_a_damaged_description_is_named(tmp_path, offline, name, damage):
     splits = {"train": [TRAIN], "test": [TEST]}
     folder = small_tfds.write_samples(tmp_path, name, "3.0.1", splits)
     damage(folder / INFO)
@@ -657,7 +649,9 @@ def test_damaged_description(tmp_path, offline, name, damage):
 
 
 @pytest.mark.parametrize("by_environment", [False, True])
-def test_a_set_of_ones_own_without_features(tmp_path, offline, monkeypatch, by_environment):
+def test_a_custom_set_without_features_is_refused(
+    tmp_path, offline, monkeypatch, by_environment
+):
     folder = small_tfds.write_samples(tmp_path, "mine", "1.0.0", {"train": [TRAIN]})
     (folder / "features.json").unlink()
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
@@ -667,7 +661,7 @@ def test_a_set_of_ones_own_without_features(tmp_path, offline, monkeypatch, by_e
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "riegeli"])
-def test_prepared_in_a_format_that_needs_tensorflow(own, kind):
+def test_a_format_that_needs_tensorflow_is_refused(own, kind):
     root, folder = own
     describe(fileFormat=kind)(folder / INFO)
     with pytest.raises(OSError, match=f"holds mnist as {kind}, which needs TensorFlow"):
@@ -675,7 +669,7 @@ def test_prepared_in_a_format_that_needs_tensorflow(own, kind):
 
 
 def test_a_folder_without_description_is_not_overwritten(own, monkeypatch, tensorflow):
-    """TFDS takes it for prepared and would leave it as it is."""
+    """TFDS itself would take the folder for a prepared set."""
     root, folder = own
     (folder / INFO).unlink()
     with pytest.raises(OSError, match=f"{folder} is incomplete"):
@@ -691,7 +685,7 @@ def test_a_folder_without_description_is_not_overwritten(own, monkeypatch, tenso
     size=st.integers(1, 9),
     shape=st.tuples(*[st.integers(1, 9)] * 2, st.sampled_from([1, 3])),
 )
-def test_pad_to(seed, size, shape):
+def test_pad_to_centres_images_in_zeros(seed, size, shape):
     images = np.random.default_rng(seed).integers(1, 256, (2, *shape), np.uint8)
     if size < max(shape[:2]):
         message = f"image_size is {size} but the images are {shape[0]}x{shape[1]}"
@@ -704,7 +698,7 @@ def test_pad_to(seed, size, shape):
     rows, columns = (
         np.flatnonzero(padded.any(axis=axes)) for axes in ((0, 2, 3), (0, 1, 3))
     )
-    # All of the image is positive, so what is not zero is it, and it is in the middle.
+    # The image is positive everywhere: the nonzero part is the image, in the middle.
     np.testing.assert_array_equal(padded[:, rows][:, :, columns], images)
     for inside in (rows, columns):
         assert size - 1 - inside[-1] - inside[0] in (0, 1)
@@ -716,7 +710,7 @@ def test_pad_to(seed, size, shape):
     shape=st.tuples(*[st.integers(1, 6)] * 3, st.sampled_from([1, 3])),
     low=st.integers(0, 255),
 )
-def test_channel_statistics(seed, shape, low):
+def test_channel_statistics_equal_numpy(seed, shape, low):
     images = np.random.default_rng(seed).integers(low, 256, shape, np.uint8)
     mean, deviation = data.channel_statistics(images)
     assert mean.shape == deviation.shape == (shape[-1],)
@@ -729,7 +723,7 @@ def test_channel_statistics(seed, shape, low):
 
 
 @pytest.mark.parametrize("value", [0, 1, 127, 255])
-def test_statistics_of_a_constant_channel(value):
+def test_a_constant_channel_has_deviation_one(value):
     images = np.random.default_rng(0).integers(0, 256, (50, 20, 20, 3), np.uint8)
     images[..., 1] = value
     mean, deviation = data.channel_statistics(images)
@@ -739,7 +733,7 @@ def test_statistics_of_a_constant_channel(value):
     np.testing.assert_allclose(normalised[..., 1], 0, atol=1e-7)
 
 
-def test_normalise():
+def test_normalise_centres_and_scales_each_channel():
     images = data.load("digits", "test").images
     colour = np.concatenate([images, 255 - images, images // 2], axis=-1)
     mean, deviation = data.channel_statistics(colour)
@@ -755,7 +749,7 @@ def test_normalise():
 
 
 def shifted(image, down, right):
-    """An image (height, width, C) moved, zeros moving in."""
+    """Shift an image (height, width, C) and fill with zeros."""
     height, width, _ = image.shape
     moved = np.zeros_like(image)
     for row in range(height):
@@ -766,7 +760,7 @@ def shifted(image, down, right):
 
 
 def variants(image):
-    """The 2 x 9 x 9 images that `augment` may make of one."""
+    """All 2 x 9 x 9 images that `augment` may make of one."""
     moved = [shifted(image, i, j) for i in range(-4, 5) for j in range(-4, 5)]
     return np.stack(moved + [m[:, ::-1] for m in moved])
 
@@ -786,7 +780,7 @@ def test_augment_shifts_and_mirrors(seed, shape, dtype):
 
 
 def test_augment_makes_every_variant_as_often(key):
-    """All values differ and the image is larger than the shifts: every variant is told."""
+    """All pixels differ and the image exceeds the shifts: no two variants are alike."""
     image = np.random.default_rng(0).permutation(np.arange(1, 121, dtype=np.uint8))
     image = image.reshape(12, 10, 1)
     each = 50
@@ -826,8 +820,10 @@ PUBLISHED = [  # split "test": samples of each class, mean and deviation of each
 @pytest.mark.parametrize(
     ("name", "counts", "mean", "deviation"), PUBLISHED, ids=[row[0] for row in PUBLISHED]
 )
-def test_real_images(offline, name, counts, mean, deviation):
-    """Where they are prepared in TFDS's data directory."""
+def test_real_sets_have_their_published_counts_and_statistics(
+    offline, name, counts, mean, deviation
+):
+    """Skipped unless they are prepared in the data directory of TFDS."""
     try:
         dataset = data.load(name, "test")
     except OSError as error:
@@ -838,7 +834,7 @@ def test_real_images(offline, name, counts, mean, deviation):
     assert dataset.images.shape == (10000, size, size, len(mean))
     np.testing.assert_array_equal(np.bincount(dataset.labels), counts)
     statistics = data.channel_statistics(dataset.images)
-    # Within what compressing the images again as JPEG changes.
+    # The tolerance allows for images compressed again as JPEG.
     np.testing.assert_allclose(statistics, [mean, deviation], atol=3e-3)
     middle = data.load(name, "test[4000:4010]")
     assert_holds(middle, part(small_tfds.Samples(*dataset[:2]), 4000, 4010))

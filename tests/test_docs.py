@@ -38,7 +38,7 @@ NAVIGATION = (ROOT / "mkdocs.yml").read_text()
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
-    """Nearly all of the time here goes to the compiler, and nothing hangs on its best."""
+    """Compile with few optimisations, because these tests mostly compile."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -46,13 +46,13 @@ def quick_compilation():
 
 @pytest.fixture
 def plain_jax():
-    """Promotion as a reader has it, not as the tests are strict about it."""
+    """Use the default promotion of a reader, not the strict one of the tests."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 
 def run_blocks(blocks, name, monkeypatch, tmp_path):
-    """Execute code in one namespace and an empty folder; skip PyTorch's where it is not."""
+    """Execute code in one namespace and an empty folder; skip if PyTorch is missing."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for number, block in enumerate(blocks):
@@ -79,7 +79,7 @@ def test_the_code_of_a_page_runs(page, plain_jax, monkeypatch, tmp_path):
 
 
 def test_the_network_of_the_howto_can_be_built_by_name(monkeypatch):
-    """With all that the commands set, once it is entered as the page says."""
+    """With every option of the commands, once registered as the page says."""
     page = (DOCS / "howto" / "extend.md").read_text()
     (network,) = re.findall(
         r"^class TwoLayers.*?(?=^\S.* = )", page, re.DOTALL | re.MULTILINE
@@ -100,7 +100,7 @@ def test_the_network_of_the_howto_can_be_built_by_name(monkeypatch):
 
 
 def test_the_first_page_has_the_example_of_the_readme():
-    """Which runs in test_readme."""
+    """test_readme.py runs it."""
     examples = [
         re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
         for path in (DOCS / "index.md", ROOT / "README.md")
@@ -149,7 +149,7 @@ def reexported(package):
     }
 
 
-def test_every_public_name_stands_in_the_reference():
+def test_the_reference_lists_every_public_name():
     of_modules = {f"ncjax.{m}.{name}" for m in MODULES for name in public(m)}
     expected = of_modules | set(reexported("ncjax").values())
     listed = re.findall(r"^\| \[`(\w+)`\]\[([\w.]+)\] \| \S", REFERENCE, re.MULTILINE)
@@ -157,7 +157,7 @@ def test_every_public_name_stands_in_the_reference():
     assert all(full.endswith(f".{short}") for short, full in listed)
 
 
-def test_every_module_has_its_reference():
+def test_the_reference_has_a_page_for_every_module():
     pages = "".join(p.read_text() for p in (DOCS / "reference").glob("*.md"))
     documented = re.findall(r"^::: ncjax\.([\w.]+)$", pages, re.MULTILINE)
     paths = [p.relative_to(ROOT / "ncjax") for p in (ROOT / "ncjax").rglob("[!_]*.py")]
@@ -175,7 +175,7 @@ def test_the_tables_are_of_the_committed_results():
     assert set(named) == set(script["TABLES"])
 
 
-def test_every_page_is_in_the_navigation():
+def test_the_navigation_lists_every_page():
     pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
     assert pages <= set(re.findall(r": ([\w/]+\.md)$", NAVIGATION, re.MULTILINE))
 

@@ -1,4 +1,4 @@
-"""The examples in docstrings give what they say."""
+"""The examples in docstrings print what they show."""
 
 import doctest
 import importlib
@@ -15,6 +15,6 @@ LIBRARY = [
 
 
 @pytest.mark.parametrize("name", LIBRARY)
-def test_examples(name):
+def test_examples_in_docstrings_run(name):
     done = doctest.testmod(importlib.import_module(name))
     assert done.failed == 0

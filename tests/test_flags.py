@@ -1,21 +1,20 @@
-"""Flags at random: each is accepted, or refused by name before a run folder is made."""
+"""Random flags are accepted, or refused by name before a run folder is made."""
 
 import collections
 import contextlib
 import dataclasses
-import importlib
 import math
 
 import pytest
 from absl import flags
+from commands import MODULES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments import COMMANDS, train_small, ulpm_flow
+from experiments import train_small, ulpm_flow
 from experiments._runs import cli, files, folders, memory
 
-EXPERIMENTS = [importlib.import_module(f"experiments.{name}") for name in COMMANDS]
-# Of the device and the processes: looked at before the experiment begins.
+# Flags of devices and processes are checked before the experiment begins.
 OF_THE_MACHINE = ("cpu_devices", "coordinator", "num_processes", "process_id")
 INTEGERS = st.one_of(
     st.sampled_from([-(2**63), -1, 0, 1, 2, 3, 10**6, 10**9, 2**31, 2**63, 10**30]),
@@ -36,7 +35,7 @@ OF_TYPE = {int: INTEGERS, float: NUMBERS, bool: st.booleans(), str: WORDS}
 
 
 class Accepted(BaseException):
-    """A run folder is about to be made."""
+    """Raised in place of making a run folder."""
 
 
 @contextlib.contextmanager
@@ -47,18 +46,18 @@ def accepted(*_args, **_kwargs):
 
 @pytest.fixture
 def nothing_done(monkeypatch, tmp_path):
-    """Runs end where their folder would be made; nothing is downloaded."""
+    """End runs where they would make their folder, and download nothing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     monkeypatch.setattr("ncjax.networks.data._has_network", lambda: False)
     monkeypatch.setattr(folders, "open_config", accepted)
     monkeypatch.setattr(files, "write_atomically", accepted)
-    monkeypatch.setattr(memory, "total", lambda: 2**28)  # what the machine has is not asked
+    monkeypatch.setattr(memory, "total", lambda: 2**28)  # not what this machine has
     return tmp_path
 
 
 def arguments(draw, experiment):
-    """A command line, most values of the flag's type, few flags at once."""
+    """Draw a command line of few flags, most with values of their type."""
     fields = [
         field
         for field in dataclasses.fields(experiment.Config)
@@ -75,7 +74,7 @@ def arguments(draw, experiment):
 
 
 def try_flags(experiment, line):
-    """How it ends: the class of the refusal, or `Accepted`."""
+    """Run an experiment; return whether its flags were accepted or refused."""
     names = [field.name for field in dataclasses.fields(experiment.Config)]
     try:
         experiment.run(cli.parse(experiment.Config, line))
@@ -84,14 +83,14 @@ def try_flags(experiment, line):
     except (ValueError, OSError, flags.Error) as error:
         values = [part.partition("=")[2] for part in line[1:]]
         given = [*map(repr, values), *(value for value in values if len(value) > 1)]
-        told = str(error)
-        assert any(word in told for word in (*names, *given)), (line, told)
+        message = str(error)
+        assert any(word in message for word in (*names, *given)), (line, message)
         return "refused"
     raise AssertionError(f"{line} was neither accepted nor refused")
 
 
 def campaign(experiment, folder, examples):
-    """Try so many command lines, none of which may leave a file; how often each end."""
+    """Try random command lines, none of which may leave a file, and count the results."""
     counts = collections.Counter()
 
     @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
@@ -104,19 +103,19 @@ def campaign(experiment, folder, examples):
     return counts
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda module: module.NAME)
-def test_any_flags_are_accepted_or_refused_by_name(nothing_done, experiment):
+@pytest.mark.parametrize("experiment", MODULES, ids=lambda module: module.NAME)
+def test_random_flags_are_accepted_or_refused_by_name(nothing_done, experiment):
     assert campaign(experiment, nothing_done, 10).total() >= 10
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda module: module.NAME)
-def test_many_more_flags(nothing_done, experiment):
+@pytest.mark.parametrize("experiment", MODULES, ids=lambda module: module.NAME)
+def test_many_more_random_flags_are_accepted_or_refused_by_name(nothing_done, experiment):
     trains = issubclass(experiment.Config, train_small._training.Config)
     print(experiment.NAME, campaign(experiment, nothing_done, 200 if trains else 1000))
 
 
-def test_more_than_the_memory_holds_is_refused_at_once(nothing_done):
+def test_a_run_larger_than_the_memory_is_refused_at_once(nothing_done):
     with pytest.raises(ValueError, match=r"needs at least .* GB .*: give smaller --seeds"):
         ulpm_flow.run(ulpm_flow.Config(seeds=10**9))
     with pytest.raises(ValueError, match="give smaller --image_size"):

@@ -1,5 +1,6 @@
 import math
 
+import chex
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 from scipy.integrate import solve_ivp
-from test_losses import random_params
+from strategies import random_params
 
 import ncjax
 from ncjax import checks
@@ -41,7 +42,7 @@ LATE = {
 
 
 def flow_at(start, log_times, count=5, **options):
-    """`gradient_flow` with earlier times added up to `count`, so as to compile once."""
+    """`gradient_flow` with earlier times added up to `count`, so that it compiles once."""
     added = count - len(log_times)
     earlier = log_times[0] - np.arange(added, 0, -1.0)
     flow = ncjax.gradient_flow(start, np.append(earlier, log_times), **options)
@@ -76,7 +77,7 @@ def test_reference_values_up_to_t_of_1e5(solver):
     ("log_times", "solver"),
     [([100.0], "explicit"), ([100.0, 1e3], "explicit"), ([100.0, 1e3], "implicit")],
 )
-def test_reference_values_far_out(log_times, solver):
+def test_reference_values_at_late_times(log_times, solver):
     flow = flow_at(sine_params(), log_times, rtol=1e-10, atol=1e-10, solver=solver)
     got = np.stack(
         [
@@ -87,7 +88,7 @@ def test_reference_values_far_out(log_times, solver):
         ],
         axis=-1,
     )
-    # The values are printed to eight digits or so; log(1 + t) is log t there.
+    # The values are printed to about eight digits; there log(1 + t) equals log t.
     np.testing.assert_allclose(got, [LATE[t] for t in log_times], rtol=2e-8)
 
 
@@ -125,16 +126,15 @@ def test_time_zero_is_the_start_and_no_drift():
     assert int(flow.result) == SUCCESS
 
 
-def test_a_way_shorter_than_the_least_step_is_gone():
-    """t = e^-50 moves nothing in float64, and is no failure."""
+def test_a_time_span_shorter_than_the_least_step_succeeds():
+    """In float64 t = e^-50 changes nothing; the solve still succeeds."""
     start = sine_params()
     flow = ncjax.gradient_flow(start, [-50.0])
     assert int(flow.result) == SUCCESS
-    np.testing.assert_allclose(flow.final.W, start.W, rtol=1e-15)
-    np.testing.assert_allclose(flow.final.H, start.H, rtol=1e-15)
+    chex.assert_trees_all_close(flow.final, start, rtol=1e-15)
 
 
-def test_legs_join():
+def test_two_legs_agree_with_one_solve():
     start = sine_params()
     whole = flow_at(start, [20.0, 50.0])
     first = flow_at(start, [20.0])
@@ -142,17 +142,16 @@ def test_legs_join():
     np.testing.assert_allclose(second.final.H, whole.final.H, rtol=1e-6)
 
 
-def test_record_replaces_the_state_by_what_it_returns():
+def test_the_value_of_record_is_saved_instead_of_the_state():
     log_times = np.array([1.0, 5.0])
     flow = ncjax.gradient_flow(sine_params(), log_times, record=ncjax.collapse_metrics)
     states = flow_at(sine_params(), log_times).params
     assert flow.params is None
     expected = jax.vmap(ncjax.collapse_metrics)(states)
-    for got, value in zip(flow.recorded, expected, strict=True):
-        np.testing.assert_allclose(got, value, rtol=1e-6)
+    chex.assert_trees_all_close(flow.recorded, expected, rtol=1e-6)
 
 
-def test_a_failed_seed_is_told_by_its_code_and_harms_no_other():
+def test_a_failed_seed_has_its_result_code_and_leaves_others_unchanged():
     good, log_times = sine_params(), np.array([1.0, 10.0])
     starts = [good, jax.tree.map(lambda leaf: leaf * np.nan, good), good]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
@@ -165,7 +164,7 @@ def test_a_failed_seed_is_told_by_its_code_and_harms_no_other():
     assert int(flow.num_steps[1]) < 100
 
 
-def test_the_step_limit_is_told_and_what_was_reached_is_kept():
+def test_the_step_limit_has_its_result_code_and_keeps_the_states_reached():
     flow = ncjax.gradient_flow(sine_params(), [0.0, 100.0], max_steps=50)
     assert int(flow.result) == STEP_LIMIT
     assert np.isfinite(flow.log_loss[0])
@@ -173,7 +172,7 @@ def test_the_step_limit_is_told_and_what_was_reached_is_kept():
 
 
 @pytest.mark.parametrize("scale", [1e-10, 1e-280])
-def test_a_small_start_is_followed_from_its_own_scale_on(scale):
+def test_tolerances_follow_the_scale_of_a_small_start(scale):
     start = jax.tree.map(lambda leaf: scale * leaf, random_params(0, 4, 3, 6, 1.0))
     log_times = [0.0, 1.0, 2.0, 5.0, 10.0]
     flow = ncjax.gradient_flow(start, log_times)
@@ -182,14 +181,14 @@ def test_a_small_start_is_followed_from_its_own_scale_on(scale):
     np.testing.assert_allclose(flow.params.H, tight.params.H, rtol=1e-5)
 
 
-def test_the_origin_stays():
+def test_the_flow_stays_at_the_origin():
     start = random_params(0, 4, 3, 6, 0.0)
     flow = flow_at(start, [1.0, 10.0])
     assert int(flow.result) == SUCCESS
     np.testing.assert_array_equal(flow.params.H, 0)
     np.testing.assert_array_equal(flow.drift.balance, 0)
 
-    # The slope there is that of a state that does not move: 0 by symmetry.
+    # The state does not move, so its slope is 0 by symmetry.
     def log_loss(shift):
         moved = start._replace(W=start.W + shift)
         return ncjax.gradient_flow(moved, [1.0]).log_loss[0]
@@ -197,14 +196,14 @@ def test_the_origin_stays():
     assert float(jax.grad(log_loss)(0.0)) == 0
 
 
-def test_nothing_goes_on_from_a_state_that_was_not_reached():
+def test_a_leg_from_a_state_that_was_not_reached_fails():
     failed = ncjax.gradient_flow(sine_params(), [100.0], max_steps=20)
     assert np.isnan(failed.final.W).all()
     on = jax.jit(lambda p: ncjax.gradient_flow(p, [200.0], start_log_time=100.0))
     assert int(on(failed.final).result) == STEP_TOO_SMALL
 
 
-def test_times_that_are_bad_under_jit_are_told_by_the_code():
+def test_bad_times_under_jit_have_their_result_code():
     flow_of = jax.jit(lambda log_times: ncjax.gradient_flow(sine_params(), log_times))
     for log_times in ([20.0, 1.0], [1.0, np.nan], [1.0, np.inf]):
         flow = flow_of(jnp.array(log_times))
@@ -212,7 +211,7 @@ def test_times_that_are_bad_under_jit_are_told_by_the_code():
         assert np.isnan(flow.log_loss).all()
 
 
-def test_record_may_return_integers_booleans_and_numbers():
+def test_record_may_return_integers_booleans_and_floats():
     def record(params):
         return {"argmax": jnp.argmax(params.W), "positive": params.W > 0, "one": 1}
 
@@ -228,7 +227,7 @@ def test_half_precision_is_refused():
 
 
 @pytest.mark.slow
-def test_the_flow_goes_far_beyond_double_exponents():
+def test_the_flow_continues_where_t_overflows():
     flow = ncjax.gradient_flow(sine_params(), [1e5])
     assert int(flow.result) == SUCCESS
     optimum = 3 * np.sqrt(3)
@@ -330,14 +329,14 @@ def test_descent_is_the_plain_loop():
         params = jax.tree.map(lambda z, g: z - 0.1 * g, params, gradient)
 
 
-def test_descent_goes_on_after_the_last_saved_step_and_records():
+def test_descent_continues_after_the_last_saved_step_and_records():
     start = sine_params()
     descent = ncjax.gradient_descent(
         start, 0.1, 20, save_steps=[5], record=ncjax.margin_ratio
     )
     assert descent.params is None
     whole = ncjax.gradient_descent(start, 0.1, 20)
-    np.testing.assert_allclose(descent.final.W, whole.final.W, rtol=1e-12)
+    chex.assert_trees_all_close(descent.final, whole.final, rtol=1e-12)
     assert descent.recorded.shape == (1,)
 
 
@@ -403,7 +402,7 @@ def far_times():
 
 @pytest.fixture(scope="module")
 def far(far_times):
-    """A start of the committed run's size, far out at the default tolerance."""
+    """A flow of the size of the committed run, to late times at the default tolerance."""
     start = ncjax.init_params(jax.random.key(0), 10, 5, 20)
     return start, ncjax.gradient_flow(start, far_times)
 
@@ -421,13 +420,13 @@ def test_sharp_constants_to_five_digits(far, far_times):
     products = np.exp(far_times + flow.log_loss) * far_times
     scaled_gap = (1 - products / (optimum / 2)) * far_times
     np.testing.assert_allclose(products[-1], optimum / 2, rtol=2e-5)
-    # In units of 1 / log t the gap grows like log log t: by log 10 a decade.
+    # In units of 1 / log t the gap grows like log log t.
     np.testing.assert_allclose(np.diff(scaled_gap)[1:], np.log(10), rtol=0.01)
     norm = float(ncjax.squared_norm(flow.final)) / far_times[-1]
     np.testing.assert_allclose(norm, 2 * optimum, rtol=3e-5)
 
 
-def test_metrics_far_out_hold_to_six_digits(far, far_times):
+def test_metrics_at_late_times_hold_to_six_digits(far, far_times):
     start, flow = far
     finer = ncjax.gradient_flow(start, far_times, rtol=1e-10)
     metrics = jax.jit(jax.vmap(ncjax.collapse_metrics))
@@ -448,12 +447,12 @@ def test_metrics_far_out_hold_to_six_digits(far, far_times):
         )
 
 
-def test_invariants_are_put_right(far):
+def test_the_implicit_solver_restores_the_invariants(far):
     start, flow = far
     drift = jax.vmap(lambda state: ncjax.invariant_drift(state, start))(flow.params)
     np.testing.assert_array_less(drift.balance, 1e-14)
     np.testing.assert_array_less(drift.classifier_sum, 1e-14)
-    # What the solver itself has let slip is reported, and small too.
+    # The drift reported is the drift of the solver itself, and small too.
     assert 0 < float(flow.drift.balance.max()) < 1e-8
 
 
@@ -488,7 +487,7 @@ def test_implicit_legs_join_under_jit_and_vmap():
         np.testing.assert_allclose(got.W[i], whole.W, rtol=1e-6, atol=1e-6)
 
 
-def test_auto_goes_by_time_size_precision_and_tolerance():
+def test_auto_chooses_by_time_size_precision_and_tolerance():
     assert choose_solver(4, 6, 1e3, jnp.float64) == "explicit"
     assert choose_solver(4, 6, 3e4, jnp.float64) == "implicit"
     assert choose_solver(4, 6, 3e4, jnp.float32) == "stabilised"
@@ -498,7 +497,7 @@ def test_auto_goes_by_time_size_precision_and_tolerance():
     assert choose_solver(10, 20, 1e4, jnp.float64, rtol=1e-11) == "explicit"
 
 
-def test_auto_knows_times_that_stand_in_a_compiled_function():
+def test_auto_reads_constant_times_under_jit():
     times = [1.0, 2500.0]
 
     @jax.jit
@@ -514,7 +513,7 @@ def test_an_unknown_solver_is_refused():
         ncjax.gradient_flow(sine_params(), [1.0], solver="euler")
 
 
-def test_implicit_follows_what_moves_fast_between_and_at_any_times():
+def test_implicit_follows_fast_motion_between_and_at_saved_times():
     # Far from the loss of its time the state moves within 1e-3 of x; then two times that
     # lie 0.02 apart about x = 1.
     start = random_params(7, 3, 2, 4, 4.0)
@@ -542,7 +541,7 @@ def test_the_absolute_tolerance_follows_the_relative_one():
     assert steps(rtol=1e-5) == steps(rtol=1e-5, atol=1e-5 * size)
 
 
-def test_a_start_that_is_traced_is_not_asked_for_its_value():
+def test_a_traced_start_time_is_accepted():
     flow = jax.jit(
         lambda start: ncjax.gradient_flow(sine_params(), [1.0, 10.0], start_log_time=start)
     )
@@ -550,7 +549,7 @@ def test_a_start_that_is_traced_is_not_asked_for_its_value():
     assert int(flow(2.0).result) == BAD_TIMES
 
 
-def test_tolerances_of_another_dtype_are_taken():
+def test_tolerances_of_another_dtype_are_accepted():
     flow = flow_at(sine_params(np.float32), [1.0], rtol=np.float64(1e-5))
     assert flow.log_loss.dtype == np.float32
 

@@ -1,4 +1,4 @@
-"""The flow from random states: against SciPy, and what turns with the state."""
+"""The flow from random states, against SciPy and under symmetries."""
 
 import math
 
@@ -11,17 +11,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 from scipy.special import log_expit, logsumexp
-from test_losses import random_params, sizes
+from strategies import WIDE, random_params, seeds, sizes
 
 import ncjax
 from ncjax.flow.solve import STEP_LIMIT, SUCCESS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-WIDE = settings.default.max_examples > 25
 few = settings(max_examples=settings.default.max_examples // 5)
-seeds = st.integers(0, 2**31)
-# K, n, d: too few dimensions for a simplex ETF, and in a campaign some that have room.
+# K, n, d: no room for a simplex ETF; a campaign adds shapes with room.
 SHAPES = [(4, 2, 2), *([(2, 1, 1), (3, 2, 2), (3, 1, 4), (5, 2, 6)] if WIDE else [])]
 SOLVERS = ["implicit", *(["explicit"] if WIDE else [])]
 KINDS = ("plain", "unbalanced", "zero W", "zero H", "twins")
@@ -29,7 +27,7 @@ TIMES = ("wide", "clustered", "early", "about x = 1", "leg", "from zero")
 
 
 def start_of(seed, shape, kind):
-    """A start of this kind, of scale 1e-3 to 10."""
+    """Draw a start of this kind with a scale from 1e-3 to 10."""
     rng = np.random.default_rng(seed)
     W, H = (np.asarray(x) for x in random_params(seed, *shape, 10 ** rng.uniform(-3, 1)))
     ratio = 10 ** rng.uniform(-2, 2) if kind == "unbalanced" else 1.0
@@ -40,7 +38,7 @@ def start_of(seed, shape, kind):
 
 
 def times_of(seed, kind):
-    """Four times, and that of the start."""
+    """Draw four times, and the time of the start."""
     rng, start = np.random.default_rng(seed + 1), -math.inf
     if kind == "wide":
         times = np.sort(10 ** rng.uniform(-1, 4, 4))
@@ -52,7 +50,7 @@ def times_of(seed, kind):
     elif kind == "about x = 1":
         times = 1.5 + np.sort(rng.uniform(-0.2, 0.2, 4))
     elif kind == "leg":
-        # Much later a start off the loss of its time moves within a rounding of x.
+        # Much later, a start with another loss than the flow moves within a rounding of x.
         start = 10 ** rng.uniform(-1, 0.5)
         times = start + np.append(0, np.sort(10 ** rng.uniform(-3, 2, 3)))
     else:
@@ -95,7 +93,7 @@ def scipy_flow(params, times, start):
 
 
 def solved(params, log_times, solver, **more):
-    """The flow, if it gets there: explicit steps are tiny where W or H is far larger."""
+    """The flow; examples that need too many explicit steps are discarded."""
     limit = {} if solver == "implicit" else {"max_steps": 100_000}
     flow = ncjax.gradient_flow(
         params, log_times, solver=solver, rtol=1e-10, **limit, **more
@@ -119,7 +117,7 @@ def norms(W, H):
     st.sampled_from(TIMES),
     st.sampled_from(SOLVERS),
 )
-def test_the_flow_is_that_of_scipy(seed, shape, kind, times, solver):
+def test_the_flow_agrees_with_scipy(seed, shape, kind, times, solver):
     params = start_of(seed, shape, kind)
     log_times, start = times_of(seed, times)
     flow = solved(params, log_times, solver, start_log_time=start)
@@ -130,7 +128,7 @@ def test_the_flow_is_that_of_scipy(seed, shape, kind, times, solver):
 
 @few
 @given(seeds, st.sampled_from(["plain", "unbalanced"]), st.sampled_from(SOLVERS))
-def test_the_flow_turns_with_its_start_and_its_legs_join(seed, kind, solver):
+def test_the_flow_commutes_with_rotation_and_two_legs_agree_with_one(seed, kind, solver):
     shape = SHAPES[0]
     params, (log_times, _) = start_of(seed, shape, kind), times_of(seed, "wide")
     flow = solved(params, log_times, solver)
@@ -142,12 +140,12 @@ def test_the_flow_turns_with_its_start_and_its_legs_join(seed, kind, solver):
     gaps = jax.tree.map(lambda a, b: a - (b @ frame)[:, order], other.params, flow.params)
     size = norms(*flow.params)
     np.testing.assert_array_less(norms(*gaps), 1e-6 * size)
-    # What the flow says of its states is what they are.
+    # The loss and the drift reported are those of the states.
     losses = jax.vmap(ncjax.log_cross_entropy)(flow.params)
     np.testing.assert_allclose(flow.log_loss, losses, rtol=1e-12, atol=1e-12)
     assert (np.diff(flow.log_loss) < 0).all()
     drift = jax.vmap(lambda state: ncjax.invariant_drift(state, params))(flow.params)
-    # Explicit solvers do not put it right: it is their error.
+    # Explicit solvers do not restore it: this is their error.
     np.testing.assert_array_less(drift.balance, 1e-10 if solver == "implicit" else 1e-8)
     np.testing.assert_array_less(flow.drift.balance, 1e-6)
     middle = jax.tree.map(lambda leaf: leaf[1], flow.params)
@@ -159,7 +157,7 @@ def test_the_flow_turns_with_its_start_and_its_legs_join(seed, kind, solver):
 
 @few
 @given(seeds, sizes, st.sampled_from([1e-3, 0.1, 0.5]), st.integers(1, 9))
-def test_descent_is_the_loop_in_numpy(seed, shape, step_size, num_steps):
+def test_descent_agrees_with_a_numpy_loop(seed, shape, step_size, num_steps):
     params = random_params(seed, *shape, 1.0)
     got = ncjax.gradient_descent(params, step_size, num_steps, save_steps=[0, num_steps])
     W, H = (np.asarray(leaf) for leaf in params)

@@ -5,7 +5,7 @@ import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_losses import random_params, sizes
+from strategies import random_params, sizes
 
 import ncjax
 from ncjax.peeled.geometry import helmert
@@ -42,7 +42,7 @@ def test_margins_agree_with_the_loop_and_are_infinite_on_the_diagonal(seed, shap
 
 
 @given(st.integers(0, 10**6), sizes, st.floats(1e-3, 1e3))
-def test_margin_ratio_is_at_most_one_and_blind_to_the_norm(seed, shape, scale):
+def test_margin_ratio_is_at_most_one_and_independent_of_the_norm(seed, shape, scale):
     params = random_params(seed, *shape, 1.0)
     ratio = float(ncjax.margin_ratio(params))
     scaled = jax.tree.map(lambda leaf: scale * leaf, params)
@@ -111,6 +111,6 @@ def test_kkt_angle_agrees_with_its_definition():
         ((3, 3, 1, 5), r"dim must be at least num_blocks \* \(block_size - 1\) = 6, got 5"),
     ],
 )
-def test_block_saddle_names_what_does_not_fit(shape, message):
+def test_block_saddle_names_the_argument_out_of_range(shape, message):
     with pytest.raises(ValueError, match=message):
         ncjax.block_saddle(*shape)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
-from test_losses import random_params
+from strategies import random_params
 
 import ncjax
 from ncjax.flow import block_solve
@@ -32,7 +32,7 @@ def hessian_over_loss(params):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_solves_with_the_hessian_of_the_loss(shape):
+def test_solves_identity_plus_c_times_the_hessian_over_the_loss(shape):
     params, right = random_params(0, *shape, 0.7), random_params(1, *shape, 1.0)
     hessian, flat_right = np.asarray(hessian_over_loss(params)), ravel_pytree(right)[0]
     for c in (1e-3, 0.05, 0.3):
@@ -47,7 +47,7 @@ def test_solves_with_the_hessian_of_the_loss(shape):
     st.integers(0, 2**31), st.sampled_from(SHAPES), st.floats(0, 2.5), st.floats(-4, 0.9)
 )
 def test_solves_at_any_state_and_any_step(seed, shape, scale, size):
-    """In the shapes that the test before compiles; the matrix positive definite."""
+    """In shapes that the previous test compiles, with a positive definite matrix."""
     params, right = random_params(seed, *shape, scale), random_params(seed + 1, *shape, 1.0)
     hessian = np.asarray(hessian_over_loss(params))
     least = np.linalg.eigvalsh(hessian)[0]
@@ -81,7 +81,7 @@ def test_solves_where_the_loss_has_underflowed(scale):
         np.testing.assert_allclose(leaf, 0, atol=1e-6)
 
 
-def test_vmap_solves_each():
+def test_vmap_solves_each_system():
     many = jax.vmap(lambda key: ncjax.init_params(key, 3, 2, 4, 0.5))(
         jax.random.split(jax.random.key(0), 3)
     )
@@ -103,7 +103,7 @@ _inverse = jax.jit(block_solve.inverse, static_argnums=1)
     st.integers(-300, 300),
 )
 def test_inverse_of_a_positive_definite_matrix(seed, shape, decades, p):
-    """Of any scale, with a condition of up to a million."""
+    """At any scale, with a condition number up to a million."""
     (size, block), rng = shape, np.random.default_rng(seed)
     frames = np.linalg.qr(rng.normal(size=(3, size, size)))[0]
     values = 10 ** (decades * rng.uniform(-1, 0, size=(3, 1, size)))
@@ -115,7 +115,7 @@ def test_inverse_of_a_positive_definite_matrix(seed, shape, decades, p):
     np.testing.assert_allclose(got, inverse, rtol=0, atol=1e-13 * worst**2)
 
 
-def test_a_block_that_does_not_divide_is_refused():
+def test_a_block_that_does_not_divide_the_size_is_refused():
     with pytest.raises(ValueError, match="block must divide the size 6, got 4"):
         block_solve.inverse(jnp.eye(6), 4)
 

@@ -1,4 +1,4 @@
-"""What is installed: files of the packages, ranges, pins, extras, versions of Python."""
+"""The installation: files of the wheel, ranges, pins, extras, Python versions."""
 
 import configparser
 import os
@@ -26,13 +26,13 @@ def lines(text):
 
 
 def requirements(text):
-    """By the name that an index knows a package by."""
+    """Requirements by the normalised name of their package."""
     parsed = map(Requirement, lines(text))
     return {canonicalize_name(requirement.name): requirement for requirement in parsed}
 
 
 def pins(name):
-    """Versions of a file of pins, where each package has exactly one."""
+    """Versions in a file that pins each package to exactly one."""
     found = {}
     for package, requirement in requirements((ROOT / name).read_text()).items():
         (only,) = requirement.specifier
@@ -98,14 +98,15 @@ def test_the_wheel_holds_every_file_of_the_library_and_nothing_else():
 
 
 def test_the_core_works_without_the_extras():
-    program = [sys.executable, "-W", "error", ROOT / "tests" / "light_install.py", "--hide"]
+    program = ROOT / "tests" / "programs" / "light_install.py"
+    command = [sys.executable, "-W", "error", program, "--hide"]
     done = subprocess.run(
-        program, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True
     )
     assert done.returncode == 0, done.stderr.decode()
 
 
-def test_the_versions_of_python_are_said_alike():
+def test_all_files_name_the_same_python_versions():
     oldest = f"py{PYTHONS[0].replace('.', '')}"
     assert SETUP["options"]["python_requires"] == f">={PYTHONS[0]}"
     assert SETUP["mypy"]["python_version"] == PYTHONS[0]

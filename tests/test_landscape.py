@@ -5,9 +5,6 @@ import importlib.util
 import itertools
 import math
 import os
-import subprocess
-import sys
-import textwrap
 from functools import partial
 
 import hypothesis.strategies as st
@@ -15,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import subprocesses
 from hypothesis import given
 from jax.flatten_util import ravel_pytree
 from scipy.sparse.linalg import LinearOperator, eigsh
@@ -106,7 +104,9 @@ def least_on_the_sphere(scale, saddle, multiplicity, method):
 
 @pytest.mark.parametrize("method", ["dense", "lanczos"])
 @pytest.mark.parametrize(("m", "b", "n", "d", "limit", "multiplicity"), SADDLES)
-def test_block_saddle_far_out(m, b, n, d, limit, multiplicity, method):
+def test_eigenvalues_of_block_saddles_at_large_scale(
+    m, b, n, d, limit, multiplicity, method
+):
     eigenvalues = least_on_the_sphere(30.0, (m, b, n, d), multiplicity, method)
     np.testing.assert_allclose(eigenvalues[:-1], limit, rtol=0, atol=1e-10)
     assert eigenvalues[-1] > limit + 0.01
@@ -114,7 +114,9 @@ def test_block_saddle_far_out(m, b, n, d, limit, multiplicity, method):
 
 @pytest.mark.parametrize("scale", [1.5, 2.0, 4.0])
 @pytest.mark.parametrize(("m", "b", "n", "d", "limit", "multiplicity"), SADDLES)
-def test_block_saddle_at_finite_scale(scale, m, b, n, d, limit, multiplicity):
+def test_eigenvalues_of_block_saddles_at_finite_scale(
+    scale, m, b, n, d, limit, multiplicity
+):
     """-b (π_o - π_w) / (K √n ℓ): softmax weights of other and own block, sample's loss."""
     K = m * b
     own, other = math.exp(-(scale**2) * b / (b - 1)), math.exp(-(scale**2))
@@ -131,14 +133,14 @@ def test_example_of_the_paper_itself():
     eig = ncjax.hessian_eig(ncjax.log_cross_entropy, params, k=3, sphere=True)
     np.testing.assert_allclose(eig.eigenvalues[:2], -0.178810508, rtol=0, atol=1e-9)
     assert eig.eigenvalues[2] > -0.17
-    # There the gradient is radial: the Hessian of L over L has the same eigenvalues.
+    # The gradient is radial here, so the Hessian of L over L has the same eigenvalues.
     plain = ncjax.hessian_eig(ncjax.cross_entropy, params, k=3, sphere=True)
     ratio = plain.eigenvalues / ncjax.cross_entropy(params)
     np.testing.assert_allclose(ratio[:2], eig.eigenvalues[:2], atol=1e-12)
 
 
 def test_collapse_is_a_minimiser_on_the_sphere_only():
-    """The plain Hessian has negative eigenvalues at collapse too: it does not decide."""
+    """The plain Hessian has negative eigenvalues at collapse too."""
     params = block_saddle(2.0, 1, 4, 2, 6)
     eig = ncjax.hessian_eig(ncjax.log_cross_entropy, params, sphere=True)
     assert eig.eigenvalues[0] > -1e-12
@@ -286,7 +288,9 @@ def test_products_and_densities_of_quadratics(seed, exponent):
     exponent=st.integers(-200, 200),
     seed=st.integers(0, 2**31 - 1),
 )
-def test_multiplicities_come_out_right(copies, gaps, first, exponent, seed):
+def test_lanczos_finds_all_copies_of_multiple_eigenvalues(
+    copies, gaps, first, exponent, seed
+):
     levels = (first + np.cumsum(gaps)[: len(copies)]) * 10.0**exponent
     spectrum = np.repeat(levels, copies)
     spectrum = np.sort(np.pad(spectrum, (0, 60 - len(spectrum)), mode="edge"))
@@ -322,7 +326,7 @@ CLUSTERS = {
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", CLUSTERS)
-def test_clusters_and_breakdown(name, dtype):
+def test_lanczos_resolves_clusters_and_survives_breakdown(name, dtype):
     spectrum = np.sort(CLUSTERS[name])
     norm = np.max(np.abs(spectrum))
     for k, which, expected in (
@@ -352,7 +356,7 @@ def test_clusters_and_breakdown(name, dtype):
         (7, "lanczos", "largest"),
     ],
 )
-def test_all_of_a_small_space(dim, method, which):
+def test_all_eigenvalues_of_a_small_space(dim, method, which):
     eig = ncjax.hessian_eig(
         quadratic,
         jnp.ones(dim),
@@ -382,7 +386,7 @@ def test_linear_and_constant_functions(method, fn):
     assert eig.converged.all()
 
 
-def test_a_sum_over_the_sphere_at_a_zero_of_the_first_coordinate():
+def test_a_linear_function_is_curved_on_the_sphere():
     """Linear functions curve on the sphere: -<∇f, Z>/|Z|², D - 1 times."""
     z = jnp.asarray([0.0, 3.0, 4.0])
     eig = ncjax.hessian_eig(lambda x: x[2], z, which="all", sphere=True)
@@ -406,7 +410,7 @@ def test_mixed_dtypes_keep_their_leaves():
         assert eig.converged.all()
 
 
-def test_not_converged_is_said():
+def test_converged_is_false_if_lanczos_stops_early():
     spectrum = 10.0 ** np.linspace(-6, 6, 100)
     eig = ncjax.hessian_eig(
         quadratic,
@@ -424,7 +428,7 @@ def test_not_converged_is_said():
 
 @pytest.mark.parametrize("max_hvps", [100, 20_000])
 def test_progress_is_shown_and_changes_nothing(capfd, max_hvps):
-    """To the end, whether it converges or not, and again for a second call."""
+    """The line ends whether Lanczos converges or not, and a second call shows it again."""
     solve = partial(
         ncjax.hessian_eig,
         quadratic,
@@ -443,7 +447,7 @@ def test_progress_is_shown_and_changes_nothing(capfd, max_hvps):
         shown = capfd.readouterr().err
         assert shown.endswith("\n")  # the line is closed
         last = shown.strip().split("\r")[-1]
-        # The products of the true residuals come after the last restart.
+        # The three products for the true residuals come after the last restart.
         assert f"Hessian: {int(eig.num_hvps) - 3} products [" in last
         assert "residual=" in last
 
@@ -492,7 +496,9 @@ def test_under_jit_and_vmap(method):
 
 
 @pytest.mark.parametrize(("method", "sphere"), [("dense", False), ("lanczos", True)])
-def test_a_value_that_is_not_finite_is_flagged_under_jit(method, sphere):
+def test_a_hessian_that_is_not_finite_is_flagged_under_jit_and_refused_outside(
+    method, sphere
+):
     def fn(x):
         return jnp.sum(x**1.5)  # second derivative infinite at zero
 
@@ -528,50 +534,11 @@ def test_the_same_key_gives_the_same_result():
         np.testing.assert_allclose(eig.eigenvalues, eigs[0].eigenvalues, atol=1e-14)
 
 
-SHARDED = """
-    import jax, jax.numpy as jnp, numpy as np
-    jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_enable_x64", True)
-    import ncjax
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
-    def loss(params, x):
-        return jnp.sum(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
-
-    x = np.random.default_rng(0).normal(size=(3, 16, 40))
-    params = {"w": jnp.full((40, 30), 0.01), "b": jnp.zeros(30)}
-    for devices, kind in ((1, AxisType.Auto), (8, AxisType.Auto), (8, AxisType.Explicit)):
-        mesh = jax.make_mesh(
-            (devices,), ("data",), axis_types=(kind,), devices=jax.devices()[:devices]
-        )
-        split = NamedSharding(mesh, PartitionSpec(None, "data"))
-        copied = NamedSharding(mesh, PartitionSpec())
-        eig = ncjax.hessian_eig(
-            loss,
-            jax.device_put(params, copied),
-            batches=jax.device_put(x, split),
-            k=2,
-            which="both",
-            sphere=True,
-        )
-        assert eig.method == "lanczos" and bool(eig.converged.all())
-        assert len(eig.eigenvalues.sharding.device_set) == devices
-        print(*map(float.hex, map(float, eig.eigenvalues)))
-"""
-
-
-def test_sharded_over_devices():
+def test_eigenvalues_of_sharded_data_agree_with_one_device():
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED)],
-        capture_output=True,
-        text=True,
-        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    printed = subprocesses.output(subprocesses.command("sharded_eigenvalues"), environment)
     one, automatic, explicit = (
-        [float.fromhex(word) for word in line.split()] for line in done.stdout.splitlines()
+        [float.fromhex(word) for word in line.split()] for line in printed.splitlines()
     )
     assert len(one) == 4
     np.testing.assert_allclose(automatic, one, rtol=1e-9)
@@ -619,7 +586,7 @@ def test_gauss_rule_is_exact_for_its_vector():
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.0, 1e-200, 1e200])
-def test_density_where_lanczos_breaks_down(factor):
+def test_density_of_a_multiple_of_the_identity(factor):
     density = ncjax.spectral_density(
         quadratic,
         jnp.ones(60),
@@ -633,7 +600,7 @@ def test_density_where_lanczos_breaks_down(factor):
     np.testing.assert_allclose(area, 1, atol=1e-5)
 
 
-def test_density_on_a_grid_of_ones_own():
+def test_density_on_a_given_grid():
     grid = np.linspace(-1, 3, 41)
     density = ncjax.spectral_density(
         lambda x: jnp.sum(x**2) / 2, jnp.ones(9), grid=grid, width=0.2, num_probes=1

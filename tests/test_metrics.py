@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ SHAPES = [(2, 3, 20), (3, 1, 25), (6, 3, 40), (4, 30, 12)]  # K, d, N
 
 
 def clusters(seed, shape, spread=0.5, noise=1.0):
-    """Unequal classes about centres, and a classifier near these."""
+    """Draw unequal classes about centres, and a classifier near these."""
     rng = np.random.default_rng(seed)
     num_classes, dim, samples = shape
     rest = rng.integers(0, num_classes, samples - num_classes) ** 2 % num_classes
@@ -44,7 +45,7 @@ def computed(data, **options):
 
 
 def assert_matches_definition(got, data, rtol, atol=0.0, fields=oracles.FIELDS):
-    """Against the oracle in float64 on the very numbers in `data`."""
+    """Compare with the oracle in float64 on the same numbers."""
     exact = oracles.float64(data)
     for field in fields:
         np.testing.assert_allclose(
@@ -57,10 +58,7 @@ def assert_matches_definition(got, data, rtol, atol=0.0, fields=oracles.FIELDS):
 
 
 def assert_same(first, second, rtol=1e-11, atol=1e-13):
-    for field in first._fields:
-        np.testing.assert_allclose(
-            getattr(first, field), getattr(second, field), rtol, atol, err_msg=field
-        )
+    chex.assert_trees_all_close(first, second, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 7, 305, 1000])
@@ -96,7 +94,7 @@ SHAPE = (6, 16, 200)
 def test_features_far_from_the_origin_in_float32(offset):
     data = clusters(1, SHAPE)
     features = (data.features + offset).astype(np.float32)
-    # A bias that answers the offset, as training finds it: the logits stay small.
+    # The bias cancels the offset, as after training: the logits stay small.
     W = data.W.astype(np.float32)
     b = (data.b - W.astype(float) @ np.full(16, offset)).astype(np.float32)
     data = data._replace(features=features, W=W, b=b)
@@ -118,7 +116,7 @@ def test_nearest_centre_far_from_the_origin_in_float32():
 
 
 def test_variation_of_1e_7_of_the_means_in_float32():
-    """Features a few roundings about means in [1, 2)."""
+    """Features lie a few roundings around means in [1, 2)."""
     rng = np.random.default_rng(3)
     data = clusters(3, SHAPE)
     means = rng.uniform(1, 1.9, size=(6, 16)).astype(np.float32)
@@ -133,7 +131,7 @@ def test_variation_of_1e_7_of_the_means_in_float32():
 
 @pytest.mark.parametrize("offset", [0, 3000])
 @pytest.mark.parametrize("isotropic", [True, False])
-def test_class_means_whose_spreads_differ_by_500_in_float32(offset, isotropic):
+def test_class_means_with_spreads_that_differ_by_500_in_float32(offset, isotropic):
     """Rounding is amplified by 500 at most; a pseudo-inverse of Σ_B squares that."""
     rng = np.random.default_rng(4)
     data = clusters(4, SHAPE)
@@ -164,7 +162,7 @@ def test_half_precision_features_are_computed_in_float32(dtype):
 # The rules of NC4
 
 
-def test_bias_decides_the_agreement_with_the_nearest_centre():
+def test_the_bias_changes_the_agreement_with_the_nearest_centre():
     """Weights m_k with biases -|m_k|²/2 are the nearest-centre rule itself."""
     data = clusters(6, SHAPE, spread=1.5)
     means = oracles.class_means(data.features + 1, data.labels)
@@ -176,7 +174,7 @@ def test_bias_decides_the_agreement_with_the_nearest_centre():
 # Streaming
 
 
-def test_a_trainer_gets_the_same_batch_by_batch_with_a_padded_last_batch():
+def test_streaming_in_batches_with_a_padded_last_batch_agrees_with_one_call():
     data = clusters(7, SHAPE)
     size, batch = 200, 64
     padded = -size % batch
@@ -261,7 +259,7 @@ def test_metrics_under_jit_and_vmap():
 
 
 def shapes(jaxpr):
-    """Shapes of every array that a jaxpr and those inside it make."""
+    """Yield the shapes of all arrays in a jaxpr and the jaxprs inside it."""
     for equation in jaxpr.eqns:
         yield from (variable.aval.shape for variable in equation.outvars)
         for inner in jax.tree.leaves(
@@ -287,7 +285,7 @@ def test_no_array_is_of_size_d_by_d():
     assert max(np.prod(shape, dtype=int) for shape in seen) == num_classes**2 * dim
 
 
-def test_memory_beyond_the_features_is_that_of_a_chunk():
+def test_memory_beyond_the_features_is_one_chunk():
     function = jax.jit(partial(ncjax.collapse_metrics_from_features, chunk_size=2000))
     compiled = function.lower(
         jax.ShapeDtypeStruct((10**6, 64), jnp.float32),
@@ -333,7 +331,7 @@ GOOD = clusters(10, (3, 4, 12))
         ),
     ],
 )
-def test_unsound_arguments_are_refused(changed, message):
+def test_bad_features_labels_and_classifiers_are_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         computed(GOOD._replace(**changed))
 
@@ -346,12 +344,12 @@ def test_unsound_arguments_are_refused(changed, message):
         ({"chunk_size": 2.0}, "chunk_size must be an integer of at least 1"),
     ],
 )
-def test_unsound_options_are_refused(options, message):
+def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         computed(GOOD, **options)
 
 
-def test_unsound_params_are_refused():
+def test_bad_params_are_refused():
     W, H = random_params()
     for params, message in (
         (W, r"expected ncjax.Params\(W, H\)"),

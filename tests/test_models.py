@@ -1,4 +1,4 @@
-"""The networks against torchvision's, with the same weights, and against their contract."""
+"""The networks agree with torchvision for equal weights, and keep their contract."""
 
 import importlib
 import json
@@ -45,7 +45,7 @@ CIFAR = {
     "vgg16": 14_728_266,
     "vgg19": 20_040_522,
 }
-# Quick to compile and run; every kind of network.
+# One network of every kind, quick to compile and run.
 SMALL = {
     "resnet18": ("resnet18", {"width": 1 / 16}),
     "vgg11": ("vgg11", {"width": 1 / 16}),
@@ -53,7 +53,7 @@ SMALL = {
     "mlp": ("mlp", {"width": 1 / 8}),
     "convnet": ("convnet", {"width": 1 / 4}),
 }
-# As they are, where only shapes are asked for.
+# Full-size networks, for tests that need only shapes.
 EVERY = {
     **{name: (name, {}) for name in ("resnet18", "resnet50", "vgg11", "mlp", "convnet")},
     "resnet18-imagenet": ("resnet18", {"stem": "imagenet"}),
@@ -108,7 +108,7 @@ def outputs(name):
 
 
 def assert_near(got, expected, tol, err_msg=""):
-    """Equal up to `tol` times the largest entry expected."""
+    """Compare up to `tol` times the largest expected entry."""
     assert got.shape == expected.shape, err_msg
     bound = tol * np.max(np.abs(expected))
     np.testing.assert_allclose(got, expected, rtol=0, atol=bound, err_msg=err_msg)
@@ -204,7 +204,7 @@ def test_a_training_step_equals_torchvision(case, peers):
 
 
 @small_network
-def test_logits_are_the_classifier_of_the_features(network):
+def test_logits_are_the_classifier_applied_to_the_features(network):
     variables, apply = small(network)
     logits, features = to_numpy(apply(variables, images()))
     classifier = variables["params"]["classifier"]
@@ -273,7 +273,7 @@ def test_bfloat16_is_near_float32(network):
         ("convnet", {}, 128),
     ],
 )
-def test_width_multiplies_channels_and_units(name, options, dim):
+def test_width_multiplies_the_numbers_of_channels_and_units(name, options, dim):
     shape = (40, 48, 2)
     full = shapes(models.abstract_variables(models.build(name, K, **options), shape))
     assert full["params/classifier/kernel"] == (dim, K)
@@ -291,7 +291,7 @@ def test_width_multiplies_channels_and_units(name, options, dim):
 
 
 @small_network
-def test_evaluation_treats_each_image_alone(network):
+def test_evaluation_of_an_image_does_not_depend_on_the_batch(network):
     variables, apply = small(network)
     together = to_numpy(apply(variables, images()))
     for i in range(3):
@@ -335,7 +335,7 @@ def initial(name, **options):
 
 
 def assert_drawn(kernel, deviation, uniform, leaf):
-    """Mean 0, this standard deviation, and normal or uniform, each within 5 sigma."""
+    """Test mean 0, the standard deviation, and normal or uniform, within 5 sigma."""
     inside = math.sqrt(1 / 3) if uniform else math.erf(math.sqrt(0.5))
     spread = 5 / math.sqrt(kernel.size)
     assert abs(kernel.mean()) < spread * deviation, leaf
@@ -356,7 +356,7 @@ def assert_drawn(kernel, deviation, uniform, leaf):
         ("convnet", {}),
     ],
 )
-def test_initial_distributions(name, options):
+def test_initial_weights_have_their_distributions(name, options):
     variables = initial(name, **options)
     fixed = {"scale": 1, "mean": 0, "var": 1}
     seen = set()
@@ -429,7 +429,7 @@ def test_images_too_small_are_named():
 
 
 @pytest.mark.parametrize("grid", [1, 3, 7])
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 7), (6, 8), (10, 14)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 7), (6, 10), (6, 8), (10, 14)])
 def test_adaptive_mean_matches_the_definition(size, grid):
     x = np.random.default_rng(0).normal(size=(2, *size, 3))
     expected = np.zeros((2, grid, grid, 3))

@@ -7,7 +7,7 @@ import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_losses import random_params, sizes
+from strategies import random_params, sizes
 
 import ncjax
 
@@ -22,7 +22,7 @@ def last_layer_of(params):
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
-def test_it_is_the_model_where_classes_are_equal(key, scale):
+def test_last_layer_agrees_with_the_peeled_model_for_equal_classes(key, scale):
     params = ncjax.init_params(key, 4, 3, 6, scale)
     layer = last_layer_of(params)
     assert layer.log_loss == pytest.approx(float(ncjax.log_cross_entropy(params)))
@@ -31,7 +31,7 @@ def test_it_is_the_model_where_classes_are_equal(key, scale):
     assert layer.kkt_angle == pytest.approx(float(ncjax.kkt_angle(params)), rel=1e-10)
 
 
-def test_it_keeps_its_digits_where_the_loss_underflows(key):
+def test_last_layer_keeps_its_digits_at_an_underflowing_loss(key):
     start = ncjax.init_params(key, 4, 3, 6)
     far = ncjax.gradient_flow(start, [2000.0]).final
     layer = last_layer_of(far)
@@ -45,7 +45,9 @@ def test_it_keeps_its_digits_where_the_loss_underflows(key):
     with_bias=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_unequal_classes_and_a_bias_against_loops(counts, with_bias, seed):
+def test_last_layer_with_unequal_classes_and_bias_agrees_with_loops(
+    counts, with_bias, seed
+):
     rng = np.random.default_rng(seed)
     num_classes, dim = len(counts), 3
     labels = rng.permutation(np.repeat(np.arange(num_classes), counts))
@@ -89,7 +91,7 @@ def beta_by_loops(W, H, labels):
     return inner / norm / np.sqrt((gradient_W**2).sum() + (gradient_H**2).sum())
 
 
-def test_collapse_has_ratio_one_however_scale_is_split():
+def test_collapse_has_margin_ratio_one_for_any_scales_of_W_and_H():
     collapse = ncjax.block_saddle(1, 5, per_class=4, dim=6)
     split = ncjax.Params(7 * collapse.W, collapse.H / 3)
     layer = last_layer_of(split)
@@ -124,7 +126,7 @@ def test_peel_takes_the_first_of_each_class_in_order():
     np.testing.assert_array_equal(one.H[:, 0], np.asarray(expected)[:, 0])
 
 
-def test_peeled_logits_are_those_of_the_network(key):
+def test_peeled_logits_equal_the_logits_of_the_network(key):
     features = jax.random.normal(key, (12, 4))
     W, b = jnp.ones((3, 4)), jnp.arange(3.0)
     labels = np.arange(12) % 3
@@ -146,7 +148,7 @@ def test_peeled_logits_are_those_of_the_network(key):
         ({"b": np.ones(3)}, r"expected b \(2,\), got \(3,\)"),
     ],
 )
-def test_what_does_not_fit_is_named(changes, message):
+def test_bad_input_is_named(changes, message):
     arguments = {
         "features": np.ones((4, 2)),
         "labels": np.array([0, 0, 1, 1]),
@@ -160,7 +162,7 @@ def test_what_does_not_fit_is_named(changes, message):
             ncjax.last_layer(**arguments)
 
 
-def test_balancing_changes_no_logit_and_is_what_the_balanced_numbers_speak_of(key):
+def test_balancing_keeps_logits_and_gives_the_balanced_numbers(key):
     params = ncjax.init_params(key, 4, 3, 6, scale=1.0)
     lopsided = ncjax.Params(params.W / 50, 3 * params.H)
     balanced = ncjax.balance_norms(lopsided)
@@ -175,12 +177,12 @@ def test_balancing_changes_no_logit_and_is_what_the_balanced_numbers_speak_of(ke
 
 
 @given(st.integers(0, 2**31), sizes, st.booleans())
-def test_peeling_a_model_gives_it_back(seed, shape, with_bias):
+def test_peeling_a_peeled_model_returns_it(seed, shape, with_bias):
     num_classes, per_class, dim = shape
     params, rng = random_params(seed, *shape, 1.0), np.random.default_rng(seed)
     b = rng.normal(size=num_classes) if with_bias else None
     order = rng.permutation(num_classes * per_class)
-    # Of each class in its order.
+    # The samples of each class keep their order.
     labels = np.repeat(np.arange(num_classes), per_class)[order]
     features = np.zeros((labels.size, dim))
     for k in range(num_classes):

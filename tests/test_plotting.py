@@ -1,4 +1,4 @@
-"""Figures hold the medians, quartiles and ticks of what they are given."""
+"""Figures hold the medians, quartiles and ticks of their data."""
 
 import importlib
 import statistics
@@ -9,22 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex
+from strategies import WIDE, seeds
 
 import ncjax
 from ncjax import plotting
 
-WIDE = settings.default.max_examples > 25
 few = settings(max_examples=settings.default.max_examples // 5)
-seeds = st.integers(0, 2**31)
 COUNTS = st.tuples(st.integers(1, 4), st.integers(1, 12))
-# All of one kind, or of each some.
+# All values of one kind, or a mixture.
 HOLES = st.sampled_from(["none", "nan", "infinite", "zero", "negative", "all"])
 VALUES = {"nan": np.nan, "infinite": np.inf, "zero": 0.0, "negative": -1.0}
 FIELDS = (*ncjax.CollapseMetrics._fields, *ncjax.LastLayer._fields)
 
 
 def table(seed, shape, holes):
-    """Values (S, T) by name, with a share of them replaced."""
+    """Draw values (S, T) by name, some of them replaced."""
     rng = np.random.default_rng(seed)
     share = {"none": 0.0, "all": 1.0}.get(holes, 0.3)
     kinds = [holes] if holes in VALUES else [*VALUES]
@@ -38,7 +37,7 @@ def table(seed, shape, holes):
 
 
 def medians(values, logarithmic):
-    """At each time of the finite values; None where there are none or none to be drawn."""
+    """Medians of the finite values at each time; None if none can be drawn."""
     found = []
     for column in values.T:
         finite = [float(value) for value in column if np.isfinite(value)]
@@ -49,7 +48,7 @@ def medians(values, logarithmic):
 
 
 def assert_curves(axis, x, panel):
-    """The lines of the axis that are not dotted are those of the panel, and no others."""
+    """The solid lines of the axis are the curves of the panel, and no others."""
     lines = [line for line in axis.get_lines() if line.get_linestyle() != ":"]
     expected = []
     for curve in panel.curves:
@@ -63,11 +62,11 @@ def assert_curves(axis, x, panel):
         np.testing.assert_allclose(drawn, points, rtol=1e-12)
         assert line.get_label() == curve.label
         assert to_hex(line.get_color()) == curve.colour
-        assert len(x) > 1 or line.get_marker() == "o"  # a line of one point is nothing
+        assert len(x) > 1 or line.get_marker() == "o"  # a line of one point shows nothing
 
 
 def assert_ticks(axis, places, x):
-    """Of the quantities at `places` those within the axis, each at its place."""
+    """The ticks are the `places` that lie within the axis."""
     ticks = axis.get_xticks()
     assert set(np.round(ticks, 12)) <= {round(float(place), 12) for place in places}
     if x[0] < x[-1]:
@@ -141,7 +140,7 @@ def test_figures_over_epochs_hold_medians(seed, shape, holes, with_test, until):
         (plotting.figure_over_log_log_epochs, [1], "expected an epoch from 2 on"),
     ],
 )
-def test_nothing_to_draw_is_told(figure, times, message):
+def test_figures_without_data_are_refused(figure, times, message):
     panels = plotting.collapse_panels(table(0, (2, len(times)), "none"))
     with pytest.raises(ValueError, match=message):
         figure(np.array(times), panels)
@@ -166,7 +165,7 @@ def test_curves_of_another_shape_are_refused_by_name(values, panels, message):
 
 @given(seeds, COUNTS, HOLES)
 def test_shares_and_losses_are_drawn_as_they_are(seed, shape, holes):
-    """The error is one minus the accuracy; where it is zero there is nothing to draw."""
+    """The error is one minus the accuracy; an error of zero is not drawn."""
     train = table(seed, shape, holes)
     accuracy = np.random.default_rng(seed).integers(0, 3, shape) / 2
     train["accuracy"] = accuracy
@@ -183,7 +182,7 @@ def test_shares_and_losses_are_drawn_as_they_are(seed, shape, holes):
 
 @few
 @given(seeds, COUNTS, st.integers(0, 3), st.sampled_from(["none", "nan", "zero"]))
-def test_figures_of_saddles_hold_what_they_are_given(seed, shape, count, holes):
+def test_figures_of_saddles_hold_the_given_values(seed, shape, count, holes):
     rng = np.random.default_rng(seed)
     values = table(seed, shape, holes)
     times = np.sort(10 ** rng.uniform(0, 4, shape[1]))

@@ -1,7 +1,6 @@
 """Properties of the public functions at random shapes, dtypes, scales and seeds."""
 
-from functools import partial
-
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +8,8 @@ import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_losses import random_params, sizes
+from state_functions import compiled, of_state
+from strategies import floats, random_params, seeds, sizes
 
 import ncjax
 from ncjax import measures, statistics
@@ -17,28 +17,8 @@ from ncjax.numerics import at_unit_scale, power_of_two
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "full_precision")
 
-seeds = st.integers(0, 2**31)
-floats = st.sampled_from([np.float32, np.float64])
 HALF = (jnp.float16, jnp.bfloat16)
 DTYPES = (*HALF, jnp.float32, jnp.float64)
-
-# Of the state alone; what they return moves with it as the tests below say.
-SCALARS = {
-    "cross_entropy": ncjax.cross_entropy,
-    "log_cross_entropy": ncjax.log_cross_entropy,
-    "squared_norm": ncjax.squared_norm,
-    "margin_ratio": ncjax.margin_ratio,
-    "kkt_angle": ncjax.kkt_angle,
-    "metrics": ncjax.collapse_metrics,
-}
-
-
-def of_state(params):
-    """All of them, one after the other: under jit, in one compiled call."""
-    return {name: function(params) for name, function in SCALARS.items()}
-
-
-compiled = jax.jit(of_state)
 
 
 def scaled(params, factor_W, factor_H):
@@ -46,7 +26,7 @@ def scaled(params, factor_W, factor_H):
 
 
 def assert_close(first, second, rtol, atol=0.0):
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=atol), first, second)
+    chex.assert_trees_all_close(first, second, rtol=rtol, atol=atol)
 
 
 # The layer-peeled model
@@ -54,8 +34,8 @@ def assert_close(first, second, rtol, atol=0.0):
 
 @settings(max_examples=max(8, settings.default.max_examples // 3))
 @given(seeds, sizes, floats)
-def test_the_state_turns_and_its_numbers_stay(seed, shape, dtype):
-    """Rotation of the features; any order of classes and of samples within a class."""
+def test_metrics_and_losses_are_invariant_under_rotation_and_order(seed, shape, dtype):
+    """Rotate the features; permute the classes and the samples within a class."""
     params, rng = random_params(seed, *shape, 1.0, dtype), np.random.default_rng(seed)
     frame = np.linalg.qr(rng.normal(size=(shape[2], shape[2])))[0].astype(dtype)
     order = rng.permutation(shape[0])
@@ -63,7 +43,7 @@ def test_the_state_turns_and_its_numbers_stay(seed, shape, dtype):
     turned = jax.tree.map(lambda leaf: (leaf @ frame)[order], params)
     turned = turned._replace(H=turned.H[:, samples])
     got, expected = compiled(turned), compiled(params)
-    # Where class means nearly meet, quotients lose as many digits as these.
+    # If class means nearly coincide, quotients lose digits.
     rtol = 1e4 * np.finfo(dtype).eps
     gap = statistics.squared_distances(jnp.mean(params.H, axis=1))
     if np.sqrt(gap[np.triu_indices(shape[0], 1)].min()) > 0.1:
@@ -75,7 +55,9 @@ def test_the_state_turns_and_its_numbers_stay(seed, shape, dtype):
 
 
 @given(seeds, sizes, floats, st.integers(-100, 100), st.integers(-100, 100))
-def test_metrics_are_blind_to_both_scales_and_ratios_to_one(seed, shape, dtype, p, q):
+def test_metrics_do_not_depend_on_two_scales_nor_margin_ratio_on_a_common_scale(
+    seed, shape, dtype, p, q
+):
     # In float64 from 2^-1000 to 2^1000. Powers of two round nothing.
     wide = 10 if dtype == np.float64 else 1
     params = random_params(seed, *shape, 1.0, dtype)
@@ -89,8 +71,8 @@ def test_metrics_are_blind_to_both_scales_and_ratios_to_one(seed, shape, dtype, 
 
 
 @given(seeds, sizes, floats, st.integers(-100, -15))
-def test_near_the_origin_the_angle_is_that_of_the_linear_flow(seed, shape, dtype, p):
-    # There ∇log L is linear in Z, and its direction is that of (S H, Sᵀ W).
+def test_kkt_angle_near_the_origin_equals_the_linear_flow(seed, shape, dtype, p):
+    # Near the origin ∇log L is linear in Z, in the direction of (S H, Sᵀ W).
     factor = 2.0 ** (p * (10 if dtype == np.float64 else 1))
     params = random_params(seed, *shape, 1.0, dtype)
     angle = compiled(scaled(params, dtype(factor), dtype(factor)))["kkt_angle"]
@@ -109,12 +91,12 @@ def test_float32_is_near_float64(seed, shape, scale):
     double = jax.tree.map(lambda leaf: leaf.astype(float), single)
     got, exact = compiled(single), compiled(double)
     eps = float(np.finfo(np.float32).eps)
-    # A margin rounds at eps |w| |h|; log L moves by that, the loss by that share.
+    # A margin rounds at eps |w| |h|: an absolute error of log L, a relative one of L.
     largest = [np.linalg.norm(leaf, axis=-1).max() for leaf in double]
     rounding = 20 * eps * (1 + largest[0] * largest[1])
     assert_close(got["log_cross_entropy"], exact["log_cross_entropy"], eps, rounding)
     if rounding < 0.1:
-        # Past margins of 87 the loss is below the least normal number, taken for 0.
+        # For margins above 87 the loss is below the least normal number.
         tiny = float(np.finfo(np.float32).tiny)
         assert_close(got["cross_entropy"], exact["cross_entropy"], 2 * rounding, tiny)
     assert_close(ncjax.margins(single), ncjax.margins(double), eps, rounding)
@@ -140,7 +122,7 @@ _together = jax.jit(jax.vmap(of_state))
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_half_precision_is_taken(dtype):
+def test_half_precision_keeps_its_dtype_and_metrics_are_float32(dtype):
     """Decompositions and metrics are float32; the rest keeps the dtype."""
     params = random_params(0, 3, 2, 7, 0.1, dtype)
     for name, value in compiled(params).items():
@@ -212,7 +194,7 @@ def _balance_by_loops(params):
     return W.T @ W - sum(np.outer(h, h) for rows in H for h in rows)
 
 
-def test_drift_is_nothing_at_the_origin_and_needs_two_states_alike():
+def test_drift_at_the_origin_is_zero_and_states_of_other_shapes_are_refused():
     origin, other = random_params(0, 3, 2, 4, 0.0), random_params(0, 3, 2, 5, 1.0)
     assert ncjax.invariant_drift(origin, origin) == (0, 0)
     for function in (ncjax.invariant_drift, ncjax.restore_invariants):
@@ -226,12 +208,12 @@ _restored = jax.jit(ncjax.restore_invariants)
 
 
 @given(seeds, sizes, st.sampled_from([1e-3, 1.0, 1e3]), st.booleans())
-def test_restored_invariants_move_no_logit(seed, shape, scale, repeated):
+def test_restoring_invariants_keeps_logits(seed, shape, scale, repeated):
     start = random_params(seed, *shape, scale)
     if repeated:  # rows that span less than the space
         start = start._replace(W=start.W.at[1].set(start.W[0]), H=start.H * 0 + scale)
     off = random_params(seed + 1, *shape, 1e-6 * scale)
-    # A solver's error lies in the span of what it has moved.
+    # A solver's error lies in the span of the rows it has moved.
     span = np.concatenate([start.W, start.H.reshape(-1, shape[2])])
     onto = np.linalg.pinv(span) @ span
     moved = jax.tree.map(lambda p, q: p + q @ onto, start, off)
@@ -239,7 +221,7 @@ def test_restored_invariants_move_no_logit(seed, shape, scale, repeated):
     drift = ncjax.invariant_drift(back, start)
     assert float(drift.balance) < 1e-11
     assert float(drift.classifier_sum) < 1e-13
-    # The move of the margins is the square of that of the balance.
+    # Margins change by the square of the change of the balance.
     atol = 1e-8 * max(scale, 1e-3) ** 2
     assert_close(ncjax.margins(back), ncjax.margins(moved), 1e-8, atol)
 
@@ -280,7 +262,7 @@ _row_measures = jax.jit(row_measures)
 
 
 @given(seeds, st.sampled_from([(2, 1), (3, 5), (6, 2)]))
-def test_rows_beside_rows(seed, shape):
+def test_dots_and_distances_of_rows_agree_with_loops(seed, shape):
     rng = np.random.default_rng(seed)
     rows, others = (rng.normal(size=shape) for _ in range(2))
     got = measures.row_dots(jnp.asarray(rows), jnp.asarray(others))
@@ -308,7 +290,7 @@ def test_metrics_of_features_at_any_scale_and_order(seed, shape, dtype, exponent
         features, labels, W, b if with_b else None
     )
     order, factor = rng.permutation(samples), dtype(2.0**p)
-    # Features and bias by one factor: the decisions stay.
+    # A common factor of features and bias keeps the decisions.
     far = factor * features[order], labels[order], W, factor * b if with_b else None
     got = ncjax.collapse_metrics_from_features(*far)
     tolerance = 1e4 * np.finfo(dtype).eps
@@ -324,14 +306,14 @@ def test_numbers_beyond_the_dtype_of_the_features_are_refused():
         ncjax.collapse_metrics_from_features(features, labels, 1e300 * np.eye(3))
 
 
-def test_too_few_samples_are_told_under_jit():
+def test_too_few_samples_are_refused_under_jit():
     with pytest.raises(ValueError, match="expected a sample of each of 3 classes"):
         jax.jit(ncjax.collapse_metrics_from_features)(
             jnp.zeros((0, 4)), jnp.zeros(0, int), jnp.ones((3, 4))
         )
 
 
-# Pieces that others stand on
+# Numerics
 
 
 @given(seeds, floats, st.integers(-100, 100), st.booleans())

@@ -29,7 +29,7 @@ def test_the_map_has_code_and_a_test_for_each_statement():
 
 
 @pytest.mark.parametrize(("path", "name"), ENTRIES)
-def test_what_the_map_names_exists(path, name):
+def test_functions_in_the_map_exist(path, name):
     assert name in functions(path)
 
 
@@ -59,8 +59,8 @@ def test_the_readme_is_short():
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-def test_make_names_the_python_that_it_needs(tmp_path):
-    """With `false` for an interpreter that is too old."""
+def test_make_names_the_python_version_it_needs(tmp_path):
+    """The command `false` stands for a Python that is too old."""
     command = ["make", "-C", ROOT, "flow", "PYTHON=false", f"VENV={tmp_path / 'venv'}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
@@ -70,6 +70,6 @@ def test_make_names_the_python_that_it_needs(tmp_path):
     assert not (tmp_path / "venv").exists()
 
 
-def test_links_to_files_lead_somewhere():
+def test_links_to_files_exist():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

@@ -1,4 +1,4 @@
-"""The report: one sound page of any runs, whatever their folders hold."""
+"""The report is one valid page, whatever the run folders hold."""
 
 import html.parser
 import importlib
@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
 class Page(html.parser.HTMLParser):
-    """A page as parsed: its tags in order, its text, and the cells of its tables."""
+    """A parsed page: its tags in order and its text."""
 
     def __init__(self, text):
         super().__init__()
@@ -75,7 +74,7 @@ def page(tmp_path_factory):
     return make(tmp_path_factory.mktemp("report"), runs)
 
 
-def test_the_page_is_whole_and_needs_nothing_else(page):
+def test_the_page_is_valid_and_self_contained(page):
     assert page.open == []
     assert not page.all("script")
     assert not page.all("link")
@@ -147,7 +146,7 @@ def test_networks_stand_side_by_side(tmp_path):
     assert "\u00a0→ ".join(ends) in page.words
 
 
-def test_what_folders_hold_is_escaped(tmp_path):
+def test_the_content_of_folders_is_escaped(tmp_path):
     folder = copy(tmp_path, "theorems")
     evil = "<script>alert(1)</script><img src=x onerror='y'>"
     config = json.loads((folder / "config.json").read_text())
@@ -165,7 +164,7 @@ def test_what_folders_hold_is_escaped(tmp_path):
     assert page.text.count("alert(1)") >= 8
 
 
-def test_an_unfinished_run_is_on_the_page_with_what_it_has(tmp_path, capsys):
+def test_an_unfinished_run_is_shown_with_the_files_it_has(tmp_path, capsys):
     folder = copy(tmp_path, "train/vgg13_kmnist", without=("*.pdf",))
     (folder / "summary.json").unlink()
     (folder / "training.png").unlink()
@@ -180,14 +179,14 @@ def test_an_unfinished_run_is_on_the_page_with_what_it_has(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", COMMITTED)
 @pytest.mark.parametrize("content", ["{", "null", "{}"])
-def test_a_damaged_summary_is_told_on_the_page(tmp_path, name, content):
+def test_the_page_says_that_a_summary_is_damaged(tmp_path, name, content):
     folder = copy(tmp_path, name)
     (folder / "summary.json").write_text(content)
     page = make(tmp_path, folder)
     assert "summary.json is damaged, or not of a run of" in page.text
 
 
-def test_a_statement_that_fails_is_seen_to_fail(tmp_path):
+def test_a_failed_statement_is_marked(tmp_path):
     folder = copy(tmp_path, "theorems")
     summary = json.loads((folder / "summary.json").read_text())
     summary["statements"][3]["passed"] = False
@@ -197,7 +196,7 @@ def test_a_statement_that_fails_is_seen_to_fail(tmp_path):
     assert page.words.count("FAILS") == 1
 
 
-def test_a_run_says_which_experiment_it_is_of(tmp_path):
+def test_the_kind_of_a_run_is_read_from_its_config(tmp_path):
     (tmp_path / "config.json").write_text(
         '{"experiment": "theorems", "config": {}, "command": "python -m pytest"}'
     )
@@ -216,7 +215,7 @@ def test_a_run_says_which_experiment_it_is_of(tmp_path):
         ('{"config": {}, "experiment": ["peel"]}', "unknown kind"),
     ],
 )
-def test_a_run_of_no_known_kind_is_refused_but_left_out_below_a_folder(
+def test_a_run_of_unknown_kind_is_refused_by_name_and_skipped_within_a_folder(
     tmp_path, stored, message
 ):
     known, unknown = copy(tmp_path, "theorems"), tmp_path / "runs" / "other"
@@ -247,7 +246,7 @@ def test_bad_settings_are_named(tmp_path, settings, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_replaced_only_if_asked(tmp_path):
+def test_a_file_is_replaced_only_with_overwrite(tmp_path):
     (tmp_path / "page.html").write_text("precious")
     with pytest.raises(ValueError, match="exists: give --overwrite to replace it"):
         make(tmp_path, RESULTS / "theorems")
@@ -258,17 +257,6 @@ def test_a_file_is_replaced_only_if_asked(tmp_path):
 def test_a_run_given_twice_is_shown_once(tmp_path):
     page = make(tmp_path, f"{RESULTS / 'theorems'},{RESULTS / 'theorems'}/")
     assert len(page.all("section")) == 1
-
-
-def test_errors_are_one_line_and_exit_code_2(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.report", "--runs=nowhere"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 2
-    assert done.stderr == "error: --runs: there is no folder 'nowhere'\n"
 
 
 @pytest.mark.parametrize(
@@ -286,11 +274,11 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path):
         (403020.5, "4.03\u00a0×\u00a010⁵"),
     ],
 )
-def test_numbers_as_printed(value, text):
+def test_numbers_are_printed_in_their_format(value, text):
     assert pages.number(value) == text
 
 
-def test_the_committed_page_is_small_and_whole():
+def test_the_committed_page_is_small_and_valid():
     text = (RESULTS / "report.html").read_text()
     assert len(text) < 3e6
     page = Page(text)
@@ -304,7 +292,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser")))
 @pytest.mark.skipif(BROWSER is None, reason="needs the chromium of Debian")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_the_page(tmp_path, width):
-    """Without a script and without a network, as it stands on the disk."""
+    """Without scripts and without a network."""
     make(tmp_path, RESULTS / "ulpm_flow")
     picture = tmp_path / "page.png"
     headless = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars")

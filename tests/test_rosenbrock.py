@@ -3,34 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from ncjax.flow.rosenbrock import Rodas5P
-
-
-def dense_rodas(jacobian, time_derivative):
-    """Rodas5P of a vector equation, by a dense factorisation."""
-
-    def factor(t, y, _args, c):
-        return jax.scipy.linalg.lu_factor(jnp.eye(y.size) - c * jacobian(t, y))
-
-    return Rodas5P(
-        factor,
-        jax.scipy.linalg.lu_solve,
-        lambda t, y, _args: time_derivative(t, y),
-    )
-
-
-def curve(t):
-    """Exact solution of `field`."""
-    return jnp.stack([jnp.sin(t) + 2, jnp.exp(-t)], axis=-1)
-
-
-def field(t, y, _args=None):
-    """y' = f(t, y), nonlinear in y, explicit in t, solved by `curve`."""
-    exact, slope = jax.jvp(curve, (t,), (jnp.ones_like(t),))
-    gap = y - exact
-    return slope + jnp.stack([gap[0] * y[1] - gap[1], y[0] * gap[1] + gap[0] ** 2])
-
+from equations import curve, dense_rodas, field
 
 SOLVER = dense_rodas(
     lambda t, y: jax.jacfwd(field, argnums=1)(t, y),
@@ -67,7 +40,7 @@ def test_the_solution_is_of_order_five_and_its_dense_output_of_order_four(fine):
     assert 2**3.5 < dense < 2**6.5
 
 
-def test_the_error_estimate_is_that_of_order_four():
+def test_the_error_estimate_has_order_four():
     term, start = diffrax.ODETerm(field), curve(jnp.asarray(0.0)) + 0.1
     estimates = [
         np.abs(SOLVER.step(term, 0.0, h, start, None, None, False)[1]).max()
@@ -91,7 +64,7 @@ def test_a_stiff_equation_is_followed_at_any_step(rate):
     np.testing.assert_allclose(y[0], np.sin(0.5), rtol=1e-6)
 
 
-def test_what_is_fast_is_damped_at_once():
+def test_fast_components_are_damped_in_one_step():
     rate = 1e10
     solver = dense_rodas(lambda t, y: jnp.full((1, 1), -rate), lambda t, y: jnp.zeros(1))
     term = diffrax.ODETerm(lambda t, y, _: -rate * y)

@@ -1,4 +1,4 @@
-"""Run folders under stress: two runs at once, full and read-only disks, pickles, kills."""
+"""Run folders with two runs at once, full and read-only disks, pickles and kills."""
 
 import ast
 import contextlib
@@ -16,6 +16,7 @@ from pathlib import Path
 import damage
 import numpy as np
 import pytest
+import subprocesses
 
 import ncjax
 from experiments import _training, report
@@ -42,22 +43,14 @@ def names(folder):
 
 # Two runs in one folder
 
-HOLD = """
-import sys
-from pathlib import Path
-from experiments._runs import lock
-with lock.held(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the lock of a folder."""
+    """Start another process that holds the lock of a folder."""
     (tmp_path / "run").mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
+        subprocesses.command("hold_lock", str(tmp_path / "run")),
+        env=os.environ | subprocesses.PATH,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -75,15 +68,15 @@ def holder(tmp_path):
 def test_a_folder_in_use_is_refused(quick, tmp_path, holder, name, flags):
     with pytest.raises(ValueError, match="is in use by another run") as raised:
         damage.run(name, tmp_path / "run", **flags)
-    told = str(raised.value)
-    assert str(tmp_path / "run") in told
-    assert f"process {holder.pid} on {socket.gethostname()}: " in told
-    assert told.endswith("give another --workdir")
-    assert "\n" not in told
+    message = str(raised.value)
+    assert str(tmp_path / "run") in message
+    assert f"process {holder.pid} on {socket.gethostname()}: " in message
+    assert message.endswith("give another --workdir")
+    assert "\n" not in message
     assert names(tmp_path / "run") == {".lock"}
 
 
-def test_the_lock_goes_with_its_process(quick, tmp_path, holder):
+def test_a_lock_ends_with_its_process(quick, tmp_path, holder):
     holder.kill()
     holder.wait()
     assert (tmp_path / "run" / ".lock").exists()
@@ -92,17 +85,17 @@ def test_the_lock_goes_with_its_process(quick, tmp_path, holder):
 
 
 def test_a_run_holds_its_folder_to_its_end_and_no_longer(quick, tmp_path):
-    asked = []
+    refusals = []
 
     def again(*_):
         with pytest.raises(ValueError, match=f"process {os.getpid()} on") as raised:
             damage.run("theorems", tmp_path, overwrite=True)
-        asked.append(raised)
+        refusals.append(raised)
 
     with quick.context() as patch:
         patch.setattr(damage.theorems, "_run", again)
         damage.run("theorems", tmp_path)
-    assert len(asked) == 1
+    assert len(refusals) == 1
     damage.run("theorems", tmp_path, overwrite=True)
 
 
@@ -113,7 +106,7 @@ def test_only_the_first_process_locks(quick, tmp_path, holder):
         assert _training._open(config, "train_small", stack) == (tmp_path / "run", False)
 
 
-def test_a_lock_that_is_removed_while_it_is_awaited_locks_nothing(tmp_path, monkeypatch):
+def test_a_lock_file_removed_while_waiting_is_made_again(tmp_path, monkeypatch):
     unchanged = lock._lock
     tried = []
 
@@ -129,7 +122,7 @@ def test_a_lock_that_is_removed_while_it_is_awaited_locks_nothing(tmp_path, monk
     assert len(tried) == 2
 
 
-def test_a_disk_without_locks_is_told(tmp_path, monkeypatch):
+def test_a_disk_without_locks_gives_a_warning(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -138,7 +131,7 @@ def test_a_disk_without_locks_is_told(tmp_path, monkeypatch):
         pass
 
 
-def test_a_lock_that_cannot_be_made_is_told(quick, tmp_path):
+def test_a_lock_file_that_cannot_be_made_is_an_error(quick, tmp_path):
     (tmp_path / ".lock").mkdir()
     with pytest.raises(ValueError, match=r"cannot lock .*\.lock: Is a directory"):
         damage.run("theorems", tmp_path)
@@ -158,7 +151,7 @@ def test_a_clone_that_is_not_installed_has_its_version(monkeypatch):
 
 
 def cut_off(patch, target, error):
-    """Let every write to a file whose name starts so fail, as the kernel would."""
+    """Let writes to files whose names start with `target` fail with this error."""
     replace = Path.replace
 
     def refuse(path, goal):
@@ -177,7 +170,9 @@ def cut_off(patch, target, error):
         *(("train_small", f) for f in ("metrics", "collapse.csv", "training.png")),
     ],
 )
-def test_a_full_disk_names_the_file_and_what_to_do(quick, tmp_path, name, target):
+def test_a_full_disk_error_names_the_file_and_the_next_command(
+    quick, tmp_path, name, target
+):
     damage.run("train_small", tmp_path / "source")
     expected = damage.run(name, tmp_path / "expected")
     folder = tmp_path / "run"
@@ -185,13 +180,13 @@ def test_a_full_disk_names_the_file_and_what_to_do(quick, tmp_path, name, target
         cut_off(patch, target, FULL)
         with pytest.raises(OSError, match="No space left on device; free some") as raised:
             damage.run(name, folder)
-    told = str(raised.value)
-    assert f"cannot write {folder}/{target}" in told
+    message = str(raised.value)
+    assert f"cannot write {folder}/{target}" in message
     afresh = name == "theorems" or target == "config"
     how, flag = ("start again", "overwrite") if afresh else ("go on", "resume")
-    assert f"; then {how} with: python -m" in told
-    assert f"--workdir={folder} --{flag}" in told
-    assert "\n" not in told
+    assert f"; then {how} with: python -m" in message
+    assert f"--workdir={folder} --{flag}" in message
+    assert "\n" not in message
     assert not [n for n in names(folder) if n.startswith(".")]
     damage.run(name, folder, **{flag: True})
     for path in expected.glob("*.csv"):
@@ -199,13 +194,13 @@ def test_a_full_disk_names_the_file_and_what_to_do(quick, tmp_path, name, target
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG])
-def test_other_refusals_of_the_disk_are_told(quick, tmp_path, code):
+def test_other_disk_errors_name_the_file(quick, tmp_path, code):
     cut_off(quick, "metrics", OSError(code, os.strerror(code)))
     with pytest.raises(OSError, match=f"metrics.csv: {os.strerror(code)}"):
         damage.run("ulpm_flow", tmp_path)
 
 
-def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(quick, tmp_path):
+def test_a_checkpoint_that_does_not_fit_keeps_the_previous_one(quick, tmp_path):
     expected = damage.run("train_small", tmp_path / "expected")
     folder = tmp_path / "run"
     save = checkpoint.ocp.CheckpointManager.save
@@ -231,42 +226,16 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(quick, tmp_path):
     assert (folder / "metrics.csv").read_bytes() == (expected / "metrics.csv").read_bytes()
 
 
-REFUSED = """
-import resource, sys
-from pathlib import Path
-import jax, pytest
-jax.config.update("jax_enable_x64", True)
-import damage
-with pytest.MonkeyPatch.context() as patch:
-    damage.stand_in(patch)
-    for limit in map(int, sys.argv[2:]):
-        folder = Path(sys.argv[1]) / str(limit)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        try:
-            damage.run("train_small", folder)
-        except OSError as error:
-            print(f"told: {error}")
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-        damage.run("train_small", folder, **{
-            "resume" if (folder / "config.json").exists() else "overwrite": True
-        })
-"""
-
-
-def test_the_kernel_refuses_files_of_a_size(quick, tmp_path):
-    """Nothing is simulated: each limit meets another file."""
+def test_a_file_size_limit_of_the_kernel_is_an_error_and_the_run_resumes(quick, tmp_path):
+    """The kernel itself refuses; each limit hits another file."""
     expected = damage.run("train_small", tmp_path / "expected")
     limits = ("400", "1500", "6000")
-    done = subprocess.run(
-        [sys.executable, "-c", REFUSED, str(tmp_path), *limits],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    told = [line for line in done.stdout.splitlines() if line.startswith("told: ")]
-    assert all("File too large" in line for line in told), told
-    assert len({line.split(": ")[1].replace(str(tmp_path), "") for line in told}) >= 2, told
+    command = subprocesses.command("limited_files", str(tmp_path), *limits)
+    lines = subprocesses.output(command).splitlines()
+    errors = [line for line in lines if line.startswith("refused: ")]
+    assert all("File too large" in line for line in errors), errors
+    files = {line.split(": ")[1].replace(str(tmp_path), "") for line in errors}
+    assert len(files) >= 2, errors
     for limit in limits:
         assert not [n for n in names(tmp_path / limit) if n.endswith(".part")]
         same = (tmp_path / limit / "metrics.csv").read_bytes()
@@ -293,7 +262,7 @@ def test_events_are_on_the_disk_at_once(tmp_path):
     assert np.float32(0.5).tobytes() in content
 
 
-def test_a_report_that_cannot_be_written_is_told(quick, tmp_path):
+def test_a_report_that_cannot_be_written_is_an_error(quick, tmp_path):
     damage.run("theorems", tmp_path / "run")
     (tmp_path / "page.html").write_text("before")
     cut_off(quick, "page", FULL)
@@ -315,7 +284,7 @@ def test_a_read_only_folder_is_refused_before_any_work(quick, tmp_path):
     assert names(tmp_path) == set()
 
 
-def test_what_a_killed_run_was_writing_goes_with_the_next(quick, tmp_path):
+def test_resume_removes_the_partial_files_of_a_killed_run(quick, tmp_path):
     folder = damage.interrupted(quick, "ulpm_flow", tmp_path / "run")
     left = folder / ".metrics.csv.abcdefgh.part"
     left.write_text("half")
@@ -332,11 +301,11 @@ def test_resuming_makes_no_folder(quick, tmp_path):
     assert names(tmp_path) == set()
 
 
-# What is read from a folder
+# Reading a folder
 
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json"])
-def test_a_number_that_has_changed_is_noticed(quick, tmp_path, name):
+def test_resume_refuses_a_changed_number_in_a_json_file(quick, tmp_path, name):
     folder = damage.run("ulpm_flow", tmp_path / "run")
     path = folder / name
     text = path.read_text()
@@ -346,12 +315,12 @@ def test_a_number_that_has_changed_is_noticed(quick, tmp_path, name):
         damage.run("ulpm_flow", folder, resume=True)
 
 
-def test_files_of_earlier_versions_have_no_digest():
+def test_files_without_a_digest_from_earlier_versions_are_read():
     for path in (ROOT / "results").rglob("summary.json"):
         assert folders.is_finished(path.parent)
 
 
-def test_a_finished_run_says_which_of_its_files_has_changed(quick, tmp_path):
+def test_resume_of_a_finished_run_names_the_changed_file(quick, tmp_path):
     folder = damage.run("ulpm_flow", tmp_path / "run")
     path = folder / "metrics.csv"
     path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
@@ -359,7 +328,7 @@ def test_a_finished_run_says_which_of_its_files_has_changed(quick, tmp_path):
         damage.run("ulpm_flow", folder, resume=True)
 
 
-def test_metrics_that_have_changed_are_not_gone_on_from(quick, tmp_path):
+def test_resume_refuses_changed_metrics(quick, tmp_path):
     folder = damage.interrupted(quick, "train_small", tmp_path / "run")
     path = folder / "metrics.csv"
     text = path.read_text()
@@ -369,13 +338,13 @@ def test_metrics_that_have_changed_are_not_gone_on_from(quick, tmp_path):
         damage.run("train_small", folder, resume=True)
 
 
-def test_arrays_that_have_changed_are_not_restored(tmp_path, monkeypatch):
-    """Orbax reads them without notice."""
+def test_restore_refuses_changed_arrays(tmp_path, monkeypatch):
+    """Orbax itself would return them."""
     state = {"W": np.arange(6.0), "H": np.ones(3)}
     with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as checkpoints:
-        checkpoints.save(1, state, {"said": "of it"})
+        checkpoints.save(1, state, {"note": "text"})
         restored, notes = checkpoints.restore(state)
-        assert notes == {"said": "of it"}
+        assert notes == {"note": "text"}
         np.testing.assert_array_equal(restored["W"], state["W"])
         restore = checkpoint.ocp.CheckpointManager.restore
 
@@ -445,7 +414,7 @@ def test_a_pickle_in_a_folder_is_not_loaded(quick, tmp_path, name):
     assert not (tmp_path / "exploded").exists()
     with np.load(io.BytesIO(np_bytes(bomb)), allow_pickle=True) as stored:
         stored["W"]
-    assert (tmp_path / "exploded").exists()  # it would have
+    assert (tmp_path / "exploded").exists()  # the pickle does make a file if it is loaded
 
 
 def np_bytes(array):
@@ -470,7 +439,7 @@ def test_nothing_is_unpickled_while_a_run_goes_on(quick, tmp_path):
     _WATCHED.append(found)
     try:
         pickle.loads(pickle.dumps(ncjax.Params(1, 2)))
-        assert found  # the report works
+        assert found  # the hook works
         found.clear()
         damage.run("train_small", tmp_path / "source")
         for name in ("ulpm_flow", "train_small", "peel"):
@@ -489,7 +458,7 @@ def test_a_table_has_a_dash_where_there_is_no_number(tmp_path):
     assert (tmp_path / "table.md").read_text().splitlines()[-1] == "| a | - | 0.5 |"
 
 
-def test_settings_that_differ_are_named_as_a_shell_wants_them(tmp_path):
+def test_settings_that_differ_are_quoted_for_a_shell(tmp_path):
     config = {"train_split": "train[:9]", "width": 1.0}
     files.write_json(tmp_path / folders.CONFIG, {"config": config})
     with pytest.raises(

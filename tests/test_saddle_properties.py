@@ -11,8 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.linalg import null_space
 from scipy.special import logsumexp
-from test_properties import compiled
-from test_separation import certificate, kkt, separating, tangent_and_slack
+from state_functions import certificate, compiled, kkt
+from strategies import WIDE, floats, seeds, separating
 
 import ncjax
 from experiments._saddles import Block, family
@@ -20,19 +20,16 @@ from ncjax.peeled.separation import GLOBAL_OPTIMUM, NO_ROOM, STRICT_SADDLE
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "full_precision")
 
-WIDE = settings.default.max_examples > 25
 few = settings(max_examples=settings.default.max_examples * 2 // 5)
-seeds = st.integers(0, 2**31)
-floats = st.sampled_from([np.float32, np.float64])
-# Of shapes that are compiled anyway: collapse, saddles with room and without. In a
-# campaign all of the family up to K = 12.
+# Collapse and saddles with and without room, in shapes that other tests compile. A
+# campaign draws from the whole family up to K = 12.
 SADDLE, TIGHT = Block(3, 2, 1, 4), Block(2, 3, 1, 4)
 BLOCKS = family(12) if WIDE else [Block(1, 2, 1, 1), Block(1, 3, 2, 7), SADDLE, TIGHT]
 blocks = st.sampled_from(BLOCKS)
 
 
 def turned(params, seed):
-    """A random rotation of the features, and another order of the classes."""
+    """Rotate the features at random and permute the classes."""
     rng = np.random.default_rng(seed)
     frame = np.linalg.qr(rng.normal(size=(params.W.shape[1],) * 2))[0]
     order = rng.permutation(params.W.shape[0])
@@ -58,13 +55,13 @@ def test_blocks_are_orthogonal_frames(block, dtype):
 
 
 @given(blocks, floats, seeds, st.floats(0.01, 60))
-def test_loss_and_margins_of_blocks(block, dtype, seed, scale):
+def test_loss_and_margins_of_blocks_agree_with_closed_forms(block, dtype, seed, scale):
     m, b, n, _ = block
     K, eps = block.num_classes, float(np.finfo(dtype).eps)
     params = turned(far(block, dtype, scale), seed)
     found = compiled(params)
     square = float(dtype(scale)) ** 2
-    # Each margin rounds at about eps times its own size, log L by as much.
+    # A margin rounds at about eps times its size, and so does log L.
     rounding = 30 * eps * (1 + square)
     ways = logsumexp([-square * b / (b - 1), -square], b=[b - 1, K - b])
     log_loss = np.log(K * n) + float(oracles.log_softplus(ways)[0])
@@ -73,13 +70,13 @@ def test_loss_and_margins_of_blocks(block, dtype, seed, scale):
     assert float(found["squared_norm"]) == pytest.approx(size, rel=100 * eps)
     ratio = (K - 1) / K if m > 1 else 1
     assert float(found["margin_ratio"]) == pytest.approx(ratio, rel=100 * eps)
-    # The weights of the softmax are known to the rounding of the margins.
+    # The softmax weights carry the rounding of the margins.
     assert float(found["kkt_angle"]) <= 10 * rounding
     assert float(jnp.abs(ncjax.balance(params)).max()) <= 100 * eps * size
 
 
 @given(blocks, floats, seeds)
-def test_metrics_of_blocks(block, dtype, seed):
+def test_metrics_of_blocks_agree_with_closed_forms(block, dtype, seed):
     m, b, _, _ = block
     K = block.num_classes
     metrics = compiled(turned(far(block, dtype, 1.0), seed))["metrics"]
@@ -107,7 +104,7 @@ def product(params, vector):
     st.floats(0.3, 6),
     seeds,
 )
-def test_curvature_of_blocks(block, scale, seed):
+def test_curvature_of_blocks_agrees_with_closed_forms(block, scale, seed):
     """Along (u aᵀ, ±v aᵀ), u the same within a block and of sum 0, a off all rows."""
     m, b, n, _ = block
     params, rng = block.params(scale), np.random.default_rng(seed)
@@ -116,7 +113,7 @@ def test_curvature_of_blocks(block, scale, seed):
     W = np.outer(u, off @ rng.normal(size=off.shape[1]))
     radial = slope_along(block, scale)
     for sign in (1, -1):
-        # Down with the features, and up by as much against them, but for the sphere.
+        # With the features the loss falls, against them it rises; the sphere adds `radial`.
         H = sign * np.repeat(W[:, None], n, 1) / n**0.5
         expected = sign * (block.eigenvalue(scale) + radial) - radial
         got = product(params, ncjax.Params(jnp.asarray(W), jnp.asarray(H)))
@@ -142,7 +139,7 @@ VERDICTS = {HOST[0]: STRICT_SADDLE, HOST[1]: GLOBAL_OPTIMUM, HOST[2]: NO_ROOM}
 
 @few
 @given(st.sampled_from(HOST), seeds, st.floats(1e-3, 1e3))
-def test_verdicts_of_turned_blocks(block, seed, scale):
+def test_verdicts_of_blocks_are_invariant_under_rotation_and_scale(block, seed, scale):
     proof = certificate(turned(block.params(scale), seed), multipliers="nnls")
     assert int(proof.verdict) == VERDICTS[block]
     assert float(proof.residual) < 1e-9
@@ -154,14 +151,14 @@ def test_verdicts_of_turned_blocks(block, seed, scale):
 
 @few
 @given(seeds, st.integers(-200, 200))
-def test_multipliers_of_a_direction_are_the_least_squares_ones(seed, p):
-    """Those that no feasible step improves, at every scale of the direction."""
+def test_nnls_multipliers_are_optimal(seed, p):
+    """No feasible step improves them, at any scale of the direction."""
     params = separating(seed)
     assume(float(ncjax.margins(params).min()) > 1e-2)
     found = kkt(jax.tree.map(lambda leaf: 2.0**p * leaf, params), multipliers="nnls")
     weights = np.asarray(found.multipliers)
     assert (weights >= 0).all()
-    tangent, slack = tangent_and_slack(params, weights)
+    tangent, slack = oracles.tangent_and_slack(params, weights)
     assert float(found.stationarity) == pytest.approx(tangent, rel=1e-9)
     assert float(found.complementarity) == pytest.approx(slack, rel=1e-9, abs=1e-12)
     slope = objective_slope(params, weights)
@@ -198,7 +195,7 @@ def test_softmax_multipliers_are_the_slopes_of_the_loss(seed, scale):
     assume(least > 1e-2 * scale**2)
     found = kkt(params)
     weights = np.asarray(found.multipliers)
-    tangent, slack = tangent_and_slack(params, weights)
+    tangent, slack = oracles.tangent_and_slack(params, weights)
     assert float(found.stationarity) == pytest.approx(tangent, rel=1e-6, abs=1e-12)
     assert float(found.complementarity) == pytest.approx(slack, rel=1e-6, abs=1e-12)
     # In proportion to exp(-m) / (1 + Σ exp(-m)) of each sample, in extended precision.
@@ -245,7 +242,7 @@ def eigenvalues(params, batches):
 def test_spectra_on_the_sphere_agree_with_numpy(seed, p, q):
     rng = np.random.default_rng(seed)
     root, (z, slope, ray) = rng.normal(size=(11, 11)), rng.normal(size=(3, 11))
-    # Of z as of f any scale: the quartic term is taken to follow.
+    # z and f have any scale, and the quartic term follows.
     z, matrix = 2.0**p * z, 2.0**q * (root + root.T)
     slope, ray = 2.0 ** (q + p) * slope, 2.0 ** ((q - 2 * p) // 4) * ray / 8
     params = {"a": jnp.asarray(z[:6].reshape(2, 3)), "b": jnp.asarray(z[6:])}

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import subprocesses
 
 import ncjax
 from ncjax import statistics
@@ -105,7 +104,7 @@ def polynomial(case, degrees):
     return found
 
 
-# Exponents (of K, n, d or as the case names them) and what stands before them.
+# Exponents (of K, n, d or as the case names them) and their coefficients.
 PRODUCTS = {
     clock_field: ((2, 1, 1), {(2, 1, 1): 6}),
     time_derivative: ((2, 1, 1), {(2, 1, 1): 8}),
@@ -125,12 +124,12 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("case", PRODUCTS, ids=lambda case: case.__name__)
-def test_the_leading_coefficients_are_the_counts_of_xla(case):
+def test_the_leading_coefficients_equal_the_counts_of_xla(case):
     degrees, expected = PRODUCTS[case]
     found = polynomial(case, degrees)
     for exponents, coefficient in expected.items():
         assert found[exponents] == pytest.approx(coefficient, abs=1e-3), exponents
-    # It is a polynomial, with no term that the interpolation could not see.
+    # The count is a polynomial without terms that the interpolation would miss.
     sizes = [degree + 9 for degree in degrees]
     value = found
     for size, degree in zip(sizes, degrees, strict=True):
@@ -139,7 +138,7 @@ def test_the_leading_coefficients_are_the_counts_of_xla(case):
     assert lowered(case(*sizes)) == pytest.approx(float(value), rel=1e-6)
 
 
-# What the compiler adds is elementwise, or computed twice: it fades with size.
+# The compiler adds elementwise or repeated work, whose share falls with size.
 @pytest.mark.parametrize(
     ("case", "products", "most"),
     [
@@ -150,16 +149,16 @@ def test_the_leading_coefficients_are_the_counts_of_xla(case):
     ],
     ids=["field", "larger field", "solve", "compare"],
 )
-def test_compiled_programs_do_little_but_products(case, products, most):
+def test_compiled_programs_compute_little_besides_products(case, products, most):
     assert 1 <= compiled(case).cost_analysis()["flops"] / products <= most
 
 
-def test_class_sums_are_a_product_off_the_cpu(monkeypatch):
+def test_class_sums_are_a_matrix_product_on_accelerators(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
     def elsewhere(B, K, d):
         fn, *arguments = update(B, K, d)
-        return lambda *given: fn(*given), *arguments  # not what is traced for the CPU
+        return lambda *given: fn(*given), *arguments  # traced anew
 
     assert polynomial(elsewhere, (1, 1, 1))[1, 1, 1] == pytest.approx(2, abs=1e-3)
     products = 2 * 1000 * 40 * 512
@@ -172,13 +171,13 @@ def temporary_numbers(case, itemsize):
 
 
 @pytest.mark.parametrize(("K", "n", "d"), [(10, 50, 20), (20, 5, 20)])
-def test_memory_of_an_implicit_step(K, n, d):
+def test_memory_of_an_implicit_step_is_as_documented(K, n, d):
     samples = K * n
     most = 3 * (K * d) ** 2 + 2 * samples * d**2 + samples * K * (d + K)
     assert 0.5 * most <= temporary_numbers(factor(K, n, d), 8) <= most
 
 
-def test_memory_of_the_metrics_is_that_of_a_chunk():
+def test_memory_of_the_metrics_is_one_chunk():
     K, d, chunk = 100, 256, 500
 
     def case(samples):
@@ -208,7 +207,7 @@ def convolutions(model, image_shape, monkeypatch):
 
 
 def within_image(size, window, stride, padding, outputs):
-    """Positions of a window along one axis, over all outputs, that are no padding."""
+    """Count positions of a window along one axis that are not padding."""
     return sum(
         0 <= i * stride + j - padding < size for i in range(outputs) for j in range(window)
     )
@@ -245,7 +244,7 @@ def test_training_takes_three_forward_passes(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "vgg13", "vgg16"])
-def test_the_table_of_networks(name, monkeypatch):
+def test_the_table_of_networks_holds_the_counts(name, monkeypatch):
     model, shape = models.build(name, 10), (32, 32, 3)
     layers, variables = convolutions(model, shape, monkeypatch)
     forward = sum(2 * y[1] * y[2] * np.prod(kernel) for _, kernel, _, _, y in layers)
@@ -262,20 +261,19 @@ def test_the_table_of_networks(name, monkeypatch):
 @pytest.fixture(scope="module")
 def collectives():
     """Bytes that compiled programs send, by kind, on 2, 4 and 8 devices."""
-    command = [sys.executable, "-W", "error", "-m", "tests.collectives"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout)
+    command = subprocesses.command("collectives", strict=True)
+    return json.loads(subprocesses.output(command))
 
 
 def test_a_training_step_sums_its_gradient_once(collectives):
-    """And loss, accuracy, batch statistics; the same on any number of devices."""
+    """It also sums loss, accuracy and batch statistics, on any number of devices."""
     mlp, convnet = (collectives["parameters"][name] for name in ("mlp", "convnet"))
     assert collectives["mlp"] == {"all-reduce": 4 * (mlp + 2)}
     assert collectives["convnet"] == [{"all-reduce": 4 * (convnet + 3 * (3 + 6) + 2)}] * 3
     assert collectives["three mlps"] == {"all-reduce": 3 * 4 * (mlp + 2)}
 
 
-def test_an_evaluation_gathers_its_features_alone(collectives):
+def test_an_evaluation_gathers_nothing_but_features(collectives):
     assert collectives["features"] == [{"all-gather": 4 * 32 * 51}] * 3
 
 

@@ -5,7 +5,8 @@ import oracles
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_losses import random_params
+from state_functions import certificate, kkt
+from strategies import separating
 
 import ncjax
 from experiments._saddles import Block
@@ -24,34 +25,6 @@ FAMILY = [
     Block(2, 3, 2, 8),
     Block(6, 2, 2, 12),
 ]
-certificate = jax.jit(ncjax.certificate, static_argnames="multipliers")
-kkt = jax.jit(ncjax.kkt, static_argnames="multipliers")
-
-
-def separating(seed, num_classes=3, per_class=2, dim=4):
-    """A random point with positive margins: collapse, disturbed."""
-    noise = random_params(seed, num_classes, per_class, dim, 0.15)
-    collapse = ncjax.block_saddle(1, num_classes, per_class, dim)
-    return jax.tree.map(jnp.add, collapse, noise)
-
-
-def tangent_and_slack(params, multipliers):
-    """|Z̃ - Σ λ ∇m| / |Z̃| and Σ λ (m̃ - 1) / Σ λ m̃, by loops from the definitions."""
-    W, H = (np.asarray(leaf) for leaf in params)
-    root = np.sqrt(oracles.margins(W, H).min())
-    W, H = W / root, H / root
-    rest_W, rest_H, slack, total = W.copy(), H.copy(), 0.0, 0.0
-    for k, i, j in np.ndindex(multipliers.shape):
-        if j != k:
-            weight = multipliers[k, i, j]
-            rest_W[k] -= weight * H[k, i]
-            rest_W[j] += weight * H[k, i]
-            rest_H[k, i] -= weight * (W[k] - W[j])
-            margin = (W[k] - W[j]) @ H[k, i]
-            slack += weight * (margin - 1)
-            total += weight * margin
-    rest = np.sum(rest_W**2) + np.sum(rest_H**2)
-    return np.sqrt(rest / (np.sum(W**2) + np.sum(H**2))), slack / total
 
 
 @pytest.mark.parametrize("block", FAMILY, ids=str)
@@ -85,7 +58,7 @@ def test_kkt_agrees_with_loops_off_a_kkt_point(multipliers):
     found = kkt(params, multipliers=multipliers)
     weights = np.asarray(found.multipliers)
     assert (weights >= 0).all()
-    tangent, slack = tangent_and_slack(params, weights)
+    tangent, slack = oracles.tangent_and_slack(params, weights)
     assert float(found.stationarity) == pytest.approx(tangent, rel=1e-9)
     assert float(found.complementarity) == pytest.approx(slack, rel=1e-9, abs=1e-12)
 
@@ -115,7 +88,7 @@ def test_weak_duality_brackets_the_optimum(seed, multipliers):
     assert float(proof.gap) >= float(proof.excess) - 1e-9  # dual value at most that
 
 
-def test_verdict_is_blind_to_rotation_and_scale_with_multipliers_of_the_direction(key):
+def test_verdict_with_nnls_multipliers_is_invariant_under_rotation_and_scale(key):
     saddle, frame = Block(2, 2, 1, 4), jax.random.orthogonal(key, 4)
     for scale in (0.1, 1.0, 100.0):
         params = saddle.params(scale)
@@ -134,7 +107,7 @@ def test_verdicts_off_kkt_points_and_without_room():
 
 
 @pytest.mark.parametrize("block", [Block(2, 2, 1, 4), Block(2, 3, 2, 8)], ids=str)
-def test_descent_direction_is_tangent_and_has_the_curvature_predicted(block):
+def test_descent_direction_is_tangent_and_has_the_predicted_curvature(block):
     params = block.params(1.5)
     direction = certificate(params).direction
     inner = sum(jnp.vdot(x, z) for x, z in zip(direction, params, strict=True))
@@ -194,7 +167,7 @@ def certified_flows(keys, sizes, log_times):
 
 
 def test_flows_are_certified():
-    """On their way one is a saddle by residual and sigma_max, but not by the verdict."""
+    """On the way a state looks like a saddle by residual and sigma_max alone."""
     keys = jax.random.split(jax.random.key(0), 8)[np.array([0, 7])]
     proof = certified_flows(keys, (8, 2, 10), [80.0, 160.0, 1000.0])
     np.testing.assert_array_equal(proof.verdict[:, -1], GLOBAL_OPTIMUM)
@@ -206,7 +179,7 @@ def test_flows_are_certified():
 
 
 @pytest.mark.slow
-def test_all_seeds_of_the_default_run_get_the_verdict_that_is_true_of_them():
+def test_all_seeds_of_the_default_run_get_the_right_verdict():
     keys = jax.random.split(jax.random.key(0), 32)
     proof = certified_flows(keys, (10, 5, 20), [1000.0])
     verdict, sigma_max, excess = (
@@ -215,7 +188,7 @@ def test_all_seeds_of_the_default_run_get_the_verdict_that_is_true_of_them():
     arrived = excess < 3e-4
     assert arrived.sum() >= 30
     np.testing.assert_array_equal(verdict[arrived], GLOBAL_OPTIMUM)
-    # What is still leaving a saddle is not called optimal.
+    # States that are still leaving a saddle are not called optimal.
     assert (verdict[~arrived] != GLOBAL_OPTIMUM).all()
     assert (sigma_max[~arrived] > 1.01).all()
 
@@ -230,7 +203,7 @@ def test_float32_stays_float32():
     assert kkt(params, multipliers="nnls").multipliers.dtype == jnp.float32
 
 
-def test_vmap_tells_the_misclassified_from_the_others():
+def test_vmap_marks_misclassified_states_alone():
     good = separating(0)
     both = jax.tree.map(lambda *x: jnp.stack(x), good, good._replace(W=-good.W))
     proof = jax.vmap(ncjax.certificate)(both)

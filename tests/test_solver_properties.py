@@ -1,23 +1,23 @@
-"""One step of each solver of the flow: what holds for every equation and every size."""
+"""Properties of one step of each solver, for any equation and step size."""
 
+import chex
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from equations import dense_rodas
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.linalg import expm
-from test_losses import random_params
-from test_rosenbrock import dense_rodas
+from strategies import random_params, seeds
 
 from ncjax.flow import clock as clocks
 from ncjax.flow.stabilised import STABLE_TO, Stabilised4
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-seeds = st.integers(0, 2**31)
 DIM = 3
 
 
@@ -107,23 +107,23 @@ def drawn(seed, degree=4, linear=1.0, bent=0.3):
 
 
 def assume_no_explosion(arrays):
-    """A square may end in a pole before the step does."""
+    """Discard examples whose solution explodes within the step."""
     assume(all(np.abs(array).max() < 100 for array in jax.tree.leaves(arrays)))
 
 
 @given(solvers, seeds)
-def test_time_is_one_more_unknown(name, seed):
+def test_a_step_agrees_with_the_step_of_the_autonomous_equation(name, seed):
     t, h, y, args = drawn(seed)
     got = STEPS[name](t, h, y, args)
     assume_no_explosion(got)
     whole = AUGMENTED_STEPS[name](t, h, np.append(y, t), args)
-    for part, expected in zip(got[:3], whole[:3], strict=True):
-        np.testing.assert_allclose(part, expected[..., :DIM], rtol=1e-11, atol=1e-12)
+    expected = tuple(part[..., :DIM] for part in whole[:3])
+    chex.assert_trees_all_close(got[:3], expected, rtol=1e-11, atol=1e-12)
     np.testing.assert_allclose(whole[0][-1], t + h, rtol=1e-12)
 
 
 @given(solvers, seeds)
-def test_steps_turn_with_any_change_of_coordinates(name, seed):
+def test_steps_commute_with_affine_changes_of_coordinates(name, seed):
     """z = T y + s: the step of the equation of z is that of y, moved."""
     t, h, y, (powers, A, B) = drawn(seed)
     rng = np.random.default_rng(seed + 1)
@@ -178,21 +178,21 @@ ORDERS = {"rodas": (6, 2e-3), "stabilised": (5, 8e-3)}
 
 
 @given(solvers, seeds, st.floats(-3, 0))
-def test_linear_equations_are_followed_to_the_order(name, seed, size):
+def test_linear_equations_are_solved_to_the_order_of_the_method(name, seed, size):
     _, _, y, args = drawn(seed)
     A = args[1] * 10**size / np.linalg.norm(args[1], 2)
     y1, error, _, _ = STEPS[name](0.0, 1.0, y, (0 * args[0], A, 0 * args[2]))
     order, constant = ORDERS[name]
     gap = np.linalg.norm(y1 - expm(A) @ y) / np.linalg.norm(y)
     assert gap <= constant * 10 ** (order * size) + 1e-15
-    # The estimate is of one order less, and not of more.
+    # The error estimate has one order less.
     share = np.linalg.norm(error) / np.linalg.norm(y)
     assert share <= 10 * constant * 10 ** ((order - 1) * size) + 1e-15
 
 
 @given(solvers, seeds, st.floats(-3, 12))
-def test_what_decays_is_never_amplified(name, seed, size):
-    """A symmetric matrix with a spectrum in the interval of stability; of Rodas5P any."""
+def test_decaying_components_are_never_amplified(name, seed, size):
+    """For symmetric matrices with spectra in the interval of stability."""
     rng = np.random.default_rng(seed)
     frame = np.linalg.qr(rng.normal(size=(DIM, DIM)))[0]
     largest = 10**size if name == "rodas" else min(10**size, STABLE_TO)
@@ -203,16 +203,16 @@ def test_what_decays_is_never_amplified(name, seed, size):
     y1, *_ = STEPS[name](0.0, 1.0, y, zero)
     parts, ends = frame.T @ y, frame.T @ np.asarray(y1)
     bound = np.abs(parts) * np.where((name == "stabilised") & (rates < -1), 0.951, 1)
-    # Rounding at the stages is that of the fastest part.
+    # The fastest component sets the rounding of the stages.
     room = 1e-9 * np.abs(y).max()
     assert (np.abs(ends) <= bound + room).all()
-    # As if each eigenvector were by itself.
+    # Each eigenvector evolves as if it were alone.
     alone = STEPS[name](0.0, 1.0, parts, (zero[0], np.diag(rates), zero[2]))[0]
     np.testing.assert_allclose(ends, alone, atol=room)
 
 
 @given(seeds)
-def test_the_stabilised_step_hands_on_its_last_slope(seed):
+def test_the_stabilised_step_returns_its_last_slope(seed):
     t, h, y, args = drawn(seed)
     y1, _, dense, slope = STEPS["stabilised"](t, h, y, args)
     assume_no_explosion(dense)
@@ -227,7 +227,7 @@ SHAPE = (3, 2, 4)
 
 @jax.jit
 def on_the_clock(x, scaled, right, c):
-    """Field, and a solve with I - c J beside the product with it."""
+    """Field, (I - c J) times the solution of that system, and the time derivative."""
     solver = clocks.LINEARLY_IMPLICIT
     solved = solver.solve(solver.factor(x, scaled, None, c), right)
     along = jax.jvp(lambda y: clocks.field(x, y), (scaled,), (solved,))[1]
@@ -244,8 +244,7 @@ def test_the_clock_is_the_chain_rule(seed, log_time, size):
     assert x == pytest.approx(float(np.log1p(u)), rel=1e-14)
     params = random_params(seed, *SHAPE, 10**size)
     scaled = clocks.unscaled(-x, params)
-    for leaf, back in zip(params, clocks.unscaled(x, scaled), strict=True):
-        np.testing.assert_allclose(back, leaf, rtol=1e-14)
+    chex.assert_trees_all_close(clocks.unscaled(x, scaled), params, rtol=1e-14)
     right = random_params(seed + 1, *SHAPE, 1.0)
     slope, again, by_time = on_the_clock(x, scaled, right, 1e-3)
     # dZ/dx = -∇L dt/dx, and Z = e^{x/2} Y.
@@ -255,8 +254,8 @@ def test_the_clock_is_the_chain_rule(seed, log_time, size):
         expected = (-speed * np.exp(-np.longdouble(x) / 2) * g).astype(float) - y / 2
         atol = 1e-11 * float(np.abs(expected).max())
         np.testing.assert_allclose(got, expected, rtol=1e-9, atol=atol)
-    for got, leaf in zip(again, right, strict=True):
-        np.testing.assert_allclose(got, leaf, atol=1e-9 * (1 + 1e-3 * float(speed)))
+    atol = 1e-9 * (1 + 1e-3 * float(speed))
+    chex.assert_trees_all_close(again, right, rtol=1e-7, atol=atol)
     step = 1e-6
     late, early = (
         on_the_clock(x + h, scaled, right, 1e-3)[0] for h in (step / 2, -step / 2)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_rosenbrock import curve, field
+from equations import curve, field
 
 from ncjax.flow.stabilised import STABLE_TO, Stabilised4
 
@@ -61,8 +61,8 @@ def test_a_nonlinear_equation_is_solved_to_order_four():
 
 
 @pytest.mark.parametrize("rate", [30.0, 1e3, 1e4])
-def test_a_stiff_component_follows_its_moving_target(rate):
-    # The target moves as little as what the flow's loss holds fast does.
+def test_a_stiff_component_follows_a_moving_target(rate):
+    # The target moves slowly, as stiff components of the flow do.
     def stiff(t, y, _args):
         return -rate * (y - jnp.sin(t) / rate) + jnp.cos(t) / rate
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_losses import random_params
+from strategies import random_params
 
 import ncjax
 from experiments import _fits, ulpm_flow

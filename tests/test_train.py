@@ -1,5 +1,6 @@
-"""Steps of the trainer, against the same written out."""
+"""Steps of the trainer, against the same steps in NumPy."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,27 +43,10 @@ def started(model, optimiser, seed=0):
 
 
 def assert_close(got, expected, rtol=1e-5, atol=1e-6):
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+    chex.assert_trees_all_close(got, expected, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.01])
-def test_sgd_is_the_formula_with_its_drops(decay):
-    optimiser = train.sgd(RATE, momentum=MOMENTUM, weight_decay=decay, drops=(2, 3))
-    theta, velocity = np.array([1.0, -2.0]), np.zeros(2)
-    params = jnp.asarray(theta)
-    state = optimiser.init(params)
-    for step in range(5):
-        slope = 3 * theta + step
-        updates, state = optimiser.update(jnp.asarray(slope), state, params)
-        params = params + updates
-        velocity = MOMENTUM * velocity + slope + decay * theta
-        theta = theta - RATE * 0.1 ** ((step >= 2) + (step >= 3)) * velocity
-        np.testing.assert_allclose(params, theta, rtol=1e-5)
-
-
-def test_an_epoch_is_momentum_descent_written_out(digits, mesh, key):
+def test_an_epoch_agrees_with_momentum_descent_written_out(digits, mesh, key):
     model, optimiser = small(), train.sgd(RATE, momentum=MOMENTUM)
     dataset = on_device(digits, mesh)
     state = started(model, optimiser)
@@ -137,8 +121,8 @@ def test_features_do_not_depend_on_the_chunk(digits, mesh, monkeypatch, size):
     np.testing.assert_allclose(in_chunks, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_seeds_side_by_side_are_seeds_one_by_one(digits, mesh):
-    # No maxima and one step: rounding alone must not choose between two branches.
+def test_seeds_trained_together_agree_with_seeds_trained_alone(digits, mesh):
+    # Without maxima and in one step, rounding cannot choose between branches.
     model, optimiser = small(), train.sgd(RATE, momentum=MOMENTUM)
     dataset = on_device(digits, mesh)
     epoch = train.make_epoch(model, optimiser, batch_size=100, mesh=mesh)
@@ -170,7 +154,7 @@ def test_augmentation_changes_what_is_learnt_and_nothing_else(digits, mesh, key)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_measure_is_the_oracle_on_the_features(digits, mesh, use_bias):
+def test_measure_agrees_with_the_oracle_on_the_features(digits, mesh, use_bias):
     model = small(use_bias=use_bias)
     state = started(model, train.sgd(RATE))
     dataset = on_device(digits, mesh)
@@ -191,8 +175,8 @@ def test_measure_is_the_oracle_on_the_features(digits, mesh, use_bias):
 
 @settings(max_examples=settings.default.max_examples // 5)
 @given(st.integers(0, 2**31), st.booleans(), st.integers(-20, 20))
-def test_measure_is_the_oracle_on_any_features(seed, use_bias, exponent):
-    """In the shapes of the test before, for which it is compiled."""
+def test_measure_agrees_with_the_oracle_on_any_features(seed, use_bias, exponent):
+    """In shapes that the previous test compiles."""
     rng, factor = np.random.default_rng(seed), 2.0**exponent
     labels = rng.permutation(np.arange(100, dtype=np.int32) % 10)
     features = (factor * rng.normal(size=(100, 26))).astype(np.float32)

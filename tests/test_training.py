@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import shlex
@@ -13,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import numpy as np
 import oracles
@@ -42,7 +42,7 @@ SMALL = train_small.Config(
     checkpoint_every=2,
 )
 
-# The same at another moment or size: half a minute each.
+# Variations at another moment or size, half a minute each.
 SLOW = pytest.mark.slow
 
 
@@ -51,7 +51,7 @@ def small(folder, **changes):
 
 
 def command(folder, *flags, module="train_small", **changes):
-    """The command of `SMALL` with changes, for another process."""
+    """Return the command of `SMALL` with changes, for another process."""
     settings = folders.settings(dataclasses.replace(SMALL, **changes))
     default = train_small.Config()
     given = [f"--{k}={v}" for k, v in settings.items() if v != getattr(default, k)]
@@ -77,14 +77,13 @@ def measured(folder):
 
 
 def assert_same_run(folder, other, exact=True):
-    """Same parameters, optimiser state, metrics and summary."""
+    """Compare parameters, optimiser state, metrics and summary of two runs."""
     (got, got_epoch), (expected, epoch) = state_of(folder), state_of(other)
     assert got_epoch == epoch
     if exact:
-        jax.tree.map(np.testing.assert_array_equal, got, expected)
+        chex.assert_trees_all_equal(got, expected)
     else:
-        close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
-        jax.tree.map(close, got, expected)
+        chex.assert_trees_all_close(got, expected, rtol=1e-3, atol=1e-5)
     if exact:
         files = (folder / "metrics.csv", other / "metrics.csv")
         assert files[0].read_bytes() == files[1].read_bytes()
@@ -103,7 +102,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """Runs a config as if Ctrl-C came in an epoch."""
+    """Run a config that is interrupted by SIGINT in an epoch."""
     finite = _training._Loop._check_finite
 
     def run(config, epoch):
@@ -119,7 +118,7 @@ def interrupted(monkeypatch):
     return run
 
 
-def test_a_run_writes_its_folder(finished):
+def test_a_run_writes_its_files(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {"config.json", "summary.json", *_training.OUTPUTS}
     config = read_json(finished / "config.json")["config"]
@@ -144,7 +143,7 @@ def test_metrics_are_the_oracle_on_the_stored_network(finished):
     assert trained.epoch == 6
     digits = data.load("digits", "train[:200]")
     np.testing.assert_array_equal(trained.labels, digits.labels)
-    # Features once more, in NumPy, from the parameters.
+    # Compute the features in NumPy from the parameters.
     leaves = state_of(finished)[0].params
     mean, deviation = data.channel_statistics(digits.images)
     hidden = ((digits.images / 255 - mean) / deviation).reshape(200, -1)
@@ -162,7 +161,7 @@ def test_metrics_are_the_oracle_on_the_stored_network(finished):
     assert last["loss"] == pytest.approx(oracles.cross_entropy(exact), rel=1e-4)
 
 
-def test_a_folder_that_holds_a_run_is_refused_then_replaced_if_asked(finished, tmp_path):
+def test_a_folder_that_holds_a_run_is_replaced_only_with_overwrite(finished, tmp_path):
     folder = train_small.run(small(tmp_path / "run", epochs=2))
     with pytest.raises(ValueError, match="holds a run already"):
         train_small.run(small(folder))
@@ -186,9 +185,9 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(
     assert_same_run(folder, finished)
 
 
-def test_a_second_interrupt_is_met_within_the_epoch():
+def test_a_second_interrupt_stops_within_the_epoch():
     class Busy:
-        """The result of an epoch that never ends; each look at it brings a signal."""
+        """The result of an endless epoch, which sends a signal whenever it is polled."""
 
         def is_ready(self):
             os.kill(os.getpid(), signal.SIGINT)
@@ -200,7 +199,7 @@ def test_a_second_interrupt_is_met_within_the_epoch():
         assert interruption.requested
 
 
-def test_the_resume_command_is_the_whole_command(tmp_path):
+def test_the_resume_command_repeats_all_settings(tmp_path):
     config = small(tmp_path / "run", data_dir="~/my data", cpu_devices=2)
     line = folders.resume_command(config, tmp_path / "run")
     assert "'--data_dir=~/my data'" in line
@@ -210,7 +209,7 @@ def test_the_resume_command_is_the_whole_command(tmp_path):
     assert cli.parse(train_small.Config, flags) == dataclasses.replace(config, resume=True)
 
 
-def test_overwriting_spares_folders_that_are_no_run(tmp_path):
+def test_overwrite_refuses_folders_that_hold_no_run(tmp_path):
     (tmp_path / "config.json").write_text('{"mine": 1}')
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "precious").write_text("weights")
@@ -220,7 +219,7 @@ def test_overwriting_spares_folders_that_are_no_run(tmp_path):
     assert (tmp_path / "config.json").read_text() == '{"mine": 1}'
 
 
-def test_overwriting_removes_a_link_and_not_what_it_leads_to(tmp_path):
+def test_overwrite_removes_a_link_but_not_its_target(tmp_path):
     scratch, run = tmp_path / "scratch", tmp_path / "run"
     scratch.mkdir()
     run.mkdir()
@@ -240,7 +239,7 @@ def test_a_run_without_its_metrics_is_not_resumed(tmp_path):
         train_small.run(small(folder, epochs=1, resume=True))
 
 
-def test_reading_a_run_touches_nothing_in_it(finished):
+def test_loading_a_trained_network_leaves_its_folder_unchanged(finished):
     saving = finished / "checkpoints" / "9.orbax-checkpoint-tmp"
     saving.mkdir()
     _training.load_trained(finished)
@@ -248,7 +247,7 @@ def test_reading_a_run_touches_nothing_in_it(finished):
     saving.rmdir()
 
 
-def test_what_was_not_compared_has_not_failed_to_fall(finished):
+def test_the_summary_is_empty_for_comparisons_not_made(finished):
     summary = read_json(finished / "summary.json")
     assert summary["zero_training_error_from_epoch"] is None
     assert {row["fell"] for row in summary["metrics"].values()} == {""}
@@ -263,7 +262,7 @@ def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path, delay):
     process = subprocess.Popen(
         command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    # Wait until a first checkpoint is begun, be it whole or not.
+    # Wait until the first checkpoint is begun.
     while process.poll() is None and not list((folder / "checkpoints").glob("*")):
         time.sleep(0.005)
     time.sleep(delay)
@@ -273,7 +272,9 @@ def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path, delay):
     assert_same_run(folder, finished)
 
 
-def test_a_kill_within_a_save_leaves_the_checkpoint_before(finished, tmp_path, monkeypatch):
+def test_a_kill_within_a_save_keeps_the_previous_checkpoint(
+    finished, tmp_path, monkeypatch
+):
     """As kill -9 would: the save stops between its files, nothing is cleaned up."""
     folder = tmp_path / "run"
     save = _training.checkpoint.Checkpoints.save
@@ -323,13 +324,13 @@ def test_an_extended_run_is_the_longer_one_bit_for_bit(tmp_path, capsys):
     assert "goes on with --epochs=5 instead of 3" in capsys.readouterr().out
     (got, done), (expected, epochs) = state_of(folder), state_of(longer)
     assert done == epochs == 5
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
-    # Rows stay and go on; what both have measured is the same.
+    chex.assert_trees_all_equal(got, expected)
+    # The old rows stay. Rows that both runs measured are the same.
     after = (folder / "metrics.csv").read_text()
     assert after.startswith(before)
     assert measured(folder) == [1, 2, 3, 5]
     assert set((longer / "metrics.csv").read_text().splitlines()) <= {*after.splitlines()}
-    # What was said of the shorter run is kept.
+    # The record of the shorter run is kept.
     stored = read_json(folder / "config.json")
     assert stored["experiment"] == short.pop("experiment")
     assert stored["config"] == short.pop("config") | {"epochs": 5}
@@ -371,7 +372,9 @@ def test_a_kill_within_an_extension_loses_nothing(
     assert stored["config"]["epochs"] == 8
 
 
-def test_an_interrupted_run_may_end_where_it_stands(interrupted, finished, tmp_path):
+def test_an_interrupted_run_may_be_shortened_to_its_last_epoch(
+    interrupted, finished, tmp_path
+):
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         interrupted(small(folder), 4)
@@ -383,27 +386,27 @@ def test_an_interrupted_run_may_end_where_it_stands(interrupted, finished, tmp_p
     train_small.run(small(folder, epochs=4, resume=True))
     assert measured(folder) == [1, 2, 4]
     assert state_of(folder)[1] == 4
-    # And on again, from a run made shorter.
+    # The shortened run is extended again.
     train_small.run(small(folder, epochs=6, resume=True))
     assert measured(folder) == [1, 2, 4, 6]
-    jax.tree.map(np.testing.assert_array_equal, state_of(folder)[0], state_of(finished)[0])
+    chex.assert_trees_all_equal(state_of(folder)[0], state_of(finished)[0])
     earlier = read_json(folder / "config.json")["earlier"]
     assert [entry["changed"] for entry in earlier] == [{"epochs": 6}, {"epochs": 4}]
 
 
-def test_a_run_that_is_too_short_says_how_to_train_on(tmp_path):
-    said = _training._ending(small(tmp_path), tmp_path, None)
-    assert said.startswith(
+def test_a_run_that_is_too_short_names_the_command_to_train_longer(tmp_path):
+    message = _training._ending(small(tmp_path), tmp_path, None)
+    assert message.startswith(
         "training error is not zero after 6 epochs; train on with: python"
     )
-    assert "--resume" in said
-    assert "--epochs=12" in said
-    assert "'--train_split=train[:200]'" in said  # as a shell wants it
+    assert "--resume" in message
+    assert "--epochs=12" in message
+    assert "'--train_split=train[:200]'" in message  # quoted for a shell
     stepped = _training._ending(small(tmp_path, schedule="step"), tmp_path, None)
     assert stepped == "training error is not zero after 6 epochs"
 
 
-def test_what_cannot_be_extended_is_refused(finished, tmp_path):
+def test_extending_a_run_that_cannot_be_extended_is_refused(finished, tmp_path):
     before = (finished / "config.json").read_bytes()
     with pytest.raises(ValueError, match=r"has 6 epochs behind it: .*, got --epochs=5"):
         train_small.run(small(finished, epochs=5, resume=True))
@@ -424,7 +427,7 @@ def test_divergence_is_an_error(tmp_path):
         train_small.run(small(tmp_path / "run", learning_rate=1e12))
 
 
-def test_seeds_train_side_by_side(tmp_path):
+def test_seeds_train_together(tmp_path):
     folder = train_small.run(small(tmp_path / "run", seeds=3, test_split="", epochs=3))
     rows = _record.read_rows(folder)
     assert [row["seed"] for row in rows] == [0, 1, 2] * 3
@@ -467,7 +470,7 @@ def test_measured_epochs_are_even_in_log_log():
     np.testing.assert_allclose(np.diff(late), np.diff(late).mean(), rtol=0.2)
 
 
-def test_zero_error_is_for_good():
+def test_zero_error_counts_from_the_epoch_after_which_it_stays():
     measured = {
         "epoch": np.array([[1.0, 2, 4, 8]] * 2),
         "accuracy": np.array([[0.5, 1, 1, 1], [0.9, 1, 0.99, 1]]),
@@ -503,14 +506,14 @@ def test_zero_error_is_for_good():
         ({"num_processes": 2, "workdir": ""}, "several processes need one --workdir"),
     ],
 )
-def test_bad_settings_are_named_before_any_work(tmp_path, changes, message):
+def test_bad_settings_are_refused_before_any_work(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train_small.run(dataclasses.replace(small(tmp_path / "run"), **changes))
     assert not (tmp_path / "run" / "metrics.csv").exists()
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_grayscale_and_colour_do_not_mix(tmp_path, monkeypatch):
+def test_training_and_test_images_must_have_the_same_channels(tmp_path, monkeypatch):
     load = data.load
 
     def coloured(name, split, *rest, **options):
@@ -527,13 +530,12 @@ def test_grayscale_and_colour_do_not_mix(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--dataset=mnst",), "error: no data set is called 'mnst': did you mean mnist"),
         (("--batch_size=7", "--cpu_devices=2"), "must be a multiple of the 2 devices"),
         (("--process_id=1",), "--process_id must lie in [0, 1)"),
         (("--coordinator=localhost:1",), "--coordinator=HOST:PORT and --num_processes go"),
     ],
 )
-def test_bad_use_is_one_line_and_exit_code_2(tmp_path, flags, message):
+def test_a_usage_error_is_one_line_and_exit_code_2(tmp_path, flags, message):
     done = subprocess.run(
         [*command(tmp_path / "run"), *flags], capture_output=True, text=True
     )
@@ -543,7 +545,7 @@ def test_bad_use_is_one_line_and_exit_code_2(tmp_path, flags, message):
 
 
 @pytest.mark.parametrize("devices", [8, pytest.param(2, marks=SLOW)])
-def test_devices_agree(finished, tmp_path, devices):
+def test_several_devices_agree_with_one(finished, tmp_path, devices):
     flags = (f"--cpu_devices={devices}",)
     subprocess.run([*command(tmp_path / "run"), *flags], check=True, capture_output=True)
     assert_same_run(tmp_path / "run", finished, exact=False)
@@ -579,7 +581,7 @@ def test_two_processes_agree_with_one(finished, tmp_path):
         ),
     ],
 )
-def test_a_hundred_real_images_are_learnt_by_heart(tmp_path, module, settings):
+def test_a_network_memorises_a_hundred_real_images(tmp_path, module, settings):
     config = module.Config(
         train_split="train[:100]",
         test_split="",
@@ -631,7 +633,7 @@ def test_peel_describes_the_network_and_where_the_flow_takes_it(finished, tmp_pa
     assert end["verdict"] == ncjax.VERDICTS[int(certificate.verdict)]
 
 
-def test_peel_says_that_the_flow_failed(finished, tmp_path, monkeypatch):
+def test_peel_reports_a_failed_flow(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(_legs, "step_limit", lambda log_t_max: 2)
     with pytest.raises(RuntimeError, match="the flow failed in leg"):
         peel.run(
@@ -639,7 +641,7 @@ def test_peel_says_that_the_flow_failed(finished, tmp_path, monkeypatch):
         )
 
 
-def test_peel_says_what_it_needs(tmp_path):
+def test_peel_names_the_run_it_needs(tmp_path):
     with pytest.raises(ValueError, match="--run=DIR is needed"):
         peel.run(peel.Config())
     with pytest.raises(ValueError, match="holds no run"):

@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from scipy.stats import kstest
+from strategies import seeds
 
 import ncjax
 from ncjax.networks import data, models, train
@@ -18,14 +20,13 @@ from ncjax.networks import data, models, train
 pytestmark = pytest.mark.usefixtures("quick_compilation", "full_precision")
 
 few = settings(max_examples=settings.default.max_examples * 2 // 5)
-seeds = st.integers(0, 2**31)
 
 
 # Data
 
 
 @given(seeds, st.sampled_from([(2, 3, 4, 1), (1, 2, 2, 3)]))
-def test_normalised_images_are_those_of_numpy(seed, shape):
+def test_normalised_images_equal_numpy(seed, shape):
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, shape, np.uint8)
     mean, deviation = rng.uniform(0, 1, shape[-1]), 10 ** rng.uniform(-3, 0, shape[-1])
@@ -74,7 +75,7 @@ def units(number, width):
     use_bias=st.booleans(),
     image=st.sampled_from([(1, 1, 1), (3, 2, 3), (8, 8, 1)]),
 )
-def test_parameters_of_fully_connected_networks(
+def test_parameter_counts_of_fully_connected_networks(
     hidden, width, num_classes, use_bias, image
 ):
     options = {"hidden": tuple(hidden), "width": width, "use_bias": use_bias}
@@ -92,7 +93,7 @@ def test_parameters_of_fully_connected_networks(
     num_classes=st.integers(2, 20),
     use_bias=st.booleans(),
 )
-def test_parameters_of_convolutional_networks(channels, width, num_classes, use_bias):
+def test_parameter_counts_of_convolutional_networks(channels, width, num_classes, use_bias):
     options = {"channels": tuple(channels), "width": width, "use_bias": use_bias}
     network = models.build("convnet", num_classes, **options)
     sizes = [3, *(units(c, width) for c in channels)]
@@ -115,7 +116,7 @@ def drawn_layers(rng, sizes, use_bias):
 
 @few
 @given(seeds, st.sampled_from([(), (3,), (4, 2)]), st.booleans())
-def test_fully_connected_networks_are_their_formula(seed, hidden, use_bias):
+def test_fully_connected_networks_agree_with_their_formula(seed, hidden, use_bias):
     rng = np.random.default_rng(seed)
     network = models.build("mlp", 3, hidden=hidden, width=1.0, use_bias=use_bias)
     params = drawn_layers(rng, [6, *hidden, 3], use_bias)
@@ -132,21 +133,6 @@ def test_fully_connected_networks_are_their_formula(seed, hidden, use_bias):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-@given(
-    seeds, st.sampled_from([(1, 1), (2, 3), (7, 7), (6, 10)]), st.sampled_from([1, 3, 7])
-)
-def test_adaptive_means_are_means_of_windows(seed, size, grid):
-    x = np.random.default_rng(seed).normal(size=(1, *size, 2))
-    got = models.adaptive_mean(jnp.asarray(x), grid)
-    for p, q in np.ndindex(grid, grid):
-        rows, columns = (
-            slice(math.floor(i * n / grid), math.ceil((i + 1) * n / grid))
-            for i, n in zip((p, q), size, strict=True)
-        )
-        window = x[0, rows, columns].mean(axis=(0, 1))
-        np.testing.assert_allclose(got[0, p, q], window, rtol=1e-12, atol=1e-14)
-
-
 # Training
 
 
@@ -158,7 +144,7 @@ def test_adaptive_means_are_means_of_windows(seed, size, grid):
     decay=st.sampled_from([0.0, 1e-3, 0.1]),
     drops=st.lists(st.integers(0, 5), max_size=3),
 )
-def test_sgd_is_its_formula(seed, rate, momentum, decay, drops):
+def test_sgd_agrees_with_its_formula(seed, rate, momentum, decay, drops):
     rng = np.random.default_rng(seed)
     optimiser = train.sgd(
         rate, momentum=momentum, weight_decay=decay, drops=tuple(sorted(drops))
@@ -166,14 +152,14 @@ def test_sgd_is_its_formula(seed, rate, momentum, decay, drops):
     theta, velocity = rng.normal(size=4), np.zeros(4)
     params = jnp.asarray(theta)
     state = optimiser.init(params)
+    # The rate is float32 where it drops.
     for step in range(5):
         slope = rng.normal(size=4)
         updates, state = optimiser.update(jnp.asarray(slope), state, params)
         params = params + updates
         velocity = momentum * velocity + slope + decay * theta
         theta = theta - rate * 0.1 ** sum(step >= drop for drop in drops) * velocity
-    # The rate is float32 where it drops.
-    np.testing.assert_allclose(params, theta, rtol=1e-5, atol=1e-5 * rate)
+        np.testing.assert_allclose(params, theta, rtol=1e-5, atol=1e-5 * rate)
 
 
 N, BATCH, K, IMAGE = 11, 4, 3, (2, 2, 1)
@@ -192,8 +178,8 @@ def drawn_data(rng):
 
 
 @given(seeds, seeds, st.floats(0, 20))
-def test_epochs_of_softmax_regression_are_those_of_numpy(seed, key, size):
-    """Two of them, with the gradient in closed form: (p - e_y) xᵀ."""
+def test_epochs_of_softmax_regression_agree_with_numpy(seed, key, size):
+    """Two epochs, with the gradient in closed form: (p - e_y) xᵀ."""
     rng = np.random.default_rng(seed)
     dataset, mean, deviation = drawn_data(rng)
     params = drawn_layers(rng, [4, K], True)
@@ -237,10 +223,10 @@ def test_epochs_of_softmax_regression_are_those_of_numpy(seed, key, size):
 def test_features_come_in_order_and_in_chunks_of_one_size(size, chunk, seed):
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(size, 3)).astype(np.float32)
-    asked = []
+    lengths = []
 
     def forward(state, dataset, index):
-        asked.append(len(index))
+        lengths.append(len(index))
         return jnp.asarray(features[index] + state)
 
     labels = np.zeros(size, np.int32)
@@ -249,8 +235,8 @@ def test_features_come_in_order_and_in_chunks_of_one_size(size, chunk, seed):
         patch.setattr(train, "_CHUNK", chunk)
         got = train.extract_features(forward, np.float32(2), dataset)
     np.testing.assert_array_equal(got, features + np.float32(2))
-    assert set(asked) == {min(chunk, size)}
-    assert len(asked) == -(-size // min(chunk, size))
+    assert set(lengths) == {min(chunk, size)}
+    assert len(lengths) == -(-size // min(chunk, size))
 
 
 # The start of the flow
@@ -263,13 +249,13 @@ def test_starts_are_independent_normal_numbers(seed, scale, dtype):
     key = jax.random.key(seed)
     start = ncjax.init_params(key, 6, 9, 7, scale, dtype)
     unit = ncjax.init_params(key, 6, 9, 7, 1.0, dtype)
-    for leaf, one in zip(start, unit, strict=True):
-        assert leaf.dtype == dtype
-        np.testing.assert_array_equal(leaf, dtype(scale) * np.asarray(one))
+    scaled = jax.tree.map(lambda leaf: dtype(scale) * np.asarray(leaf), unit)
+    chex.assert_trees_all_equal(start, scaled)
+    chex.assert_type(list(start), dtype)
     numbers = np.concatenate([np.ravel(leaf) for leaf in unit]).astype(float)
-    # Of 420 numbers; by chance once in a hundred million examples.
+    # A sample of 420 numbers fails by chance once in a hundred million examples.
     assert kstest(numbers, "norm").pvalue > 1e-8
     W, H = (np.asarray(leaf, float) for leaf in unit)
-    # No row of W is one of H, and no two rows are alike.
+    # No two rows of W and H are equal.
     rows = np.concatenate([W, H.reshape(-1, 7)])
     assert len({tuple(row) for row in rows}) == len(rows)

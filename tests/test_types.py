@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,7 @@ import ncjax
 from ncjax.checks import check_params
 
 
-def test_init_has_the_shapes_dtype_and_spread_asked_for(key):
+def test_init_has_the_requested_shapes_dtype_and_scale(key):
     params = ncjax.init_params(key, 40, 30, 50, scale=0.3)
     assert params.W.shape == (40, 50)
     assert params.H.shape == (40, 30, 50)
@@ -19,7 +20,7 @@ def test_init_has_the_shapes_dtype_and_spread_asked_for(key):
 def test_init_depends_on_the_key_alone(key):
     same = ncjax.init_params(key, 3, 2, 4), ncjax.init_params(key, 3, 2, 4)
     other = ncjax.init_params(jax.random.key(1), 3, 2, 4)
-    np.testing.assert_array_equal(same[0].H, same[1].H)
+    chex.assert_trees_all_equal(*same)
     assert not np.allclose(same[0].H, other.H)
 
 
@@ -40,18 +41,18 @@ def test_init_names_the_size_out_of_range(key, name, size):
         ncjax.init_params(key, **sizes)
 
 
-def test_one_class_is_too_few(key):
+def test_init_refuses_a_single_class(key):
     with pytest.raises(ValueError, match="num_classes must be an integer of at least 2"):
         ncjax.init_params(key, 1, 2, 4)
 
 
 @pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
-def test_init_refuses_the_scale(key, scale):
+def test_init_refuses_a_bad_scale(key, scale):
     with pytest.raises(ValueError, match="scale must be finite and not negative"):
         ncjax.init_params(key, 3, 2, 4, scale=scale)
 
 
-def test_init_says_what_a_key_is():
+def test_init_explains_what_a_key_is():
     with pytest.raises(ValueError, match=r"a PRNG key, such as jax.random.key\(7\)"):
         ncjax.init_params(7, 3, 2, 4)
 
@@ -61,12 +62,12 @@ def test_init_refuses_an_integer_dtype(key):
         ncjax.init_params(key, 3, 2, 4, dtype=jnp.int32)
 
 
-def test_init_asks_for_x64_where_float64_needs_it(key):
+def test_init_of_float64_without_x64_is_refused(key):
     with jax.enable_x64(False), pytest.raises(ValueError, match="jax_enable_x64"):
         ncjax.init_params(key, 3, 2, 4, dtype=np.float64)
 
 
-def test_init_warns_where_no_simplex_etf_fits(key):
+def test_init_warns_if_no_simplex_etf_fits(key):
     with pytest.warns(UserWarning, match="no simplex ETF fits"):
         ncjax.init_params(key, 5, 2, 3)
 
@@ -88,7 +89,7 @@ def test_init_warns_where_no_simplex_etf_fits(key):
         (np.ones((3, 4), np.float32), np.ones((3, 2, 4)), "got W float32 and H float64"),
     ],
 )
-def test_params_that_do_not_fit_are_named(W, H, message):
+def test_params_of_mismatched_shapes_are_named(W, H, message):
     with pytest.raises(ValueError, match=message):
         check_params(ncjax.Params(W, H))
 

@@ -4,32 +4,31 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from formulas import CALLS, UNTRACED, compiled
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_variants import CALLS, RANDOM, UNTRACED, compiled, random_data
+from strategies import RANDOM, WIDE, random_data, seeds
 
 from ncjax import statistics, variants
 
-WIDE = settings.default.max_examples > 25
 few = settings(max_examples=settings.default.max_examples * 2 // 5)
-seeds = st.integers(0, 2**31)
-# Those that other tests compile.
+# Shapes that other tests compile.
 SHAPES = ["K=2, N<d", "d<K-1", *(["wide"] if WIDE else [])]
 TRACED = [name for name in CALLS if name not in UNTRACED]
 
-# Exponent p of c^p when features, out-of-distribution ones and b are multiplied by c; 0 of
-# all that is not named. Losses and parts of the squared error have none.
+# The exponent p of c^p if all features and b are multiplied by c; 0 for formulas not named
+# here. Losses and parts of the squared error are not homogeneous.
 DEGREES = {"nc1.cdnv_exp2": -2, "lpm.avg_sq_feature_norm": 2, "nc3.Wmu_plus_b": 1}
 DEGREES |= {"margin.logit_min": 1}
 DEGREES |= {name: 2 for name in CALLS if name.startswith("nc3.dot_var")}
 
 
 def drawn(seed, which):
-    """Other numbers in the shapes of `which`, in a campaign other classes too."""
+    """Draw other numbers in the shapes of `which`; a campaign draws labels too."""
     known = RANDOM[which]
     (samples, dim), num_classes = known.features.shape, len(known.W)
     data = random_data(seed, num_classes, dim, samples)
-    if not WIDE:  # the largest class is a shape too
+    if not WIDE:  # the size of the largest class is a shape too
         labels = np.random.default_rng(seed).permutation(known.labels)
         centres = np.random.default_rng(seed + 1).normal(size=(num_classes, dim))
         data = data._replace(labels=labels, features=data.features + centres[labels])
@@ -55,8 +54,8 @@ def test_formulas_match_their_definitions(seed, which, scale):
 
 @few
 @given(seeds, st.sampled_from(SHAPES))
-def test_formulas_see_no_rotation_and_no_order(seed, which):
-    """Of the features, of the samples, of the classes."""
+def test_formulas_are_invariant_under_rotation_and_order(seed, which):
+    """Rotate the features; permute the samples and the classes."""
     data, rng = drawn(seed, which), np.random.default_rng(seed)
     samples, dim = data.features.shape
     frame = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
@@ -92,7 +91,7 @@ def test_formulas_are_homogeneous(seed, which, p):
 
 @few
 @given(seeds, st.sampled_from(SHAPES[1:]))
-def test_shares_of_classes_match_loops(seed, which):
+def test_agreement_by_class_matches_loops(seed, which):
     data = drawn(seed, which)
     for bias in (True, False):
         got = variants.ncc_agreement(*data[:3], data.b if bias else None)
@@ -110,7 +109,7 @@ def test_variability_of_features_lies_between_collapse_and_no_classes(seed, whic
     noise = spread * np.random.default_rng(seed).normal(size=centres.shape)
     loose = compiled(data._replace(features=centres + noise), TRACED)
     assert -1e-12 <= float(loose["nc1.vci.sample_mean"]) <= 1 + 1e-12
-    # Of every class at least one direction, of all at most min(n_k, d).
+    # A class spans at least one direction and at most min(n_k, d).
     ratios = variants.nuclear_over_frobenius(*data[:2], num_classes)
     most = np.minimum(np.bincount(data.labels), data.features.shape[1])
     assert (np.asarray(ratios) >= 1 - 1e-12).all()
@@ -146,7 +145,7 @@ def test_parts_of_the_squared_error_sum_to_it(seed, weight_decay):
     kind=st.sampled_from(["plain", "twins", "antipodes", "near"]),
     exponent=st.integers(-900, 900),
 )
-def test_distances_to_the_hull_of_the_other_rows(seed, shape, kind, exponent):
+def test_one_vs_rest_distances_match_loops(seed, shape, kind, exponent):
     rng = np.random.default_rng(seed)
     W = rng.normal(size=shape)
     if kind == "twins":
@@ -166,7 +165,7 @@ def test_distances_to_the_hull_of_the_other_rows(seed, shape, kind, exponent):
 
 @few
 @given(seeds, st.sampled_from([-2.5, -1, 0, 1, 2, 4.5]), st.integers(-400, 400))
-def test_kernels_of_distances(seed, exponent, p):
+def test_uniformity_kernels_match_loops(seed, exponent, p):
     rows = np.random.default_rng(seed).normal(size=(4, 3))
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     pairs = [(j, k) for j in range(4) for k in range(j + 1, 4)]
@@ -184,8 +183,8 @@ def test_kernels_of_distances(seed, exponent, p):
 
 @few
 @given(seeds, st.sampled_from(["class_mean", "sample_mean"]))
-def test_means_far_from_the_origin(seed, centring):
-    """Centred means to the rounding of the features, whatever is added to all."""
+def test_centred_means_far_from_the_origin_keep_their_digits(seed, centring):
+    """They are exact to the rounding of the features, for any common offset."""
     data, rng = drawn(seed, "d<K-1"), np.random.default_rng(seed)
     coarse = data.features.astype(np.float16).astype(float)
     shift = rng.integers(-(2**30), 2**30, size=3) * 1.0  # adding it rounds nothing

@@ -31,13 +31,13 @@ class Case(NamedTuple):
         return filled(self.build(), (*self.size, 3))
 
     def images(self):
-        """(num_images, height, width, 3), each of a contrast of its own."""
+        """(num_images, height, width, 3), each with its own contrast."""
         images = 2 * uniforms("images", (self.num_images, *self.size, 3)) - np.float32(1)
         contrast = np.arange(1, self.num_images + 1, dtype=np.float32)
         return contrast[:, None, None, None] * images
 
 
-# Odd and unequal sides, so that none stands in for another.
+# The sides are odd and unequal, so that swapped axes are noticed.
 CASES = {
     "resnet18-cifar": Case("resnet18", {"stem": "cifar"}, (32, 24)),
     "resnet18-imagenet": Case("resnet18", {"stem": "imagenet"}, (65, 47)),

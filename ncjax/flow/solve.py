@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.checks import check_integer, check_params, check_positive
+from ncjax.checks import check_installed, check_integer, check_params, check_positive
 from ncjax.flow import saving, steps
 from ncjax.flow.clock import clock, field, unscaled
 from ncjax.flow.invariants import InvariantDrift
@@ -90,7 +90,7 @@ def gradient_flow(
       record: function of the state; its value (any pytree of arrays) is saved instead of
         the state. It is compiled in: pass the same function object to compile once.
       max_steps: bound on the solver's steps, rejected ones included.
-      progress: show a tqdm bar (over x).
+      progress: show a tqdm bar (over x); needs the extra `experiments`.
 
     Returns:
       `FlowSolution`.
@@ -98,6 +98,7 @@ def gradient_flow(
     Raises:
       ValueError: shapes or dtypes do not fit, or (outside jit) times do not increase,
         tolerances are not positive, the solver is unknown, or params hold NaN or infinity.
+      ModuleNotFoundError: progress is set and tqdm is not installed.
 
     Source: the flow is equation (4) of Ji et al. (ICLR 2022); the clock is ncjax's.
 
@@ -107,6 +108,8 @@ def gradient_flow(
     >>> flow.params.W.shape
     (3, 3, 4)
     """
+    if progress:
+        check_installed("experiments", "tqdm")
     params = check_params(params, finite=True)
     dtype = params.W.dtype
     if dtype not in (jnp.float32, jnp.float64):

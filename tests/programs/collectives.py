@@ -1,6 +1,6 @@
 """Prints the bytes that compiled programs send between devices, as JSON.
 
-A process of its own, since the number of devices is settled at the start.
+It needs a process of its own, because JAX fixes the number of devices at its start.
 """
 
 import json
@@ -54,7 +54,7 @@ def setting(devices):
 
 
 def step(model, devices, seeds=1):
-    """Of an epoch, whose loop holds one step; of several networks at once, if asked."""
+    """Bytes of an epoch, whose loop holds one step, of one or several networks."""
     mesh, dataset, everywhere = setting(devices)
     optimiser = train.sgd(0.1)
     epoch = train.make_epoch(model, optimiser, batch_size=16, mesh=mesh)
@@ -72,7 +72,7 @@ def step(model, devices, seeds=1):
 
 
 def evaluation(model, devices):
-    """Of the features of 32 images."""
+    """Bytes of the features of 32 images."""
     mesh, dataset, everywhere = setting(devices)
     state = jax.eval_shape(
         lambda key: train.init_state(model, train.sgd(0.1), IMAGE, key), jax.random.key(0)
@@ -83,7 +83,7 @@ def evaluation(model, devices):
 
 
 def merge(devices, K=5, d=7):
-    """Of both passes of the collapse metrics."""
+    """Bytes of both passes of the collapse metrics."""
     mesh = mesh_of(devices, "devices")
     split = PartitionSpec("devices")
 
@@ -97,7 +97,7 @@ def merge(devices, K=5, d=7):
 
 
 def flow(devices):
-    """Of one leg of the flow of as many seeds as devices."""
+    """Bytes of one leg of the flow of as many seeds as devices."""
     keys = jax.random.split(jax.random.key(0), devices)
     starts = jax.vmap(lambda key: ncjax.init_params(key, 3, 2, 4))(keys)
     leg, _ = _legs._compile(starts, _legs.measure_collapse, "explicit", 100)

@@ -1,7 +1,7 @@
 """What the core of ncjax does without the packages of its extras.
 
 Run by `make dist` in an environment that holds the wheel alone, and by test_install.py
-with the other packages hidden: `python tests/light_install.py --hide`.
+with the other packages hidden: `python tests/programs/light_install.py --hide`.
 """
 
 import importlib.abc
