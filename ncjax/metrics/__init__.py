@@ -4,10 +4,15 @@ from ncjax.metrics import measures as measures
 from ncjax.metrics import statistics as statistics
 from ncjax.metrics import variants as variants
 from ncjax.metrics.collapse import CollapseMetrics as CollapseMetrics
+from ncjax.metrics.collapse import (
+    class_distance_normalised_variance as class_distance_normalised_variance,
+)
 from ncjax.metrics.collapse import collapse_metrics as collapse_metrics
 from ncjax.metrics.collapse import (
     collapse_metrics_from_features as collapse_metrics_from_features,
 )
+from ncjax.metrics.collapse import metrics_from_statistics as metrics_from_statistics
+from ncjax.metrics.collapse import within_class_quotient as within_class_quotient
 from ncjax.metrics.peeling import LastLayer as LastLayer
 from ncjax.metrics.peeling import balance_norms as balance_norms
 from ncjax.metrics.peeling import last_layer as last_layer
