@@ -537,7 +537,7 @@ class _Loop:
         if not self.rows or notes.get(_record.METRICS_FILE, digest) != digest:
             raise BadUse(
                 f"{self.folder / _record.METRICS_FILE} is missing or damaged: give "
-                "--overwrite to start afresh"
+                "--overwrite to start again"
             )
         self.has_later_rows = len(rows) > len(self.rows)
         return state, done
