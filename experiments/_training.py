@@ -533,11 +533,11 @@ class _Loop:
         rows = _record.read_rows(self.folder, up_to=done)
         last_measured = int(notes.get(_LAST_MEASURED, done))
         self.rows = [row for row in rows if row["epoch"] <= last_measured]
-        digest = _record.digest(self.rows)
-        if not self.rows or notes.get(_record.METRICS_FILE, digest) != digest:
+        digest = notes.get(_record.METRICS_FILE)  # earlier versions have none
+        if not self.rows or digest not in (None, _record.digest(self.rows)):
             raise BadUse(
                 f"{self.folder / _record.METRICS_FILE} is missing or damaged: give "
-                "--overwrite to start afresh"
+                "--overwrite to start again"
             )
         self.has_later_rows = len(rows) > len(self.rows)
         return state, done

@@ -31,7 +31,7 @@ The path of what was written is the last line of stdout.
 Exit codes: 0 done, 1 failed, 2 bad use, 130 interrupted."""
 _FLAG_COLUMNS = 26  # columns that hold a flag and its default
 _INTERRUPTION, _NO_READER = 130, 141  # exit codes of a shell for SIGINT and SIGPIPE
-_MESSAGE_LIMIT = 300  # characters shown of a message of another library
+_MESSAGE_LIMIT = 300  # characters of a message of another library
 _DEFINE: dict[Any, Callable[..., Any]] = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
@@ -87,8 +87,8 @@ def _config(config_class: type, values: flags.FlagValues, argv: Sequence[str]):
 def _wrong_type(error: flags.Error, types: Mapping[str, Any]) -> BadUse:
     """Return an error that replaces absl's "flag --NAME=VALUE: REASON"."""
     text = str(error).removeprefix("flag --").removesuffix(f": {error.__context__}")
-    name, _, given = text.partition("=")
-    return BadUse(f"--{name} must be {_TYPE_NAMES[types.get(name, bool)]}, got {given!r}")
+    name, _, value = text.partition("=")
+    return BadUse(f"--{name} must be {_TYPE_NAMES[types.get(name, bool)]}, got {value!r}")
 
 
 def _with_suggestion(
@@ -119,8 +119,10 @@ def usage(config_class: type, name: str) -> str:
 def _flag_lines(name: str, default: Any, text: str) -> list[str]:
     if isinstance(default, bool):
         return _line(f"--[no]{name}", f"{text}; {'on' if default else 'off'} by default")
-    shown = f"{default:g}" if isinstance(default, float) else shlex.quote(str(default))
-    return _line(f"--{name}={shown}", text)
+    default_text = (
+        f"{default:g}" if isinstance(default, float) else shlex.quote(str(default))
+    )
+    return _line(f"--{name}={default_text}", text)
 
 
 def _line(left: str, text: str) -> list[str]:

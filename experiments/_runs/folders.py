@@ -365,7 +365,7 @@ def load_checkpoint(folder: Path) -> dict[str, np.ndarray] | None:
         settings = json.loads(str(arrays.pop(_SETTINGS)))
     except Exception:
         raise BadUse(
-            f"{path} is damaged: give --overwrite instead of --resume to start afresh"
+            f"{path} is damaged: give --overwrite instead of --resume to start again"
         ) from None
     if settings != stored_config(folder):
         raise BadUse(f"{path} belongs to a run of other settings than {CONFIG} says")
