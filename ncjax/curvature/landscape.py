@@ -74,7 +74,8 @@ def hessian_eig(
     further eigenpair, so multiple eigenvalues appear with all their copies.
 
     Works under `jax.jit`, and with `params` or `batches` sharded over devices. It compiles
-    once per function object: for other params pass the same `fn`.
+    once per function object: for other params pass the same `fn`. A callable that cannot
+    be hashed is compiled at each call.
 
     Args:
       fn: scalar function of `params`, or of `params` and a batch if `batches` is given.
