@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ncjax.metrics import measures, statistics
 from ncjax.metrics.inputs import check_features
 from ncjax.numerics import matmul
+from ncjax.peeled.logits import margins_of_samples
 from ncjax.peeled.losses import softmax_cross_entropy
 from ncjax.types import Array
 
@@ -22,7 +23,7 @@ def logit_margins(
 ) -> Array:
     r"""Return $z_{i, y_i} - \max_{k \ne y_i} z_{ik}$ (N,), negative for an error."""
     features, labels, W, b = _classified(features, labels, W, b)
-    return _own_minus_best_other(_logits(features, W, b), labels)
+    return _least_margin(_logits(features, W, b), labels)
 
 
 def cosine_margins(
@@ -59,7 +60,7 @@ def cosine_margins(
     product = _logits(centred, centred_W) if centred_product else _logits(features, W)
     norms = jnp.linalg.norm(centred, axis=1, keepdims=True)
     scores = product / norms / jnp.linalg.norm(centred_W, axis=1)[None]
-    return _own_minus_best_other(scores, labels)
+    return _least_margin(scores, labels)
 
 
 def mean_cross_entropy(
@@ -136,12 +137,7 @@ def _logits(features, W, b=None):
     return product if b is None else product + b[None]
 
 
-def _others(labels, num_classes):
-    """(N, K), False at the sample's own class."""
-    return labels[:, None] != jnp.arange(num_classes, dtype=labels.dtype)[None]
-
-
-def _own_minus_best_other(scores, labels):
-    own = jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
-    best = jnp.max(scores, axis=1, where=_others(labels, scores.shape[1]), initial=-jnp.inf)
-    return own - best
+def _least_margin(scores: Array, labels: Array) -> Array:
+    """Own score minus the best other one (N,), of scores (N, K)."""
+    margins, others = margins_of_samples(scores, labels)
+    return jnp.min(jnp.where(others, margins, jnp.inf), axis=1)
