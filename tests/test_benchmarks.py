@@ -118,7 +118,7 @@ def test_a_new_section_replaces_the_old_one_and_keeps_the_others(
 
 
 def test_bad_settings_raise_and_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"--only must be among .*got \['speed'\]"):
+    with pytest.raises(ValueError, match=r"--only must be all, or among .*got \['speed'\]"):
         run.run(run.Config(only="startup,speed"))
     with pytest.raises(ValueError, match="--repeats must be at least 1, got 0"):
         run.run(run.Config(repeats=0))

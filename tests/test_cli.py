@@ -33,7 +33,7 @@ COMMANDS = {f"experiments.{module.NAME}": module for module in MODULES} | {
     "benchmarks.run": benchmarks_run
 }
 # Their defaults are so long that the help stands on the next line.
-TWO_LINES = {"title", "only", "out"}
+TWO_LINES = {"title", "out"}
 
 
 @pytest.fixture
