@@ -12,7 +12,7 @@ from strategies import random_params
 
 import ncjax
 from ncjax import checks
-from ncjax.flow.methods import choose_solver
+from ncjax.flow.methods import METHODS, choose_solver, find_method
 from ncjax.flow.solve import BAD_TIMES, STEP_LIMIT, STEP_TOO_SMALL, SUCCESS
 
 
@@ -560,3 +560,17 @@ def test_params_are_checked_once(monkeypatch):
     start = random_params(0, 3, 2, 5, 0.5)
     jax.eval_shape(lambda p: ncjax.gradient_flow(p, [1.0, 2.0], solver="implicit"), start)
     assert calls == [{"num_classes": 3, "per_class": 2, "dim": 5}]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_solver_object_gets_the_settings_of_its_method(name):
+    start = random_params(0, 3, 2, 5, 0.3)
+    solver = METHODS[name].solver
+    by_object = find_method(solver, start, [1.0], 1e-8)
+    assert by_object == find_method(name, start, [1.0], 1e-8) == METHODS[name]
+
+
+def test_another_solver_gets_the_settings_of_the_explicit_method():
+    solver = diffrax.Dopri8()
+    method = find_method(solver, random_params(0, 3, 2, 5, 0.3), [1.0], 1e-8)
+    assert method == METHODS["explicit"]._replace(solver=solver)

@@ -85,13 +85,14 @@ def choose_solver(
 def find_method(
     solver: str | diffrax.AbstractSolver, params: Params, log_times, rtol
 ) -> Method:
-    """Return the method that `solver` names; a diffrax solver gets explicit settings.
+    """Return the method that `solver` names or is; other solvers get explicit settings.
 
     Raises:
       ValueError: solver is neither a diffrax solver nor one of SOLVERS.
     """
     if isinstance(solver, diffrax.AbstractSolver):
-        return METHODS["explicit"]._replace(solver=solver)
+        other = METHODS["explicit"]._replace(solver=solver)
+        return next((m for m in METHODS.values() if m.solver == solver), other)
     check_choice("solver", solver, SOLVERS)
     if solver == "auto":
         # Not converted to an array: under jit that would trace even known times.

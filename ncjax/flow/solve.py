@@ -83,10 +83,10 @@ def gradient_flow(
         `params` if that is below 1, so that small starts are followed too.
       solver: "explicit" (Tsit5), "stabilised" (explicit, for stiff equations), "implicit"
         (Rodas5P with the structure of the Hessian), or a diffrax solver, which runs with
-        the settings of "explicit". "auto" chooses the fastest for the last time:
-        "implicit" in float64 if log t is at least 3e4 max(1, K d / 150)² and K d at most
-        2000; else "stabilised" if log t is at least 2000 and rtol at least 1e-9; else, and
-        for traced times, "explicit".
+        the settings of "explicit" if it is not one of these three. "auto" chooses the
+        fastest for the last time: "implicit" in float64 if log t is at least
+        3e4 max(1, K d / 150)² and K d at most 2000; else "stabilised" if log t is at least
+        2000 and rtol at least 1e-9; else, and for traced times, "explicit".
       record: function of the state; its value (any pytree of arrays) is saved instead of
         the state. It is compiled in: pass the same function object to compile once.
       max_steps: bound on the solver's steps, rejected ones included.
