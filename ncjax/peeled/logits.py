@@ -18,7 +18,7 @@ def without_offset(W: Array) -> Array:
 
 
 def margins_of_params(params: Params) -> tuple[Array, Array]:
-    """`(w_k - w_j)·h_ki` (K, n, K), 0 where j = k, and the mask (K, 1, K) of j != k."""
+    """`(w_k - w_j)·h_ki` (K, n, K) and the mask (K, 1, K) of j != k."""
     W, H = without_offset(params.W), params.H
     num_classes, per_class, dim = H.shape
     chex.assert_shape(W, (num_classes, dim))

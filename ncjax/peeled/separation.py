@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_choice, check_params, check_sizes
-from ncjax.numerics import at_unit_scale, matmul
+from ncjax.numerics import at_unit_scale, dot, matmul
 from ncjax.peeled.geometry import block_saddle
 from ncjax.peeled.kernels import log_cross_entropy, margins, squared_norm
+from ncjax.peeled.logits import margins_of_params
 from ncjax.types import Array, Params
 
 # Values of `Certificate.verdict`, and their meanings.
@@ -230,7 +231,7 @@ def _certificate(params: Params, multipliers: str, tol: float | None) -> Certifi
     residual = jnp.maximum(conditions.stationarity, jnp.abs(conditions.complementarity))
     tolerance = _tolerance(params, tol)
     direction = _descent_direction(params, left[:, 0], right[0], tolerance)
-    within = jnp.linalg.norm(left[:, 0] @ params.W) / jnp.linalg.norm(params.W, 2)
+    within = jnp.linalg.norm(matmul(left[:, 0], params.W)) / jnp.linalg.norm(params.W, 2)
     return Certificate(
         dual=dual,
         sigma_max=sigma_max,
@@ -309,8 +310,8 @@ def _normalise(params: Params) -> Params:
 
 def _finite_margins(params: Params) -> Array:
     """Margins (K, n, K) with 0 where j = k."""
-    all_margins = margins(params)
-    return jnp.where(jnp.isposinf(all_margins), 0, all_margins)
+    all_margins, others = margins_of_params(params)
+    return jnp.where(others, all_margins, 0)
 
 
 def _softmax_weights(params: Params) -> Array:
@@ -328,7 +329,8 @@ def _fitted_scale(scaled: Params, weights: Array) -> Array:
 
 def _inner(first: Params, second: Params) -> Array:
     """Inner product of two points."""
-    return jnp.vdot(first.W, second.W) + jnp.vdot(first.H, second.H)
+    products = [dot(x.ravel(), y.ravel()) for x, y in zip(first, second, strict=True)]
+    return products[0] + products[1]
 
 
 def _dual_matrix(multipliers: Array) -> Array:
