@@ -69,11 +69,12 @@ def check_batch(features, labels, mask, dim: int) -> tuple[Array, Array, Array |
     if mask is None:
         return features, labels, None
     mask = jnp.asarray(mask)
-    if mask.shape != labels.shape or mask.dtype != bool:
+    is_boolean = mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)
+    if mask.shape != labels.shape or not is_boolean:
         raise ValueError(
             f"expected mask of booleans {labels.shape}, got {mask.dtype} {mask.shape}"
         )
-    return features, labels, mask
+    return features, labels, mask.astype(bool)
 
 
 def check_classifier(W, b, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
