@@ -86,7 +86,7 @@ def missing(*packages: str) -> str:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            return f"peers left out: {error}; pip install .[bench]"
+            return f"peers left out: {error}; pip install '.[all,bench]'"
     return ""
 
 

@@ -1,6 +1,6 @@
 """Time ncjax against its peers: tables, `benchmarks/results.json` and `results.md`.
 
-    pip install -e .[bench] && python -m benchmarks.run
+    pip install -e '.[all,bench]' && python -m benchmarks.run
     python -m benchmarks.run --only=startup,metrics --repeats=9
 
 A run takes about half an hour on two cores, most of it for `hessian_resnet` and `hessian`.
@@ -152,7 +152,11 @@ def table(name: str, section: dict[str, Any]) -> str:
             _number(row["compile_seconds"], ".1f"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    versions = ", ".join(f"{key} {value}" for key, value in section["versions"].items())
+    versions = ", ".join(
+        f"{package} {version}"
+        for package, version in section["versions"].items()
+        if version != "not installed"
+    )
     machine = (
         f"{section['processor']}, {section['platform']}, threads: {section['threads']}"
     )
