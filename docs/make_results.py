@@ -117,8 +117,17 @@ def _facts(summary: Mapping[str, Any]) -> str:
     versions = summary["versions"]
     shown = [f"{names[name]} {versions[name]}" for name in names if name in versions]
     seed = [f"seed {summary['config']['seed']}"] if "seed" in summary["config"] else []
-    device = f"{summary['device']} ({summary['platform']})"
-    return ", ".join([*seed, summary["date"][:10], *shown, device])
+    return ", ".join([*seed, summary["date"][:10], *shown, _machine(summary)])
+
+
+def _machine(summary: Mapping[str, Any]) -> str:
+    system, cores = summary["platform"].split(", ")
+    count, kind = summary["device"].split(" x ")
+    if kind != "cpu":
+        return f"{summary['device']}, {system}"
+    if cores == f"{count} cores":
+        return f"{count} CPU cores, {system}"
+    return f"{count} CPU device on {cores}, {system}"
 
 
 def found() -> str:
@@ -276,7 +285,7 @@ def theory_by() -> str:
     """The runs behind `theorems`, `saddles` and `escapes`."""
     statements = run("theorems")
     seconds = f"{statements['seconds']:.0f} s"
-    return sources((statements, seconds), (run("saddle_analysis"), "about 5 min"))
+    return sources((statements, seconds), (run("saddle_analysis"), "5 min"))
 
 
 def log_time(summary: Mapping[str, Any]) -> float:
@@ -427,7 +436,10 @@ def speed() -> str:
         ),
     )
     rows = []
+    processors, days = set(), set()
     for text, (section, problem, own), peers in chosen:
+        processors.add(sections[section]["processor"])
+        days.add(sections[section]["date"][:10])
         timed = {
             row["program"]: row
             for row in sections[section]["rows"]
@@ -435,14 +447,8 @@ def speed() -> str:
         }
         ratios = [f"{peer} {timed[p]['over_ncjax']:.1f}" for peer, p in peers.items()]
         rows.append([text, f"{timed[own]['median_seconds']:.2g} s", ", ".join(ratios)])
-    return table(
-        [
-            "on two CPU cores",
-            "ncjax",
-            "seconds of others over ncjax; above 1, ncjax is faster",
-        ],
-        rows,
-    )
+    head = f"two CPU cores, {', '.join(sorted(processors))}; {' and '.join(sorted(days))}"
+    return table([head, "ncjax", "time relative to ncjax (above 1: ncjax is faster)"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
