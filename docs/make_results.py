@@ -66,14 +66,14 @@ _SPACE = "\0"
 
 
 def run(name: str) -> dict[str, Any]:
-    """The summary of a committed run, its config among the entries."""
+    """Return the summary of a committed run, with its config as one more entry."""
     folder = ROOT / "results" / name
     summary = json.loads((folder / "summary.json").read_text())
     return summary | {"config": json.loads((folder / "config.json").read_text())["config"]}
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number to some digits; a power of ten below 1e-3, 1 minus one just below 1."""
+    """Write a number to some digits: below 1e-3 as a power of ten, near 1 as 1 - x."""
     if value in (0, 1) or isinstance(value, int):
         return f"{value}".removesuffix(".0")
     if 0.999 < value < 1:
@@ -84,14 +84,14 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a bar within a cell is escaped."""
+    """Return a Markdown table; a bar within a cell is escaped."""
     cells = [[cell.replace("|", "&#124;") for cell in row] for row in (head, *rows)]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([lines[0], "| --- " * len(head) + "|", *lines[1:]])
 
 
 def sources(*runs: tuple[Mapping[str, Any], str], folder: bool = True) -> str:
-    """Commands of runs with notes, then seed, date, versions, device, once where alike."""
+    """Write commands with notes, then seed, date, versions and machine once."""
     shared: dict[str, list[str]] = {}
     for summary, note in runs:
         command = summary["command"]
@@ -117,12 +117,21 @@ def _facts(summary: Mapping[str, Any]) -> str:
     versions = summary["versions"]
     shown = [f"{names[name]} {versions[name]}" for name in names if name in versions]
     seed = [f"seed {summary['config']['seed']}"] if "seed" in summary["config"] else []
-    device = f"{summary['device']} ({summary['platform']})"
-    return ", ".join([*seed, summary["date"][:10], *shown, device])
+    return ", ".join([*seed, summary["date"][:10], *shown, _machine(summary)])
+
+
+def _machine(summary: Mapping[str, Any]) -> str:
+    system, cores = summary["platform"].split(", ")
+    count, kind = summary["device"].split(" x ")
+    if kind != "cpu":
+        return f"{summary['device']}, {system}"
+    if cores == f"{count} cores":
+        return f"{count} CPU cores, {system}"
+    return f"{count} CPU device on {cores}, {system}"
 
 
 def found() -> str:
-    """Six numbers of the flow and of the saddles against the theory."""
+    """Compare six numbers of the flow and of the saddles with the theory."""
     near, family = run("ulpm_flow"), run("saddle_analysis")["family"]
     constants, exponents = (
         near["sharp_constants"],
@@ -147,7 +156,7 @@ def found() -> str:
 
 
 def found_by() -> str:
-    """The runs behind `found`."""
+    """Name the runs behind `found`."""
     near, saddles = run("ulpm_flow"), run("saddle_analysis")
     starts = near["config"]["seeds"]
     note = f"rows 1 to 5, medians of {starts} starts"
@@ -155,7 +164,7 @@ def found_by() -> str:
 
 
 def flow() -> str:
-    """Every metric at the end of both flows, with fitted and predicted exponents."""
+    """List every metric at the end of both flows, with fitted and predicted exponents."""
     near, far = run("ulpm_flow"), run("ulpm_flow_far")
     windows = "log t in [1000, 10000]", "log t in [100000, 1e+06]"
     rows = []
@@ -171,7 +180,7 @@ def flow() -> str:
 
 
 def constants() -> str:
-    """The two sharp constants, the drift of the invariants and the solver's work."""
+    """List the two sharp constants, the drift of the invariants and the solver's work."""
     runs = run("ulpm_flow"), run("ulpm_flow_far")
     rows = []
     for text, name in (("|Z|² / log t", NORM), ("t · L · log t", LOSS)):
@@ -199,13 +208,13 @@ def constants() -> str:
 
 
 def flow_by() -> str:
-    """The runs behind `flow` and `constants`."""
+    """Name the runs behind `flow` and `constants`."""
     runs = run("ulpm_flow"), run("ulpm_flow_far")
     return sources(*((one, f"{one['config']['seeds']} starts") for one in runs))
 
 
 def saddles() -> str:
-    """The block family, and the flows that were certified."""
+    """Summarise the block family and the certified flows."""
     summary = run("saddle_analysis")
     family, flows = summary["family"], summary["directions"]
     wrong = len(family["wrong_multiplicity_or_verdict"])
@@ -237,7 +246,7 @@ def saddles() -> str:
 
 
 def escapes() -> str:
-    """Escape exponents and curvatures of descent at saddles."""
+    """List escape exponents and curvatures of descent at saddles."""
     summary = run("saddle_analysis")
     rows = [
         [
@@ -255,7 +264,7 @@ def escapes() -> str:
 
 
 def theorems() -> str:
-    """Every statement of the theory with the number that was computed for it."""
+    """List every statement of the theory with the number that was computed for it."""
     summary = run("theorems")
     rows = [
         [
@@ -273,21 +282,21 @@ def theorems() -> str:
 
 
 def theory_by() -> str:
-    """The runs behind `theorems`, `saddles` and `escapes`."""
+    """Name the runs behind `theorems`, `saddles` and `escapes`."""
     statements = run("theorems")
     seconds = f"{statements['seconds']:.0f} s"
-    return sources((statements, seconds), (run("saddle_analysis"), "about 5 min"))
+    return sources((statements, seconds), (run("saddle_analysis"), "5 min"))
 
 
 def log_time(summary: Mapping[str, Any]) -> float:
-    """Log of the time that training reached: step size, over 1 - momentum, times steps."""
+    """Return the log of training time: rate / (1 - momentum) times number of steps."""
     config = summary["config"]
     steps = config["epochs"] * (summary["training_images"] // config["batch_size"])
     return math.log(config["learning_rate"] / (1 - config["momentum"]) * steps)
 
 
 def change(entry: Mapping[str, Any]) -> str:
-    """A metric of a network, at zero training error and at the end."""
+    """Write a metric of a network, at zero training error and at the end."""
     return f"{_short(entry['at_zero_error'])} → {_short(entry['at_the_end'])}"
 
 
@@ -296,7 +305,7 @@ def _short(value: float) -> str:
 
 
 def networks() -> str:
-    """The short table of the networks."""
+    """List the four main metrics of every network."""
     columns = {
         "NC1": "within_class_variation",
         "NC2, angles of means": "mean_cosine_deviation",
@@ -320,7 +329,7 @@ def networks() -> str:
 
 
 def network_metrics() -> str:
-    """Every metric of every network, at zero training error and at the end."""
+    """List every metric of every network, at zero training error and at the end."""
     summaries = {label: run(f"train/{name}") for name, label in NETWORKS.items()}
     rows = [
         [label, *(change(summary["metrics"][name]) for summary in summaries.values())]
@@ -348,7 +357,7 @@ def network_metrics() -> str:
 
 
 def network_runs() -> str:
-    """Images, epochs, learning rate, time and command of every network."""
+    """List images, epochs, learning rate, time and command of every network."""
     rows = []
     for name, label in NETWORKS.items():
         summary = run(f"train/{name}")
@@ -379,7 +388,7 @@ def network_runs() -> str:
 
 
 def peel() -> str:
-    """A network's last layer, and where the flow takes it."""
+    """Compare a network's last layer with the end of the flow from it."""
     summary = run("peel/vgg13_kmnist")
     points = summary["points"]
     labels = PEELED | {
@@ -401,13 +410,13 @@ def peel() -> str:
 
 
 def peel_by() -> str:
-    """The run behind `peel`."""
+    """Name the run behind `peel`."""
     summary = run("peel/vgg13_kmnist")
     return sources((summary, summary["network"]))
 
 
 def speed() -> str:
-    """Three rows of the benchmarks."""
+    """List three rows of the benchmarks."""
     sections = json.loads((ROOT / "benchmarks" / "results.json").read_text())
     chosen = (
         (
@@ -427,7 +436,10 @@ def speed() -> str:
         ),
     )
     rows = []
+    processors, days = set(), set()
     for text, (section, problem, own), peers in chosen:
+        processors.add(sections[section]["processor"])
+        days.add(sections[section]["date"][:10])
         timed = {
             row["program"]: row
             for row in sections[section]["rows"]
@@ -435,14 +447,8 @@ def speed() -> str:
         }
         ratios = [f"{peer} {timed[p]['over_ncjax']:.1f}" for peer, p in peers.items()]
         rows.append([text, f"{timed[own]['median_seconds']:.2g} s", ", ".join(ratios)])
-    return table(
-        [
-            "on two CPU cores",
-            "ncjax",
-            "seconds of others over ncjax; above 1, ncjax is faster",
-        ],
-        rows,
-    )
+    head = f"two CPU cores, {', '.join(sorted(processors))}; {' and '.join(sorted(days))}"
+    return table([head, "ncjax", "time relative to ncjax (above 1: ncjax is faster)"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -456,7 +462,7 @@ _MARKED = re.compile(r"(<!-- results: (\w+) -->\n)(?:.+\n)*")
 
 
 def filled(text: str) -> str:
-    """The text of a page with every table as the committed results have it."""
+    """Return the text of a page with every table made anew from the committed results."""
     return _MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n", text)
 
 

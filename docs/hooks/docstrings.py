@@ -1,4 +1,4 @@
-"""Docstrings as ncjax writes them: comments behind fields, examples without a heading."""
+"""Read docstrings in the style of ncjax: comments behind fields, examples unheaded."""
 
 import re
 
@@ -9,10 +9,10 @@ _EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", flags=re.MULTILINE)
 
 
 class Docstrings(griffe.Extension):
-    """Comments become docstrings of the fields before them, doctests blocks of code."""
+    """Turn comments into docstrings of fields, and doctests into blocks of code."""
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_kwargs) -> None:
-        """Take `loss: Array  # mean over samples` for a docstring of `loss`."""
+        """Make the comment in `loss: Array  # mean` the docstring of `loss`."""
         if attr.docstring or attr.lineno is None:
             return
         line = attr.filepath.read_text().splitlines()[attr.lineno - 1]

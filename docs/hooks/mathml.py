@@ -1,4 +1,4 @@
-"""MathML in place of the TeX that arithmatex leaves: pages need no script, no network."""
+"""Replace the TeX that arithmatex leaves by MathML: pages need no script, no network."""
 
 import html
 import re
@@ -17,12 +17,12 @@ _TIGHT = re.compile(r"<mo[^>]*>(\||/|&#x0007C;|&#x0002F;)</mo>")
 
 
 def on_page_content(content: str, **_kwargs) -> str:
-    """The page with every formula as MathML."""
+    """Return the page with every formula as MathML."""
     return _MATH.sub(_mathml, content)
 
 
 def _mathml(found: re.Match[str]) -> str:
-    """One formula, in the MathML that browsers have come to agree on."""
+    """Convert one formula to the MathML that all browsers show."""
     display = "inline" if found[2] == "(" else "block"
     text = convert(html.unescape(found[3]).strip(), display=display)
     text = _VARIANT.sub(_letter, text)
@@ -36,7 +36,7 @@ def _mathml(found: re.Match[str]) -> str:
 
 
 def _letter(found: re.Match[str]) -> str:
-    """A script, double-struck or bold letter as Unicode's own; variants are obsolete."""
+    """Replace a script, double-struck or bold letter by the letter of Unicode."""
     tag, style, letter = found[1], found[2].upper(), found[3]
     name = unicodedata.name(letter).replace("LATIN ", "").replace("LETTER ", "")
     for full in (f"{style} {name}", f"MATHEMATICAL {style} {name}"):

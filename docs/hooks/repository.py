@@ -1,4 +1,4 @@
-"""Files outside `docs/` as part of the site: figures, the report, pages of the root."""
+"""Add files outside `docs/` to the site: figures, the report, pages of the root."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ _SHOWN = ("*.png", "*.gif", "*.html")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """The files of `docs/`, and those outside it that its pages show."""
+    """Return the files of `docs/`, and the files outside it that its pages show."""
     root = Path(config.config_file_path).parent
     for path, name in PAGES.items():
         files.append(File.generated(config, name, abs_src_path=str(root / path)))
@@ -28,7 +28,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page, **_kwargs) -> str:
-    """The page with links into the repository turned into links within the site."""
+    """Turn the page's links into the repository into links within the site."""
     if page.file.src_uri in PAGES.values():
         markdown = markdown.replace("](docs/", "](")
     for path, name in PAGES.items():
