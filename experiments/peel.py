@@ -84,7 +84,7 @@ def run(config: Config) -> Path:
 def _run(config: Config, trained: _training.Trained, folder: Path) -> None:
     """Do the rest of the run in its folder."""
     network = _peel(trained, config.per_class)
-    start = ncjax.balance_norms(network) if config.balance else network
+    start = _balance(network) if config.balance else network
     log_times = _legs.log_times(config.log_t_max, config.num_times)
     starts = jax.tree.map(lambda leaf: leaf[None], start)
     columns, steps, ends = _legs.solve(starts, log_times, _legs.measure_collapse, folder)
@@ -128,6 +128,12 @@ def _peel(trained: _training.Trained, per_class: int) -> ncjax.Params:
         bias,
         per_class=per_class or None,
     )
+
+
+@checks()
+def _balance(network: ncjax.Params) -> ncjax.Params:
+    """Return the point with equal norms of W and H."""
+    return ncjax.balance_norms(network)
 
 
 def describe(params: ncjax.Params) -> dict[str, Any]:
