@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 import ncjax
 from experiments import _record
 from experiments._runs import cli, files, folders, memory
 from experiments._runs.errors import BadUse, RunFailed, checks
 from experiments._runs.events import Events
+from experiments._runs.progress import tqdm
 from ncjax.metrics.peeling import LastLayer
 from ncjax.networks import checkpoint, data, models, train
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 import ncjax
 from experiments import _legs, _scene
 from experiments._labels import LABELS
 from experiments._runs import cli, files, folders, memory, page
 from experiments._runs.errors import BadUse, RunFailed
+from experiments._runs.progress import tqdm
 from ncjax.flow.solve import SUCCESS
 
 NAME = "animation"

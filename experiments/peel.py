@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
 import ncjax
 from experiments import _legs, _training
 from experiments._labels import LABELS
 from experiments._runs import cli, files, folders, page
 from experiments._runs.errors import BadUse, RunFailed, checks
+from experiments._runs.progress import tqdm
 from ncjax import plotting
 from ncjax.flow.solve import SUCCESS
 
