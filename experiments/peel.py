@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ import jax.numpy as jnp
 
 import ncjax
 from experiments import _legs, _training
-from experiments._labels import LABELS
-from experiments._runs import cli, files, folders, page
+from experiments._runs import cli, files, folders
 from experiments._runs.errors import BadUse, RunFailed, checks
 from experiments._runs.progress import tqdm
 from ncjax import plotting
@@ -188,33 +186,6 @@ def _write(folder: Path, trained, log_times, columns, points) -> None:
     folders.write_summary(folder, summary, OUTPUTS)
     folders.drop_checkpoint(folder)
     print(f"{trained.title}\n\n{(folder / 'peel.md').read_text()}")
-
-
-def _findings(summary: Mapping[str, Any]) -> page.Findings:
-    """Compare the network's last layer with the end of the flow from it."""
-    points = summary["points"]
-    names = [name for name in LABELS if name in next(iter(points.values()))]
-    rows = [
-        [LABELS[name], *(page.number(point[name]) for point in points.values())]
-        for name in names
-    ]
-    rows.append(["verdict", *(str(point["verdict"]) for point in points.values())])
-    table = page.Table(
-        "The last layer as a point of the layer-peeled model, and the end of the exact "
-        "flow from there",
-        ["quantity", *(title.replace("at_log_t_", "at log t = ") for title in points)],
-        rows,
-    )
-    ratios = [page.number(point["margin_ratio"]) for point in points.values()]
-    verdict = f"{summary['network']}; margin ratio {' → '.join(ratios)}"
-    return page.Findings(page.GOOD, verdict, [table])
-
-
-PAGE = page.Page(
-    title="The last layer of a network, taken on by the flow",
-    figures={"flow.png": "From the network's last layer, along the exact flow."},
-    show=_findings,
-)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ from experiments._runs import cli, files, folders, page
 from experiments._runs.errors import BadUse
 
 NAME = "report"
+# Modules that hold the page of an experiment whose own module needs a network library.
+_PAGE_MODULES = {"peel": "_peel_page"} | dict.fromkeys(
+    ("train_resnet", "train_vgg", "train_small"), "_network_page"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +131,15 @@ def kind_of(folder: Path) -> str:
 
 
 def _section(folder: Path) -> page.Section:
-    """Return the section of a run, as the PAGE of its experiment shows it."""
+    """Return the section of a run, as the page of its experiment shows it."""
     kind = kind_of(folder)
-    # Imported here, by name: a page of flows then loads no network library.
-    experiment = importlib.import_module(f"experiments.{kind}")
-    return page.section(folder, kind, experiment.PAGE)
+    return page.section(folder, kind, page_of(kind))
+
+
+def page_of(kind: str) -> page.Page:
+    """Return the page of an experiment, without the network libraries."""
+    module_name = _PAGE_MODULES.get(kind, kind)
+    return importlib.import_module(f"experiments.{module_name}").PAGE
 
 
 if __name__ == "__main__":

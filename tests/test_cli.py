@@ -280,6 +280,14 @@ def test_only_the_first_of_several_processes_prints(capsys, monkeypatch, tmp_pat
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("installed", ["none", "experiments"])
+def test_the_experiments_name_the_extra_that_they_miss(tmp_path, installed):
+    """With the extra `experiments` alone, the report still shows networks."""
+    program = subprocesses.command("light_experiments", installed, str(tmp_path))
+    subprocesses.output(program)
+    assert (tmp_path / "page.html").exists() == (installed == "experiments")
+
+
 def command(*flags, module="report", **streams):
     arguments = [sys.executable, "-m", f"experiments.{module}", *flags]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams

@@ -130,8 +130,9 @@ def test_commands_settings_and_versions_are_on_the_page(page):
 def test_every_experiment_has_a_page_of_what_it_writes(name):
     experiment = importlib.import_module(f"experiments.{name}")
     outputs = getattr(experiment, "OUTPUTS", _training.OUTPUTS)
-    assert isinstance(experiment.PAGE, pages.Page)
-    assert experiment.PAGE.figures.keys() == {n for n in outputs if n.endswith(".png")}
+    page = report.page_of(name)
+    assert isinstance(page, pages.Page)
+    assert page.figures.keys() == {n for n in outputs if n.endswith(".png")}
 
 
 def test_networks_stand_side_by_side(tmp_path):

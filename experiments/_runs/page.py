@@ -50,7 +50,7 @@ class Findings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Page:
-    """How the page shows the runs of an experiment, which calls it `PAGE`."""
+    """How the page shows the runs of an experiment; each has one, named `PAGE`."""
 
     title: str  # {name} is replaced by that setting of the run
     figures: Mapping[str, str]  # file name to caption
