@@ -28,7 +28,7 @@ def _findings(summary: Mapping[str, Any]) -> page.Findings:
 
 
 PAGE = page.Page(
-    title="The last layer of a network, taken on by the flow",
+    title="The flow from the last layer of a network",
     figures={"flow.png": "From the network's last layer, along the exact flow."},
     show=_findings,
 )

@@ -24,7 +24,7 @@ OUTPUTS = ("metrics.csv", "peel.csv", "peel.md", "flow.png", "flow.pdf")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Certificate, curvature and flow of the last layer of a trained network.
+    """Compute certificate, curvature and flow of the last layer of a trained network.
 
     Example: python -m experiments.peel --run=runs/train_resnet/20261124-120000
     """
@@ -55,7 +55,7 @@ class Config:
         "", f"run folder; if empty, a new one under runs/{NAME}", cli.FOLDER
     )
     overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)
-    resume: bool = cli.flag(False, "go on with the run that workdir holds", cli.FOLDER)
+    resume: bool = cli.flag(False, "resume the run in workdir", cli.FOLDER)
 
 
 def run(config: Config) -> Path:
@@ -105,7 +105,7 @@ def _check(config: Config) -> None:
     if not config.run:
         raise BadUse("--run=DIR is needed: the folder of a training run")
     if config.workdir and Path(config.workdir).resolve() == Path(config.run).resolve():
-        raise BadUse("--workdir must be another folder than that of --run")
+        raise BadUse("--workdir must differ from --run")
     if config.per_class < 0:
         raise BadUse(f"--per_class must not be negative, got {config.per_class}")
     if not (math.isfinite(config.log_t_max) and config.log_t_max > 1):

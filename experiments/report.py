@@ -39,8 +39,8 @@ def run(config: Config) -> Path:
     is escaped. An unfinished or damaged run is shown as far as it can be read.
 
     Raises:
-      BadUse: a folder is no run and holds none, a run is of an unknown kind, or the output
-        exists already.
+      BadUse: a folder is not a run folder and contains none, a run is of an unknown kind,
+        or the output exists already.
       OSError: the output cannot be written.
     """
     output = Path(config.output)
@@ -75,7 +75,8 @@ def find_runs(names: str) -> tuple[list[Path], list[str]]:
     folder are left out, with a sentence each.
 
     Raises:
-      BadUse: a folder is no run and holds none, or it is a run of an unknown kind.
+      BadUse: a folder is not a run folder and contains none, or it is a run of an unknown
+        kind.
     """
     runs_by_path: dict[Path, Path] = {}
     omissions = []
@@ -89,7 +90,10 @@ def find_runs(names: str) -> tuple[list[Path], list[str]]:
             continue
         nested = sorted(path.parent for path in folder.rglob(folders.CONFIG))
         if not nested:
-            raise BadUse(f"--runs: {name!r} is and holds no run: no {folders.CONFIG}")
+            raise BadUse(
+                f"--runs: {name!r} is not a run folder and contains none: no "
+                f"{folders.CONFIG}"
+            )
         for path in nested:
             try:
                 kind_of(path)

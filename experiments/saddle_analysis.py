@@ -36,7 +36,7 @@ FIT_WINDOW = (1e3, 1e4)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Curvature, certificate and escape at the critical directions of the flow.
+    """Compute curvature, certificates and escapes at the critical directions of the flow.
 
     Example: python -m experiments.saddle_analysis --max_classes=12
     """

@@ -70,7 +70,7 @@ class Config:
         "", f"run folder; if empty, a new one under runs/{NAME}", cli.FOLDER
     )
     overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)
-    resume: bool = cli.flag(False, "go on with the run that workdir holds", cli.FOLDER)
+    resume: bool = cli.flag(False, "resume the run in workdir", cli.FOLDER)
 
 
 def run(config: Config) -> Path:

@@ -263,7 +263,7 @@ def test_a_stopped_run_prints_its_folder_last(
         return
     assert code == 130
     then, command = err.splitlines()[-1].split(" with: ")
-    assert then in ("interrupted; go on", "interrupted; start again")
+    assert then in ("interrupted; resume", "interrupted; start again")
     again = [flag for flag in shlex.split(command) if flag.startswith("--")]
     config = cli.parse(module.Config, ["", *again])
     assert config.workdir == str(folder)
