@@ -1,6 +1,6 @@
 """Experiments of ncjax: `python -m experiments` lists them."""
 
-# Modules with a `Config`, a `run` and a `PAGE`, in the order of the report.
+# Modules with a `Config` and a `run`, in the order of the report.
 EXPERIMENTS = (
     *("ulpm_flow", "animation", "saddle_analysis", "theorems"),
     *("train_resnet", "train_vgg", "train_small", "peel"),

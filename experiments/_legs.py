@@ -8,11 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 import ncjax
 from experiments._runs import folders, memory
 from experiments._runs.errors import BadUse
+from experiments._runs.progress import tqdm
 from ncjax.flow.methods import choose_solver
 from ncjax.flow.solve import SUCCESS
 

@@ -137,7 +137,10 @@ def escape(
 
 
 def relative_loss(params: ncjax.Params):
-    """Return L over a constant copy of L; its plain Hessian is (1/L) times that of L."""
+    """Return L over a constant copy of L.
+
+    Its plain Hessian is the Hessian of L divided by L.
+    """
     log_loss = ncjax.log_cross_entropy(params)
     return jnp.exp(log_loss - jax.lax.stop_gradient(log_loss))
 

@@ -17,7 +17,7 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
-# Told apart with protanopia, deuteranopia and tritanopia too: by the matrices of Machado
+# Distinct with protanopia, deuteranopia and tritanopia too: by the matrices of Machado
 # et al. (2009) the CIE76 distance of every pair stays above 20.
 COLOURS = np.array([to_rgb(c) for c in ("#1b6ca8", "#b8432f", "#f2b134", "#6fb3a0")])
 _INK, _TEXT, _AXIS, _AHEAD, _SIMPLEX = "#262626", "#4d4d4d", "#8a8a8a", "#d0d0d0", "#a6a6a6"
@@ -45,7 +45,7 @@ _STEPS, _GREY_STEPS = 10, 22
 
 
 class Scene(NamedTuple):
-    """What the camera sees at F times, in one unit of length; four classes."""
+    """Four classes at F times, in one unit of length."""
 
     log_times: np.ndarray  # (F,) natural logarithms of time, -inf at first
     clock: np.ndarray  # (F,) x = log(1 + log(1 + t))
@@ -100,7 +100,7 @@ def gif(frames: Iterable[Image.Image], milliseconds: int, last: int) -> bytes:
     Args:
       frames: at least two.
       milliseconds: time that a frame is shown.
-      last: the same of the last frame.
+      last: time that the last frame is shown, in milliseconds.
     """
     palette = _palette()
     first, *others = [
@@ -129,7 +129,7 @@ def last_frame(animation: bytes) -> bytes:
 
 
 def _palette() -> Image.Image:
-    """White, and the colours of classes and ink in steps towards it."""
+    """Return a palette of white, and of the colours of classes and ink in steps to it."""
     steps = [
         *((colour, _STEPS) for colour in COLOURS),
         (np.array(to_rgb(_INK)), _GREY_STEPS),
@@ -261,7 +261,7 @@ class _Panels:
 
 
 def _finish(axis: Axes, scene: Scene, curve: Curve) -> None:
-    """Scales, ticks and words of a panel."""
+    """Set scales, ticks and words of a panel."""
     axis.set_yscale("log")
     decades = np.log10(curve.values[curve.values > 0])
     axis.set_ylim(10 ** np.floor(decades.min()), 10 ** np.ceil(decades.max()))
@@ -318,7 +318,7 @@ def _legend(figure: Figure) -> None:
 
 
 def _shot(share: float) -> _Shot:
-    """The camera when this share of the frames is over: it turns, and comes nearer."""
+    """Return the camera after this share of the frames: it turns and comes nearer."""
     way = np.clip(share / _ZOOMED_AT, 0, 1)
     way = way * way * (3 - 2 * way)
     return _Shot(
@@ -329,7 +329,7 @@ def _shot(share: float) -> _Shot:
 
 
 def _project(points: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (..., 2) in the picture, in perspective, and nearness (...) of `points`."""
+    """Return positions (..., 2) in perspective, and nearness (...), of `points`."""
     x, y, z = np.moveaxis(points, -1, 0)
     right = np.cos(angle) * x - np.sin(angle) * y
     away = np.sin(angle) * x + np.cos(angle) * y
@@ -340,10 +340,10 @@ def _project(points: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fade(colours: np.ndarray, nearness: np.ndarray) -> np.ndarray:
-    """Colours (..., 3), paler with the distance from the eye."""
+    """Return colours (..., 3), paler with the distance from the eye."""
     return _pale(colours, np.clip(0.78 + 0.3 * nearness, 0.35, 1))
 
 
 def _pale(colours: np.ndarray, share: np.ndarray | float) -> np.ndarray:
-    """This share of colours (..., 3), the rest white."""
+    """Mix colours (..., 3) with white; `share` is the share of the colours."""
     return 1 - share * (1 - colours)

@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 import ncjax
 from experiments import _record
 from experiments._runs import cli, files, folders, memory
 from experiments._runs.errors import BadUse, RunFailed, checks
 from experiments._runs.events import Events
+from experiments._runs.progress import tqdm
 from ncjax.metrics.peeling import LastLayer
 from ncjax.networks import checkpoint, data, models, train
 
@@ -96,7 +96,7 @@ class Config:
     checkpoint_every: int = cli.flag(10, "epochs between checkpoints, at most", cli.FOLDER)
     workdir: str = cli.flag("", "run folder; if empty, a new one under runs/", cli.FOLDER)
     overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)
-    resume: bool = cli.flag(False, "go on with the run that workdir holds", cli.FOLDER)
+    resume: bool = cli.flag(False, "resume the run in workdir", cli.FOLDER)
     cpu_devices: int = cli.flag(
         1, "JAX devices that a CPU is split into; 1 is fastest", cli.MACHINE
     )
@@ -292,18 +292,18 @@ def _open(config: Config, name: str, stack: contextlib.ExitStack) -> tuple[Path,
 
 
 def _check_epochs(config: Config, folder: Path) -> None:
-    """Raise BadUse unless the run in `folder` can go on to `config.epochs`."""
+    """Raise BadUse unless the run in `folder` can be resumed up to `config.epochs`."""
     if config.schedule == "step":
         stored = folders.stored_config(folder).get("epochs")
         raise BadUse(
             f"--schedule=step drops the learning rate at thirds of --epochs={stored}: the "
-            f"run in {str(folder)!r} is not the start of one of {config.epochs} epochs"
+            f"run in {str(folder)!r} cannot be extended to {config.epochs} epochs"
         )
     done = checkpoint.newest_epoch(folder / CHECKPOINTS) or 0
     if config.epochs < done:
         raise BadUse(
-            f"the run in {str(folder)!r} has {done} epochs behind it: resume it with at "
-            f"least as many, got --epochs={config.epochs}"
+            f"the run in {str(folder)!r} has already trained {done} epochs: give --epochs "
+            f"of at least {done}, got {config.epochs}"
         )
 
 
@@ -519,7 +519,7 @@ class _Loop:
         return self.rows
 
     def restore(self, checkpoints) -> tuple[train.TrainState, int]:
-        """Return the state to go on from, and the number of epochs that it has trained.
+        """Return the state to resume from, and the number of epochs that it has trained.
 
         Raises:
           BadUse: the checkpoint or metrics.csv is damaged.

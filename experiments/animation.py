@@ -1,4 +1,4 @@
-"""An animation: four classes in three dimensions collapse along the exact flow."""
+"""Animate four classes in three dimensions along the exact flow."""
 
 import dataclasses
 import math
@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 import ncjax
 from experiments import _legs, _scene
 from experiments._labels import LABELS
 from experiments._runs import cli, files, folders, memory, page
 from experiments._runs.errors import BadUse, RunFailed
+from experiments._runs.progress import tqdm
 from ncjax.flow.solve import SUCCESS
 
 NAME = "animation"
@@ -63,8 +63,8 @@ class Config:
 def run(config: Config) -> Path:
     """Run the experiment and return its folder.
 
-    Writes config.json, collapse.gif, collapse.png (its last frame) and summary.json. Needs
-    `jax_enable_x64`.
+    Write config.json, collapse.gif, collapse.png (its last frame) and summary.json. This
+    needs `jax_enable_x64`.
 
     The picture shows the features minus their global mean, divided by their root mean
     square length, because lengths grow without bound; the classifier likewise. `arrange`
@@ -102,7 +102,7 @@ def _check(config: Config) -> None:
 
 
 def _run(config: Config, folder: Path) -> None:
-    """The run in its folder."""
+    """Do the run in its folder."""
     clock, log_times = frame_times(config.log_t_max, config.frames)
     states, columns = _flow(config, log_times)
     scene = _scene.Scene(log_times, clock, *arrange(states))
@@ -116,7 +116,7 @@ def _run(config: Config, folder: Path) -> None:
 def _flow(
     config: Config, log_times: np.ndarray
 ) -> tuple[ncjax.Params, dict[str, np.ndarray]]:
-    """States (F, ...) along the flow, and collapse metrics (F,) by name."""
+    """Return states (F, ...) along the flow, and collapse metrics (F,) by name."""
     flow = ncjax.gradient_flow(
         ncjax.init_params(jax.random.key(config.seed), K, config.per_class, D),
         log_times,
@@ -137,9 +137,9 @@ def _observe(params: ncjax.Params) -> tuple[ncjax.Params, ncjax.CollapseMetrics]
 
 
 def frame_times(log_t_max: float, frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """Clock x = log(1 + log(1 + t)) (F,) and natural logarithm of time (F,) of each frame.
+    """Return clock x = log(1 + log(1 + t)) (F,) and log t (F,) of each frame.
 
-    The first is t = 0, the last `log_t_max`.
+    The first frame is at t = 0, the last at log t = `log_t_max`.
     """
     last = np.log1p(np.logaddexp(0, log_t_max))
     clock = last * np.linspace(0, 1, frames) ** _EASE
@@ -151,11 +151,11 @@ def frame_times(log_t_max: float, frames: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def arrange(params: ncjax.Params) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features (F, K, n, 3), classifier (F, K, 3) and simplex (K, 3) as they are shown.
+    """Return features (F, K, n, 3), classifier (F, K, 3) and simplex (K, 3) as shown.
 
-    Subtracts the global mean of the features and divides by the root mean square of their
-    lengths, at each time; does the same with the rows of the classifier. Then one
-    orthogonal matrix for all times brings the last class means as near as possible to a
+    At each time, subtract the global mean of the features and divide by the root mean
+    square of their lengths; do the same with the rows of the classifier. Then apply to
+    all times the one orthogonal matrix that brings the last class means nearest to a
     simplex with a corner on top (Procrustes).
     """
     W, H = (np.asarray(leaf) for leaf in params)
@@ -169,14 +169,14 @@ def arrange(params: ncjax.Params) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _at_unit_length(rows: np.ndarray) -> np.ndarray:
-    """`rows` (F, ..., 3) divided by their root mean square length at each time."""
+    """Divide `rows` (F, ..., 3) by their root mean square length at each time."""
     axes = tuple(range(1, rows.ndim - 1))
     squares = np.sum(rows**2, axis=-1, keepdims=True)
     return rows / np.sqrt(squares.mean(axis=axes, keepdims=True))
 
 
 def _upright_simplex() -> np.ndarray:
-    """The simplex ETF (K, 3) with its first corner at (0, 0, 1)."""
+    """Return the simplex ETF (K, 3) with its first corner at (0, 0, 1)."""
     etf = np.asarray(ncjax.simplex_etf(K, D))
     axes, _ = np.linalg.qr(np.stack([etf[0], etf[1], etf[2]], axis=1))
     axes = axes[:, [1, 2, 0]] * np.sign(axes[:, 0] @ etf[0])
@@ -186,7 +186,7 @@ def _upright_simplex() -> np.ndarray:
 def _write(
     folder: Path, animation: bytes, log_times: np.ndarray, columns: dict[str, np.ndarray]
 ) -> None:
-    """The animation, its last frame and, as the sign of the end, summary.json."""
+    """Write the animation, its last frame and last summary.json, which marks the end."""
     stills = {".gif": animation, ".png": _scene.last_frame(animation)}
     files.write_files(folder / "collapse", stills)
     points = {

@@ -2,19 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
 import ncjax
 from experiments import _legs, _training
-from experiments._labels import LABELS
-from experiments._runs import cli, files, folders, page
+from experiments._runs import cli, files, folders
 from experiments._runs.errors import BadUse, RunFailed, checks
+from experiments._runs.progress import tqdm
 from ncjax import plotting
 from ncjax.flow.solve import SUCCESS
 
@@ -26,7 +24,7 @@ OUTPUTS = ("metrics.csv", "peel.csv", "peel.md", "flow.png", "flow.pdf")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Certificate, curvature and flow of the last layer of a trained network.
+    """Compute certificate, curvature and flow of the last layer of a trained network.
 
     Example: python -m experiments.peel --run=runs/train_resnet/20261124-120000
     """
@@ -57,7 +55,7 @@ class Config:
         "", f"run folder; if empty, a new one under runs/{NAME}", cli.FOLDER
     )
     overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)
-    resume: bool = cli.flag(False, "go on with the run that workdir holds", cli.FOLDER)
+    resume: bool = cli.flag(False, "resume the run in workdir", cli.FOLDER)
 
 
 def run(config: Config) -> Path:
@@ -84,7 +82,7 @@ def run(config: Config) -> Path:
 def _run(config: Config, trained: _training.Trained, folder: Path) -> None:
     """Do the rest of the run in its folder."""
     network = _peel(trained, config.per_class)
-    start = ncjax.balance_norms(network) if config.balance else network
+    start = _balance(network) if config.balance else network
     log_times = _legs.log_times(config.log_t_max, config.num_times)
     starts = jax.tree.map(lambda leaf: leaf[None], start)
     columns, steps, ends = _legs.solve(starts, log_times, _legs.measure_collapse, folder)
@@ -107,7 +105,7 @@ def _check(config: Config) -> None:
     if not config.run:
         raise BadUse("--run=DIR is needed: the folder of a training run")
     if config.workdir and Path(config.workdir).resolve() == Path(config.run).resolve():
-        raise BadUse("--workdir must be another folder than that of --run")
+        raise BadUse("--workdir must differ from --run")
     if config.per_class < 0:
         raise BadUse(f"--per_class must not be negative, got {config.per_class}")
     if not (math.isfinite(config.log_t_max) and config.log_t_max > 1):
@@ -128,6 +126,12 @@ def _peel(trained: _training.Trained, per_class: int) -> ncjax.Params:
         bias,
         per_class=per_class or None,
     )
+
+
+@checks()
+def _balance(network: ncjax.Params) -> ncjax.Params:
+    """Return the point with equal norms of W and H."""
+    return ncjax.balance_norms(network)
 
 
 def describe(params: ncjax.Params) -> dict[str, Any]:
@@ -182,33 +186,6 @@ def _write(folder: Path, trained, log_times, columns, points) -> None:
     folders.write_summary(folder, summary, OUTPUTS)
     folders.drop_checkpoint(folder)
     print(f"{trained.title}\n\n{(folder / 'peel.md').read_text()}")
-
-
-def _findings(summary: Mapping[str, Any]) -> page.Findings:
-    """Compare the network's last layer with the end of the flow from it."""
-    points = summary["points"]
-    names = [name for name in LABELS if name in next(iter(points.values()))]
-    rows = [
-        [LABELS[name], *(page.number(point[name]) for point in points.values())]
-        for name in names
-    ]
-    rows.append(["verdict", *(str(point["verdict"]) for point in points.values())])
-    table = page.Table(
-        "The last layer as a point of the layer-peeled model, and the end of the exact "
-        "flow from there",
-        ["quantity", *(title.replace("at_log_t_", "at log t = ") for title in points)],
-        rows,
-    )
-    ratios = [page.number(point["margin_ratio"]) for point in points.values()]
-    verdict = f"{summary['network']}; margin ratio {' → '.join(ratios)}"
-    return page.Findings(page.GOOD, verdict, [table])
-
-
-PAGE = page.Page(
-    title="The last layer of a network, taken on by the flow",
-    figures={"flow.png": "From the network's last layer, along the exact flow."},
-    show=_findings,
-)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ from experiments._runs import cli, files, folders, page
 from experiments._runs.errors import BadUse
 
 NAME = "report"
+# Modules that hold the page of an experiment whose own module needs a network library.
+_PAGE_MODULES = {"peel": "_peel_page"} | dict.fromkeys(
+    ("train_resnet", "train_vgg", "train_small"), "_network_page"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +39,8 @@ def run(config: Config) -> Path:
     is escaped. An unfinished or damaged run is shown as far as it can be read.
 
     Raises:
-      BadUse: a folder is no run and holds none, a run is of an unknown kind, or the output
-        exists already.
+      BadUse: a folder is not a run folder and contains none, a run is of an unknown kind,
+        or the output exists already.
       OSError: the output cannot be written.
     """
     output = Path(config.output)
@@ -71,7 +75,8 @@ def find_runs(names: str) -> tuple[list[Path], list[str]]:
     folder are left out, with a sentence each.
 
     Raises:
-      BadUse: a folder is no run and holds none, or it is a run of an unknown kind.
+      BadUse: a folder is not a run folder and contains none, or it is a run of an unknown
+        kind.
     """
     runs_by_path: dict[Path, Path] = {}
     omissions = []
@@ -85,7 +90,10 @@ def find_runs(names: str) -> tuple[list[Path], list[str]]:
             continue
         nested = sorted(path.parent for path in folder.rglob(folders.CONFIG))
         if not nested:
-            raise BadUse(f"--runs: {name!r} is and holds no run: no {folders.CONFIG}")
+            raise BadUse(
+                f"--runs: {name!r} is not a run folder and contains none: no "
+                f"{folders.CONFIG}"
+            )
         for path in nested:
             try:
                 kind_of(path)
@@ -127,11 +135,15 @@ def kind_of(folder: Path) -> str:
 
 
 def _section(folder: Path) -> page.Section:
-    """Return the section of a run, as the PAGE of its experiment shows it."""
+    """Return the section of a run, as the page of its experiment shows it."""
     kind = kind_of(folder)
-    # Imported here, by name: a page of flows then loads no network library.
-    experiment = importlib.import_module(f"experiments.{kind}")
-    return page.section(folder, kind, experiment.PAGE)
+    return page.section(folder, kind, page_of(kind))
+
+
+def page_of(kind: str) -> page.Page:
+    """Return the page of an experiment, without the network libraries."""
+    module_name = _PAGE_MODULES.get(kind, kind)
+    return importlib.import_module(f"experiments.{module_name}").PAGE
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 import ncjax
 from experiments import _fits, _legs, _saddles
 from experiments._runs import cli, files, folders, page
 from experiments._runs.errors import BadUse
+from experiments._runs.progress import tqdm
 from ncjax import plotting
 from ncjax.peeled.separation import GLOBAL_OPTIMUM, NO_ROOM, STRICT_SADDLE
 
@@ -36,7 +36,7 @@ FIT_WINDOW = (1e3, 1e4)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Curvature, certificate and escape at the critical directions of the flow.
+    """Compute curvature, certificates and escapes at the critical directions of the flow.
 
     Example: python -m experiments.saddle_analysis --max_classes=12
     """

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 import ncjax
 from experiments import _fits, _legs, _saddles
 from experiments._runs import cli, files, folders, page
 from experiments._runs.errors import BadUse, RunFailed
+from experiments._runs.progress import tqdm
 
 NAME = "theorems"
 OUTPUTS = (f"{NAME}.csv", f"{NAME}.md")

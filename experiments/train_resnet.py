@@ -3,11 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from experiments import _network_page, _training
+from experiments import _training
 from experiments._runs import cli
 
 NAME = "train_resnet"
-PAGE = _network_page.PAGE
 
 
 @dataclasses.dataclass(frozen=True)

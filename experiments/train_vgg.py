@@ -3,12 +3,11 @@
 import dataclasses
 from pathlib import Path
 
-from experiments import _network_page, _training
+from experiments import _training
 from experiments._runs import cli
 from ncjax.networks import models
 
 NAME = "train_vgg"
-PAGE = _network_page.PAGE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Config:
         "", f"run folder; if empty, a new one under runs/{NAME}", cli.FOLDER
     )
     overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)
-    resume: bool = cli.flag(False, "go on with the run that workdir holds", cli.FOLDER)
+    resume: bool = cli.flag(False, "resume the run in workdir", cli.FOLDER)
 
 
 def run(config: Config) -> Path:
@@ -134,12 +134,16 @@ def _check(config: Config) -> None:
             raise BadUse(f"--{name} must be at least {minimum}, got {value}")
     if not (math.isfinite(config.log_t_max) and config.log_t_max > 1):
         raise BadUse(f"--log_t_max must be above 1 and finite, got {config.log_t_max}")
-    if not (math.isfinite(config.init_scale) and config.init_scale > 0):
-        raise BadUse(f"--init_scale must be positive, got {config.init_scale}")
     if not 0 <= config.seed < 2**63:
         raise BadUse(f"--seed must lie in [0, 2**63), got {config.seed}")
     if config.dtype not in ("float64", "float32"):
         raise BadUse(f"--dtype must be float64 or float32, got {config.dtype!r}")
+    largest = float(np.finfo(config.dtype).max)
+    if not 0 < config.init_scale <= largest:
+        raise BadUse(
+            f"--init_scale must be positive and at most {largest:.3g} with "
+            f"--dtype={config.dtype}, got {config.init_scale}"
+        )
     if config.solver not in SOLVERS:
         raise BadUse(f"--solver must be one of {', '.join(SOLVERS)}, got {config.solver!r}")
     _legs.check_memory(

@@ -16,6 +16,7 @@ import subprocesses
 from absl import logging
 from commands import MODULES
 
+import ncjax
 from benchmarks import run as benchmarks_run
 from experiments import (
     __main__,
@@ -148,6 +149,21 @@ def test_a_usage_error_is_one_line_and_exit_code_2(run_here, capsys, flag, messa
     assert "(--traceback shows where)" not in err
 
 
+def test_a_start_that_its_dtype_cannot_hold_is_a_usage_error(run_here, capsys, tmp_path):
+    folder = tmp_path / "run"
+    flags = ("--init_scale=1e39", "--dtype=float32", f"--workdir={folder}")
+    assert run_here(*flags) == 2
+    message = "--init_scale must be positive and at most 3.4e+38 with --dtype=float32"
+    assert only_line(capsys.readouterr().err) == f"error: {message}, got 1e+39"
+    assert not folder.exists()
+
+
+def test_a_network_whose_last_layer_is_zero_is_a_usage_error(run_here, capsys):
+    network = ncjax.Params(W=jnp.zeros((3, 4)), H=jnp.ones((3, 2, 4)))
+    assert run_here(run=lambda _: peel._balance(network)) == 2
+    assert only_line(capsys.readouterr().err).endswith("not zero, got W = 0")
+
+
 def raising(error):
     def run(_config):
         raise error
@@ -247,7 +263,7 @@ def test_a_stopped_run_prints_its_folder_last(
         return
     assert code == 130
     then, command = err.splitlines()[-1].split(" with: ")
-    assert then in ("interrupted; go on", "interrupted; start again")
+    assert then in ("interrupted; resume", "interrupted; start again")
     again = [flag for flag in shlex.split(command) if flag.startswith("--")]
     config = cli.parse(module.Config, ["", *again])
     assert config.workdir == str(folder)
@@ -262,6 +278,14 @@ def test_only_the_first_of_several_processes_prints(capsys, monkeypatch, tmp_pat
     ):
         raise KeyboardInterrupt
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("installed", ["none", "experiments"])
+def test_the_experiments_name_the_extra_that_they_miss(tmp_path, installed):
+    """With the extra `experiments` alone, the report still shows networks."""
+    program = subprocesses.command("light_experiments", installed, str(tmp_path))
+    subprocesses.output(program)
+    assert (tmp_path / "page.html").exists() == (installed == "experiments")
 
 
 def command(*flags, module="report", **streams):

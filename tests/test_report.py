@@ -130,8 +130,9 @@ def test_commands_settings_and_versions_are_on_the_page(page):
 def test_every_experiment_has_a_page_of_what_it_writes(name):
     experiment = importlib.import_module(f"experiments.{name}")
     outputs = getattr(experiment, "OUTPUTS", _training.OUTPUTS)
-    assert isinstance(experiment.PAGE, pages.Page)
-    assert experiment.PAGE.figures.keys() == {n for n in outputs if n.endswith(".png")}
+    page = report.page_of(name)
+    assert isinstance(page, pages.Page)
+    assert page.figures.keys() == {n for n in outputs if n.endswith(".png")}
 
 
 def test_networks_stand_side_by_side(tmp_path):
@@ -170,7 +171,7 @@ def test_an_unfinished_run_is_shown_with_the_files_it_has(tmp_path, capsys):
     (folder / "training.png").unlink()
     (folder / "collapse.png").write_bytes(b"\x89PNG not a picture")
     page = make(tmp_path, folder)
-    assert "There is no summary.json: the run has not come to its end." in page.text
+    assert "There is no summary.json: the run is not finished." in page.text
     assert "There is no training.png." in page.text
     assert "collapse.png is damaged." in page.text
     assert "learning_rate=0.05" in page.text
@@ -234,7 +235,10 @@ def test_a_run_of_unknown_kind_is_refused_by_name_and_skipped_within_a_folder(
     [
         ({"runs": "nowhere"}, "--runs: there is no folder 'nowhere'"),
         ({"runs": ","}, "no run to show"),
-        ({"runs": str(ROOT / "ncjax")}, "is and holds no run: no config.json"),
+        (
+            {"runs": str(ROOT / "ncjax")},
+            "is not a run folder and contains none: no config.json",
+        ),
         ({"output": str(ROOT)}, "--output must be a file, got the folder"),
         ({"output": "/dev/null/page.html"}, "there is no folder '/dev/null'"),
     ],

@@ -183,7 +183,7 @@ def test_a_full_disk_error_names_the_file_and_the_next_command(
     message = str(raised.value)
     assert f"cannot write {folder}/{target}" in message
     afresh = name == "theorems" or target == "config"
-    how, flag = ("start again", "overwrite") if afresh else ("go on", "resume")
+    how, flag = ("start again", "overwrite") if afresh else ("resume", "resume")
     assert f"; then {how} with: python -m" in message
     assert f"--workdir={folder} --{flag}" in message
     assert "\n" not in message

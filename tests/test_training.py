@@ -177,7 +177,7 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(
     if epoch < 6:
         with pytest.raises(KeyboardInterrupt):
             interrupted(small(folder), epoch)
-        assert "interrupted; go on with: python -m" in capsys.readouterr().err
+        assert "interrupted; resume with: python -m" in capsys.readouterr().err
     else:
         interrupted(small(folder), epoch)
     assert signal.getsignal(signal.SIGINT) is handler
@@ -321,7 +321,7 @@ def test_an_extended_run_is_the_longer_one_bit_for_bit(tmp_path, capsys):
     summary = read_json(folder / "summary.json")
     before = (folder / "metrics.csv").read_text()
     train_small.run(small(folder, epochs=5, resume=True))
-    assert "goes on with --epochs=5 instead of 3" in capsys.readouterr().out
+    assert "resumes with --epochs=5 (was 3)" in capsys.readouterr().out
     (got, done), (expected, epochs) = state_of(folder), state_of(longer)
     assert done == epochs == 5
     chex.assert_trees_all_equal(got, expected)
@@ -380,7 +380,9 @@ def test_an_interrupted_run_may_be_shortened_to_its_last_epoch(
         interrupted(small(folder), 4)
     assert measured(folder) == [1, 2]
     for epochs in (3, 1):
-        with pytest.raises(ValueError, match=rf"has 4 epochs .*, got --epochs={epochs}$"):
+        with pytest.raises(
+            ValueError, match=rf"trained 4 epochs: .* at least 4, got {epochs}$"
+        ):
             train_small.run(small(folder, epochs=epochs, resume=True))
     assert read_json(folder / "config.json")["config"]["epochs"] == 6
     train_small.run(small(folder, epochs=4, resume=True))
@@ -408,7 +410,9 @@ def test_a_run_that_is_too_short_names_the_command_to_train_longer(tmp_path):
 
 def test_extending_a_run_that_cannot_be_extended_is_refused(finished, tmp_path):
     before = (finished / "config.json").read_bytes()
-    with pytest.raises(ValueError, match=r"has 6 epochs behind it: .*, got --epochs=5"):
+    with pytest.raises(
+        ValueError, match="trained 6 epochs: give --epochs of at least 6, got 5"
+    ):
         train_small.run(small(finished, epochs=5, resume=True))
     with pytest.raises(ValueError, match=r"resume it with --seed=0$"):
         train_small.run(small(finished, epochs=7, seed=1, resume=True))
@@ -416,7 +420,7 @@ def test_extending_a_run_that_cannot_be_extended_is_refused(finished, tmp_path):
     stepped = folders.settings(small("", schedule="step", compute_dtype="float32"))
     (tmp_path / "config.json").write_text(json.dumps({"config": stepped}))
     with pytest.raises(
-        ValueError, match=r"at thirds of --epochs=6: .* of 9 epochs"
+        ValueError, match=r"at thirds of --epochs=6: .* extended to 9 epochs"
     ) as error:
         train_small.run(small(tmp_path, schedule="step", epochs=9, resume=True))
     assert "\n" not in str(error.value)
@@ -649,7 +653,7 @@ def test_peel_names_the_run_it_needs(tmp_path):
     (tmp_path / "config.json").write_text('{"config": {"seed": 0}}')
     with pytest.raises(ValueError, match="holds no training run"):
         peel.run(peel.Config(run=str(tmp_path)))
-    with pytest.raises(ValueError, match="--workdir must be another folder"):
+    with pytest.raises(ValueError, match="--workdir must differ from --run"):
         peel.run(peel.Config(run=str(tmp_path), workdir=f"{tmp_path}/."))
     config = json.dumps({"config": folders.settings(SMALL)})
     (tmp_path / "config.json").write_text(config)

@@ -62,7 +62,7 @@ def open_config(
     """Open the run folder of the experiment `name`, and lock it for this context.
 
     Yield the folder, and whether the run in it is finished; print it if so. If the run is
-    interrupted or a file cannot be written, print the command that goes on.
+    interrupted or a file cannot be written, print the command that resumes it.
 
     Raises:
       BadUse: the folder cannot be written, another run uses it, it holds a run but neither
@@ -119,9 +119,9 @@ def _final_output(config: Any, folder: Path) -> Iterator[None]:
 
 
 def _next_command(config: Any, folder: Path) -> str:
-    """Return the command that goes on, or starts again if nothing can be resumed."""
+    """Return the command that resumes the run, or starts it again if none has begun."""
     has_begun = hasattr(config, "resume") and (folder / CONFIG).exists()
-    action = "go on" if has_begun else "start again"
+    action = "resume" if has_begun else "start again"
     return f"{action} with: {resume_command(config, folder, has_begun)}"
 
 
@@ -161,7 +161,7 @@ def _make_folder(workdir: str, resume: bool) -> Path:
       BadUse: it cannot be written, or it holds no run to resume.
     """
     if resume and not workdir:
-        raise BadUse("--resume needs --workdir, the folder of the run to go on with")
+        raise BadUse("--resume needs --workdir, the folder of the run to resume")
     folder = Path(workdir)
     try:
         if resume and not (folder / CONFIG).exists():
@@ -193,7 +193,7 @@ def open_run(
       outputs: names of the files that the run will write.
       name: name of the experiment.
       overwrite: replace the run that the folder holds.
-      resume: go on with the run that the folder holds; None if the experiment has no such
+      resume: resume the run that the folder holds; None if the experiment has no such
         flag.
       changes: settings that may differ from the stored ones; `config.json` keeps both.
 
@@ -206,7 +206,7 @@ def open_run(
     if resume:
         _reopen(folder, config, changes or {})
     elif existing and not overwrite:
-        resume_advice = "" if resume is None else "--resume to go on with it, "
+        resume_advice = "" if resume is None else "--resume to continue it, "
         raise BadUse(
             f"workdir {str(folder)!r} holds a run already ({', '.join(existing)}): give "
             f"--overwrite to replace it, {resume_advice}or another --workdir"
@@ -283,9 +283,9 @@ def _change(folder: Path, config: Mapping[str, Any], old: Mapping[str, Any]) -> 
     new = {"config": dict(config)} | provenance() | {_EARLIER: [*earlier, entry]}
     files.write_sealed(folder / CONFIG, identity | new)
     changes_text = ", ".join(
-        f"--{name}={config.get(name)} instead of {old[name]}" for name in old
+        f"--{name}={config.get(name)} (was {old[name]})" for name in old
     )
-    print(f"the run in {folder} goes on with {changes_text}")
+    print(f"the run in {folder} resumes with {changes_text}")
 
 
 def _drop_earlier_summary(folder: Path) -> None:

@@ -22,11 +22,11 @@ _NO_LOCK_ERRORS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold the lock of `folder`, a file `.lock` that names this process meanwhile.
+    """Lock `folder` with a file `.lock` that names this process while it is locked.
 
     The kernel keeps the lock (flock) and releases it when the process ends or is killed;
     a file that a killed process leaves behind locks nothing. On NFS the lock holds between
-    hosts if the server supports locks. If the disk supports none, warn and go on.
+    hosts if the server supports locks. If the disk supports none, warn and continue.
 
     Raises:
       BadUse: another run holds the lock, or the file cannot be created.

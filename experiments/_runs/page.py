@@ -50,7 +50,7 @@ class Findings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Page:
-    """How the page shows the runs of an experiment, which calls it `PAGE`."""
+    """How the page shows the runs of an experiment; each has one, named `PAGE`."""
 
     title: str  # {name} is replaced by that setting of the run
     figures: Mapping[str, str]  # file name to caption
@@ -123,7 +123,7 @@ def _read_summary(
 ) -> tuple[Mapping[str, Any], Findings]:
     """Return summary and findings of a run; add a note on each fault to `notes`."""
     if not (folder / folders.SUMMARY).exists():
-        notes.append(f"There is no {folders.SUMMARY}: the run has not come to its end.")
+        notes.append(f"There is no {folders.SUMMARY}: the run is not finished.")
         return {}, Findings(OPEN, "unfinished", [])
     try:
         summary = files.read_json(folder / folders.SUMMARY)
@@ -132,7 +132,7 @@ def _read_summary(
         notes.append(f"{folders.SUMMARY} is damaged, or not of a run of {kind}.")
         return {}, Findings(BAD, "cannot be read", [])
     for name in folders.changed_files(folder, summary):
-        notes.append(f"{name} is missing or damaged: not as the run has written it.")
+        notes.append(f"{name} is missing, or changed since the run wrote it.")
     return summary, findings
 
 

@@ -14,7 +14,7 @@ import jax
 
 
 def provenance(*extra_packages: str) -> dict[str, Any]:
-    """Return command, date, device and versions, those of `extra_packages` too."""
+    """Return command, date, device and versions, also of `extra_packages`."""
     packages = ("ncjax", "jax", "jaxlib", "diffrax", "numpy", *extra_packages)
     return {
         "command": " ".join(["python -m", module_name(), *sys.argv[1:]]),

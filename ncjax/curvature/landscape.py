@@ -93,8 +93,8 @@ def hessian_eig(
         by the loss.
       method: "dense", "lanczos", or "auto" to choose by size.
       key: PRNG key of the start vectors, `jax.random.key(0)` if None.
-      tol: a pair has converged once its residual is below `tol` times the largest
-        |eigenvalue|, as far as known. If None, `eps**(2/3)` of the coarsest dtype in
+      tol: a pair has converged once its residual is below `tol` times the current
+        estimate of the largest |eigenvalue|. If None, `eps**(2/3)` of the coarsest dtype in
         `params`: 4e-11 in float64, 2e-5 in float32. The error of an eigenvalue is at most
         its squared residual divided by its distance to the next eigenvalue.
       num_vectors: size of the Lanczos basis, `max(2 k + 10, 20)` if None, where k counts

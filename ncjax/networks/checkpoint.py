@@ -122,8 +122,8 @@ class Checkpoints:
             return state, dict(metadata.get("notes", {}))
         except Exception as error:
             raise ValueError(
-                f"cannot restore {self._folder / str(epoch)}, remove it to go on from the "
-                f"one before: {_reason(error)}"
+                f"cannot restore {self._folder / str(epoch)}, remove it to resume from "
+                f"the previous one: {_reason(error)}"
             ) from error
 
     def close(self) -> None:

@@ -8,18 +8,20 @@ import importlib.abc
 import importlib.util
 import sys
 
-EXTRAS = {
-    *("flax", "optax", "orbax", "tensorflow_datasets", "array_record", "sklearn", "PIL"),
-    *("matplotlib", "jinja2", "tensorboardX", "tqdm"),
-}
+NETWORKS = {"flax", "optax", "orbax", "tensorflow_datasets", "array_record", "sklearn"}
+EXPERIMENTS = {"matplotlib", "jinja2", "tensorboardX"}
+EXTRAS = NETWORKS | EXPERIMENTS | {"PIL", "tqdm"}
 
 
 class Hidden(importlib.abc.MetaPathFinder):
-    """Finder that reports the packages of the extras as not installed."""
+    """Finder that reports packages as not installed."""
+
+    def __init__(self, packages):
+        self._packages = packages
 
     def find_spec(self, fullname, path=None, target=None):
-        """Raise ModuleNotFoundError for a package of an extra."""
-        if fullname.partition(".")[0] in EXTRAS:
+        """Raise ModuleNotFoundError for one of the packages."""
+        if fullname.partition(".")[0] in self._packages:
             raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
         return None
 
@@ -35,7 +37,7 @@ def names_extra(extra, action):
 
 def main():
     if "--hide" in sys.argv:
-        sys.meta_path.insert(0, Hidden())
+        sys.meta_path.insert(0, Hidden(EXTRAS))
     import jax
     import numpy as np
 
