@@ -132,7 +132,7 @@ def _read_summary(
         notes.append(f"{folders.SUMMARY} is damaged, or not of a run of {kind}.")
         return {}, Findings(BAD, "cannot be read", [])
     for name in folders.changed_files(folder, summary):
-        notes.append(f"{name} is missing, or changed since the run wrote it.")
+        notes.append(f"{name} is missing or damaged: not as the run wrote it.")
     return summary, findings
 
 
