@@ -18,7 +18,7 @@ from ncjax.networks import models
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [DOCS / "tour.md", *sorted((DOCS / "howto").glob("*.md"))]
-# Modules whose public names are all listed, beside those of `import ncjax`.
+# The reference lists all public names of these modules, and of `import ncjax`.
 MODULES = (
     "peeled.losses",
     *(f"networks.{name}" for name in ("models", "data", "train", "checkpoint")),

@@ -140,7 +140,7 @@ def test_the_flow_commutes_with_rotation_and_two_legs_agree_with_one(seed, kind,
     gaps = jax.tree.map(lambda a, b: a - (b @ frame)[:, order], other.params, flow.params)
     size = norms(*flow.params)
     np.testing.assert_array_less(norms(*gaps), 1e-6 * size)
-    # The loss and the drift reported are those of the states.
+    # The solution reports the loss and the drift of its states.
     losses = jax.vmap(ncjax.log_cross_entropy)(flow.params)
     np.testing.assert_allclose(flow.log_loss, losses, rtol=1e-12, atol=1e-12)
     assert (np.diff(flow.log_loss) < 0).all()
