@@ -36,6 +36,12 @@ def check_positive(name: str, value) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def check_nonnegative(name: str, value) -> None:
+    """Raise ValueError if `value` is known and negative or not finite."""
+    if not isinstance(value, jax.core.Tracer) and not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
 def check_params(params: Params, *, finite: bool = False) -> Params:
     """Return `params` as JAX arrays, or raise ValueError if they do not fit.
 

@@ -32,6 +32,12 @@ def tensordot(left: ArrayLike, right: ArrayLike, axes) -> Array:
     return jnp.tensordot(left, right, axes, precision="highest")
 
 
+def root(x: Array) -> Array:
+    """Return the square root of `x` >= 0, with slope 0 at 0 instead of infinity."""
+    zero = x == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
+
+
 def power_of_two(arrays, axis: int | None = None) -> Array:
     """Return the largest power of two that is at most max |entry|; 1/2 for zeros.
 

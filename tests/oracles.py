@@ -268,16 +268,19 @@ def cosine_margins(data, centred_product=True):
 
 
 def squared_error_parts(data, weight_decay=5e-4):
-    decay, means = weight_decay / 2, class_means(data.features, data.labels)
-    size, dim = means.shape
-    rows = np.hstack([means, np.ones((size, 1))])
-    within = np.zeros((dim + 1, dim + 1))
+    decay, rows = weight_decay / 2, class_means(data.features, data.labels)
+    size, dim = rows.shape
+    W = data.W
+    if data.b is not None:
+        rows, W = np.hstack([rows, np.ones((size, 1))]), np.hstack([W, data.b[:, None]])
+    within = np.zeros((rows.shape[1], rows.shape[1]))
     within[:dim, :dim] = within_covariance(data.features, data.labels)
-    system = within + rows.T @ rows / size + decay * np.eye(dim + 1)
-    least = np.linalg.solve(system, rows.T / size).T
-    gap = np.hstack([data.W, data.b[:, None]]) - least
+    within += decay * np.eye(len(within))
+    system = within + rows.T @ rows / size
+    least = (np.linalg.pinv(system, rcond=1e-12) @ rows.T / size).T
+    gap = W - least
     return (
-        np.trace(least @ (within + decay * np.eye(dim + 1)) @ least.T) / 2,
+        np.trace(least @ within @ least.T) / 2,
         np.sum((rows @ least.T - np.eye(size)) ** 2) / (2 * size),
         np.trace(gap @ system @ gap.T) / 2,
     )

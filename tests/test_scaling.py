@@ -72,7 +72,7 @@ def update(B, K, d):
 
 
 def compare(B, K, d):
-    against = statistics.Reference(single((K, d)), single((K, K)), single((K - 1, d)))
+    against = jax.eval_shape(statistics.reference, first_pass(K, d))
     batch = single((B, d)), integer((B,)), single((K, d))
     return statistics.compare, second_pass(K), first_pass(K, d), against, *batch
 
@@ -145,7 +145,8 @@ def test_the_leading_coefficients_equal_the_counts_of_xla(case):
         (clock_field(10, 20, 64), 6 * 200 * 10 * 64, 1.25),
         (clock_field(20, 20, 128), 6 * 400 * 20 * 128, 1.1),
         (solve(8, 4, 16), 14 * 32 * 128 + 6 * 32 * 64 + 2 * 128**2 + 2 * 64 * 16, 1.05),
-        (compare(1000, 10, 512), 2 * 1000 * 29 * 512, 1.1),
+        # three products, and the squares of the differences from class means
+        (compare(1000, 10, 512), 2 * 1000 * (29 + 1) * 512, 1.1),
     ],
     ids=["field", "larger field", "solve", "compare"],
 )
@@ -182,7 +183,9 @@ def test_memory_of_the_metrics_is_one_chunk():
 
     def case(samples):
         def fn(*arrays):
-            return collapse._metrics_in_chunks(*arrays, chunk_size=chunk)
+            return collapse._metrics_in_chunks(
+                *arrays, None, chunk_size=chunk, min_count=None
+            )
 
         features = single((samples, d)), integer((samples,))
         return fn, *features, single((K, d)), single((K,))
@@ -279,7 +282,7 @@ def test_an_evaluation_gathers_nothing_but_features(collectives):
 
 def test_statistics_are_merged_in_two_sums_of_class_means(collectives):
     K, d = 5, 7
-    assert collectives["merge"] == [{"all-reduce": 4 * (2 * K * d + 3 * K + 5 * K)}] * 3
+    assert collectives["merge"] == [{"all-reduce": 4 * (2 * K * d + 3 * K + 6 * K)}] * 3
 
 
 def test_seeds_of_the_flow_do_not_communicate(collectives):

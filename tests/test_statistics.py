@@ -283,7 +283,8 @@ def test_batches_that_do_not_fit_are_refused(changed, message, transform):
     first = statistics.init(2, 4, jnp.float64)
     with pytest.raises(ValueError, match=message):
         transform(statistics.update)(first, features, labels, mask)
-    against = statistics.Reference(jnp.eye(2, 4), jnp.eye(2), jnp.ones((1, 4)))
+    seen = statistics.class_statistics(jnp.eye(2, 4, dtype=float), jnp.arange(2), 2)
+    against = statistics.reference(seen)
     second, W = statistics.init_comparison(2, jnp.float64), jnp.ones((2, 4))
     with pytest.raises(ValueError, match=message):
         transform(statistics.compare)(

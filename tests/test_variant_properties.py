@@ -136,6 +136,20 @@ def test_parts_of_the_squared_error_sum_to_it(seed, weight_decay):
     np.testing.assert_allclose(parts, exact, rtol=1e-6, atol=1e-12)
 
 
+@few
+@given(seeds, st.sampled_from([0.0, 5e-4]), st.booleans())
+def test_parts_of_the_squared_error_with_few_samples(seed, weight_decay, bias):
+    """Twelve samples in 20 dimensions: without weight decay they are fitted exactly."""
+    data = drawn(seed, "K=2, N<d")
+    data = data._replace(labels=np.arange(12) % 2, b=data.b if bias else None)
+    parts = variants.squared_error_parts(*data[:4], weight_decay=weight_decay)
+    exact = oracles.squared_error_parts(data, weight_decay)
+    np.testing.assert_allclose(parts, exact, rtol=1e-6, atol=1e-12)
+    if weight_decay == 0:
+        error = np.sum((oracles.logits(data, bias) - np.eye(2)[data.labels]) ** 2) / 12
+        np.testing.assert_allclose(parts, [0, 0, error / 2], rtol=1e-9, atol=1e-12)
+
+
 # Directions of rows
 
 

@@ -4,6 +4,7 @@ import json
 from functools import cache
 from pathlib import Path
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import oracles
@@ -11,6 +12,7 @@ import pytest
 from formulas import CALLS, UNTRACED, compiled, first_pass, means
 from strategies import RANDOM
 
+import ncjax
 from ncjax import measures, variants
 
 FOLDER = Path(__file__).parent / "data"
@@ -241,6 +243,30 @@ def test_rows_that_do_not_fit_are_refused():
     W, b = RANDOM["wide"].W, RANDOM["wide"].b
     with pytest.raises(ValueError, match=r"expected b \(5,\), got \(4,\)"):
         variants.mean_logits_norm(seen, W, b[:4])
+    data = RANDOM["wide"]
+    for decay in (-1e-3, np.inf, np.nan):
+        with pytest.raises(
+            ValueError, match="weight_decay must be finite and not negative"
+        ):
+            variants.squared_error_parts(*data[:4], weight_decay=decay)
+
+
+def test_a_missing_bias_is_a_bias_of_zeros_in_every_function_that_takes_one():
+    data = RANDOM["wide"]
+    seen, zeros = first_pass(data), jnp.zeros(5)
+    calls = {
+        function: lambda b, function=function: function(*data[:3], b)
+        for function in (
+            variants.logit_margins,
+            variants.mean_cross_entropy,
+            variants.mean_squared_error,
+            variants.ncc_agreement,
+            ncjax.collapse_metrics_from_features,
+        )
+    }
+    calls["mean_logits_norm"] = lambda b: variants.mean_logits_norm(seen, data.W, b)
+    for call in calls.values():
+        chex.assert_trees_all_close(call(None), call(zeros), rtol=1e-12)
 
 
 @pytest.mark.parametrize(

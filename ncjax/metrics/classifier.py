@@ -10,8 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ncjax.checks import check_nonnegative
 from ncjax.metrics import measures, statistics
 from ncjax.metrics.inputs import check_features
+from ncjax.metrics.whitening import whiten
 from ncjax.numerics import matmul
 from ncjax.peeled.logits import margins_of_samples
 from ncjax.peeled.losses import softmax_cross_entropy
@@ -92,37 +94,62 @@ class SquaredErrorParts(NamedTuple):
 
 
 def squared_error_parts(
-    features: Array, labels: Array, W: Array, b: Array, *, weight_decay: float = 5e-4
+    features: Array,
+    labels: Array,
+    W: Array,
+    b: Array | None = None,
+    *,
+    weight_decay: float = 5e-4,
 ) -> SquaredErrorParts:
     r"""Split $\tfrac12$ MSE $+ \tfrac\lambda2 |\tilde W|_F^2$, $\lambda$ = half the decay.
 
     With $\tilde M = [\bar H, 1]$ (K, d + 1), $\tilde W = [W, b]$, $\tilde\Sigma_W$ with a
     row and column of zeros, $A = \tilde\Sigma_W + \tfrac1K \tilde M^\top \tilde M + \lambda
-    I$ and $W_{LS} = \tfrac1K \tilde M A^{-1}$:
+    I$ and $W_{LS} = \tfrac1K \tilde M A^+$:
     $\tfrac12 \operatorname{Tr} W_{LS} (\tilde\Sigma_W + \lambda I) W_{LS}^\top$,
     $\tfrac1{2K} |\tilde M W_{LS}^\top - I|_F^2$ and
     $\tfrac12 \operatorname{Tr} (\tilde W - W_{LS}) A (\tilde W - W_{LS})^\top$.
-    For classes of equal size the parts sum to the loss. $A = R^\top R$ comes from the QR
-    decomposition of its factor. R is (d + 1, d + 1), because all of $\Sigma_W$ enters.
+    For classes of equal size the parts sum to the loss. Without a bias, $\tilde M = \bar H$
+    and $\tilde W = W$. $A = F^\top F$ is never formed: its pseudo-inverse comes from the
+    singular values of F, which holds all of $\Sigma_W$.
+
+    Args:
+      features: (N, d).
+      labels: (N,) integers in [0, K).
+      W: (K, d).
+      b: (K,) bias; None for a classifier without bias.
+      weight_decay: $2 \lambda$, not negative. At 0, A may be singular; $W_{LS}$ is then the
+        least-squares classifier of the smallest norm.
+
+    Raises:
+      ValueError: shapes, dtypes or values do not fit, or weight_decay is negative.
 
     Source: Han, Papyan, Donoho (2022), "Neural collapse under MSE loss", Section 2.
     """
+    check_nonnegative("weight_decay", weight_decay)
     features, labels, W, b = _classified(features, labels, W, b)
     first_pass = statistics.class_statistics(features, labels, W.shape[0])
-    (samples, dim), size, decay = features.shape, W.shape[0], weight_decay / 2
+    samples, size, decay = features.shape[0], W.shape[0], weight_decay / 2
     deviation = statistics.deviations(first_pass, features, labels) / math.sqrt(samples)
-    means = jnp.pad(statistics.class_means(first_pass), ((0, 0), (0, 1)), constant_values=1)
-    ridge = math.sqrt(decay) * jnp.eye(dim + 1, dtype=W.dtype)
-    factor = [jnp.pad(deviation, ((0, 0), (0, 1))), means / math.sqrt(size), ridge]
-    root = jnp.linalg.qr(jnp.concatenate(factor), mode="r")
-    least = jax.scipy.linalg.cho_solve((root, False), means.T / size).T
-    noise = matmul(least[:, :-1], deviation.T)
+    means = statistics.class_means(first_pass)
+    if b is not None:
+        deviation = jnp.pad(deviation, ((0, 0), (0, 1)))
+        means = jnp.pad(means, ((0, 0), (0, 1)), constant_values=1)
+        W = jnp.concatenate([W, b[:, None]], axis=1)
+    ridge = math.sqrt(decay) * jnp.eye(W.shape[1], dtype=W.dtype)
+    _, root = whiten(jnp.concatenate([deviation, means / math.sqrt(size), ridge]))
+    least = matmul(matmul(means / size, root.T), root)
+    noise = matmul(least, deviation.T)
     fit = matmul(means, least.T) - jnp.eye(size, dtype=W.dtype)
-    gap = jnp.concatenate([W, b[:, None]], axis=1) - least
+    gap = W - least
+    by_factor = [matmul(gap, deviation.T), matmul(gap, means.T) / math.sqrt(size)]
     return SquaredErrorParts(
         nc1=(jnp.sum(noise**2) + decay * jnp.sum(least**2)) / 2,
         nc23=jnp.sum(fit**2) / (2 * size),
-        perpendicular=jnp.sum(matmul(gap, root.T) ** 2) / 2,
+        perpendicular=(
+            sum(jnp.sum(part**2) for part in by_factor) + decay * jnp.sum(gap**2)
+        )
+        / 2,
     )
 
 

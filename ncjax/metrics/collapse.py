@@ -103,7 +103,7 @@ def _metrics_of_params(params: Params) -> CollapseMetrics:
         jnp.repeat(jnp.arange(num_classes, dtype=jnp.int32), per_class),
         W,
     )
-    return _metrics(first_pass, second_pass, W)
+    return _metrics(first_pass, second_pass, W, None)
 
 
 def collapse_metrics_from_features(
@@ -113,6 +113,8 @@ def collapse_metrics_from_features(
     b=None,
     *,
     num_classes: int | None = None,
+    centres=None,
+    min_count: int | None = None,
     chunk_size: int | None = None,
 ) -> CollapseMetrics:
     r"""Return collapse metrics of a network's last layer on a data set.
@@ -123,10 +125,17 @@ def collapse_metrics_from_features(
     Args:
       features: (N, d) floating, NumPy or JAX: the input of the last layer. Half precision
         is computed in float32.
-      labels: (N,) integers in [0, K), every class at least once.
+      labels: (N,) integers in [0, K), of every class one at least if `min_count` is None.
       W: (K, d) weight of the last layer; the logits are `features @ W.T + b`.
       b: (K,) bias; None for a layer without bias.
       num_classes: K; if given, W must have K rows.
+      centres: (K, d) class centres of NC4. On a test split pass the class means of the
+        training split, as the literature does: `statistics.class_means`. A row with NaN is
+        no centre. None takes the class means of the samples themselves.
+      min_count: None requires a sample of every class. A number m, at least 1, measures the
+        classes with at least m samples. The other classes enter no mean, no singular value
+        and no pair, of the classifier neither; their samples are left out. The classifier
+        itself still decides among all K classes.
       chunk_size: samples in a chunk, at most N. If None, a chunk takes a few MB.
 
     Returns:
@@ -147,17 +156,19 @@ def collapse_metrics_from_features(
     >>> bool(metrics.within_class_variation < 1e-4)
     True
     """
-    features, labels, W, b = check_features(features, labels, W, b, num_classes)
+    features, labels, W, b = check_features(features, labels, W, b, num_classes, min_count)
     samples, dim = features.shape
     if chunk_size is None:
         # At least as many samples as classes, because each chunk costs a few (K, d).
         chunk_size = max(W.shape[0], _CHUNK_ELEMENTS // (dim + W.shape[0]))
     check_integer("chunk_size", chunk_size, least=1)
-    return _metrics_in_chunks(features, labels, W, b, min(chunk_size, samples))
+    return _metrics_in_chunks(
+        features, labels, W, b, centres, min(chunk_size, samples), min_count
+    )
 
 
-@partial(jax.jit, static_argnums=4)
-def _metrics_in_chunks(features, labels, W, b, chunk_size):
+@partial(jax.jit, static_argnums=(5, 6))
+def _metrics_in_chunks(features, labels, W, b, centres, chunk_size, min_count):
     samples, dim = features.shape
     num_classes, dtype = W.shape[0], W.dtype
     # No metric depends on the scale of features and b, or of W and b; squares may overflow.
@@ -178,78 +189,116 @@ def _metrics_in_chunks(features, labels, W, b, chunk_size):
         return jax.lax.scan(body, state, jnp.arange(-(-samples // chunk_size)))[0]
 
     first_pass = fold(statistics.update, statistics.init(num_classes, dim, dtype))
-    against = statistics.reference(first_pass)
+    centres = None if centres is None else centres / scale
+    against = statistics.reference(first_pass, centres=centres, min_count=min_count)
 
     def compare(state, features, labels, mask):
         return statistics.compare(state, first_pass, against, features, labels, W, b, mask)
 
     second_pass = fold(compare, statistics.init_comparison(num_classes, dtype))
-    return _metrics(first_pass, second_pass, W)
+    return _metrics(first_pass, second_pass, W, min_count)
 
 
 def metrics_from_statistics(
-    first_pass: ClassStatistics, second_pass: Comparison, W: Array
+    first_pass: ClassStatistics,
+    second_pass: Comparison,
+    W: Array,
+    *,
+    min_count: int | None = None,
 ) -> CollapseMetrics:
     """Return collapse metrics from both passes of `ncjax.statistics` and W (K, d).
 
-    The second pass must use `statistics.reference(first_pass)`.
+    The second pass must use `statistics.reference(first_pass)`, with the same `min_count`,
+    and must read the same samples, in any order.
+
+    Args:
+      first_pass: statistics of all samples.
+      second_pass: comparison of all samples.
+      W: (K, d) classifier.
+      min_count: classes measured, as in `statistics.measured_classes`.
 
     Raises:
-      ValueError: `W` is not (K, d).
+      ValueError: `W` is not (K, d), the second pass read other samples than the first, or
+        as in `statistics.measured_classes`. Under jit the metrics of the second pass are
+        NaN if it read other samples.
     """
     W, _ = check_classifier(W, None, first_pass.anchor.shape)
-    return _metrics(first_pass, second_pass, W)
+    measured = statistics.measured_classes(first_pass, min_count)
+    same = statistics.same_samples(first_pass, second_pass, measured)
+    if not isinstance(same, jax.core.Tracer) and not same:
+        raise ValueError(
+            "the second pass must read the samples of the first, got class counts "
+            f"{np.asarray(second_pass.counts)} after {np.asarray(first_pass.counts)}: read "
+            "both in full, without a dropped batch"
+        )
+    metrics = _metrics(first_pass, second_pass, W, min_count)
+    return metrics._replace(
+        **{name: jnp.where(same, getattr(metrics, name), jnp.nan) for name in _SECOND_PASS}
+    )
 
 
-@jax.jit
+# Fields of `CollapseMetrics` that come from the second pass.
+_SECOND_PASS = ("within_class_variation", "ncc_mismatch", "accuracy")
+
+
+@partial(jax.jit, static_argnums=3)
 def _metrics(
-    first_pass: ClassStatistics, second_pass: Comparison, W: Array
+    first_pass: ClassStatistics, second_pass: Comparison, W: Array, min_count: int | None
 ) -> CollapseMetrics:
-    means = statistics.centred_means(first_pass)
+    measured = statistics.measured_classes(first_pass, min_count)
+    means = statistics.about_mean(first_pass, "class_mean", measured)
     chex.assert_equal_shape([W, means])
     W = W.astype(means.dtype)
-    centred_W = measures.centre_rows(W)
-    samples = jnp.sum(first_pass.counts, dtype=jnp.int32).astype(means.dtype)
+    centred_W = measures.centre_rows(W, measured)
+    complete = jnp.all(first_pass.counts > 0) | (min_count is not None)
 
     def share(sums):
         total, count = (jnp.sum(x, dtype=jnp.int32) for x in (sums, second_pass.counts))
-        return statistics.fraction(total, count, means.dtype)
+        return jnp.where(complete, statistics.fraction(total, count, means.dtype), jnp.nan)
 
+    samples = jnp.sum(second_pass.counts, dtype=jnp.int32).astype(means.dtype)
     return CollapseMetrics(
         within_class_variation=jnp.sum(second_pass.whitened_scatter) / samples,
-        within_class_quotient=within_class_quotient(first_pass),
-        cdnv=class_distance_normalised_variance(first_pass),
-        mean_norm_variation=measures.norm_variation(means),
-        classifier_norm_variation=measures.norm_variation(W),
-        centred_classifier_norm_variation=measures.norm_variation(centred_W),
-        mean_cosine_deviation=measures.cosine_deviation(means),
-        classifier_cosine_deviation=measures.cosine_deviation(W),
-        centred_classifier_cosine_deviation=measures.cosine_deviation(centred_W),
-        etf_gram_error=measures.etf_gram_error(means),
-        self_duality=measures.self_duality(W, means),
-        centred_self_duality=measures.self_duality(centred_W, means),
-        product_etf_error=measures.product_etf_error(W, means),
+        within_class_quotient=within_class_quotient(first_pass, min_count=min_count),
+        cdnv=class_distance_normalised_variance(first_pass, min_count=min_count),
+        mean_norm_variation=measures.norm_variation(means, mask=measured),
+        classifier_norm_variation=measures.norm_variation(W, mask=measured),
+        centred_classifier_norm_variation=measures.norm_variation(centred_W, mask=measured),
+        mean_cosine_deviation=measures.cosine_deviation(means, measured),
+        classifier_cosine_deviation=measures.cosine_deviation(W, measured),
+        centred_classifier_cosine_deviation=measures.cosine_deviation(centred_W, measured),
+        etf_gram_error=measures.etf_gram_error(means, measured),
+        self_duality=measures.self_duality(W, means, mask=measured),
+        centred_self_duality=measures.self_duality(centred_W, means, mask=measured),
+        product_etf_error=measures.product_etf_error(W, means, measured),
         ncc_mismatch=share(second_pass.mismatches),
         accuracy=1 - share(second_pass.errors),
     )
 
 
 def within_class_quotient(
-    first_pass: ClassStatistics, centring: str = "class_mean"
+    first_pass: ClassStatistics,
+    centring: str = "class_mean",
+    *,
+    min_count: int | None = None,
 ) -> Array:
     r"""$\operatorname{Tr} \Sigma_W / \operatorname{Tr} \Sigma_B$, a scalar.
 
     Args:
       first_pass: statistics of all samples.
       centring: global mean in $\Sigma_B$, as in `ncjax.statistics.centred_means`.
+      min_count: classes measured, as in `ncjax.statistics.measured_classes`.
     """
-    means = statistics.centred_means(first_pass, centring)
-    samples = jnp.sum(first_pass.counts, dtype=jnp.int32).astype(means.dtype)
-    return jnp.sum(first_pass.scatter) / samples / jnp.mean(jnp.sum(means**2, axis=1))
+    measured = statistics.measured_classes(first_pass, min_count)
+    means = statistics.about_mean(first_pass, centring, measured)
+    samples = jnp.sum(first_pass.counts, dtype=jnp.int32, where=measured)
+    samples = samples.astype(means.dtype)
+    within = jnp.sum(first_pass.scatter, where=measured) / samples
+    return within / jnp.mean(jnp.sum(means**2, axis=1), where=measured)
 
 
 def class_distance_normalised_variance(
-    first_pass: ClassStatistics, power: int = 1
+    first_pass: ClassStatistics, power: int = 1, *, min_count: int | None = None
 ) -> Array:
     r"""CDNV, the mean over pairs of $(v_j + v_k) / (2 |\bar h_j - \bar h_k|^{2 p})$.
 
@@ -257,11 +306,17 @@ def class_distance_normalised_variance(
       first_pass: statistics of all samples; $v_k$ is the mean of $|h - \bar h_k|^2$ over
         class k.
       power: p, 1 in the source; other codebases also use 2.
+      min_count: classes measured, as in `ncjax.statistics.measured_classes`.
 
     Source: Galanti, György, Hutter (2022), equation (1).
     """
-    num_classes = first_pass.counts.shape[0]
-    variance = first_pass.scatter / first_pass.counts.astype(first_pass.scatter.dtype)
-    distances = statistics.squared_distances(statistics.centred_means(first_pass))
-    j, k = np.triu_indices(num_classes, k=1)
-    return jnp.mean((variance[j] + variance[k]) / (2 * distances[j, k] ** power))
+    measured = statistics.measured_classes(first_pass, min_count)
+    means = statistics.about_mean(first_pass, "class_mean", measured)
+    variance = statistics.class_variances(first_pass, measured)
+    distances = statistics.squared_distances(means)
+    j, k = np.triu_indices(variance.shape[0], k=1)
+    pairs, between = None, distances[j, k]
+    if measured is not None:
+        pairs = measured[j] & measured[k]
+        between = jnp.where(pairs, between, 1)
+    return jnp.mean((variance[j] + variance[k]) / (2 * between**power), where=pairs)

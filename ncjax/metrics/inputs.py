@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.checks import check_finite, check_sizes
+from ncjax.checks import check_finite, check_integer, check_sizes
 from ncjax.types import Array
 
 
-def check_features(features, labels, W, b=None, num_classes=None):
+def check_features(features, labels, W, b=None, num_classes=None, min_count=None):
     """Return features, labels, classifier and bias as arrays; raise ValueError if unsound.
 
-    W and b come in the dtype of the computation, labels as int32.
+    W and b come in the dtype of the computation, labels as int32. `min_count` says which
+    classes need samples, as in `check_counts`.
 
     Raises:
       ValueError: as in `collapse_metrics_from_features`.
@@ -25,27 +26,31 @@ def check_features(features, labels, W, b=None, num_classes=None):
         )
     if num_classes is not None and num_classes != W.shape[0]:
         raise ValueError(f"num_classes is {num_classes} but W has {W.shape[0]} rows")
-    features, labels = check_samples(features, labels, W.shape[0])
+    features, labels = check_samples(features, labels, W.shape[0], min_count)
     W, b = check_classifier(W, b, W.shape)
     dtype = computing_dtype(features.dtype)
     W = _floating("W", W, dtype)
     return features, labels, W, None if b is None else _floating("b", b, dtype)
 
 
-def check_samples(features, labels, num_classes: int) -> tuple[Array, Array]:
+def check_samples(
+    features, labels, num_classes: int, min_count: int | None = None
+) -> tuple[Array, Array]:
     """Return features (N, d) and int32 labels (N,) as arrays; raise ValueError if unsound.
 
     Raises:
       ValueError: as in `collapse_metrics_from_features`.
     """
+    if min_count is not None:
+        check_integer("min_count", min_count, least=1)
     features = jnp.asarray(features)
     if features.ndim != 2:
         raise ValueError(f"expected features (N, d), got {features.shape}")
     labels = _integers(labels, features.shape[0])
     check_sizes(num_classes=num_classes, dim=features.shape[1])
     features = _floating("features", features, features.dtype)
-    _check_labels(labels, num_classes)
-    if features.shape[0] < num_classes:  # under jit the labels have no values
+    _check_labels(labels, num_classes, min_count)
+    if min_count is None and features.shape[0] < num_classes:  # labels may have no values
         raise ValueError(
             f"expected a sample of each of {num_classes} classes, got features "
             f"{features.shape}"
@@ -95,7 +100,11 @@ def check_classifier(W, b, shape: tuple[int, ...]) -> tuple[Array, Array | None]
 
 
 def check_rows(*matrices) -> tuple[Array, ...]:
-    """Return matrices as arrays; raise ValueError unless all are floating and (K, d)."""
+    """Return matrices in the dtype of the computation.
+
+    Raises:
+      ValueError: they are not floating, or not of one shape (K, d).
+    """
     arrays = tuple(jnp.asarray(matrix) for matrix in matrices)
     shapes = [array.shape for array in arrays]
     if len(set(shapes)) != 1 or len(shapes[0]) != 2:
@@ -104,7 +113,7 @@ def check_rows(*matrices) -> tuple[Array, ...]:
     for array in arrays:
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"rows must be floating, got {array.dtype}")
-    return arrays
+    return tuple(array.astype(computing_dtype(array.dtype)) for array in arrays)
 
 
 def computing_dtype(dtype) -> jnp.dtype:
@@ -145,8 +154,8 @@ def _floating(name: str, array: Array, dtype) -> Array:
     return array
 
 
-def _check_labels(labels: Array, num_classes: int) -> None:
-    """Raise ValueError unless concrete labels lie in [0, K) and occur for every class."""
+def _check_labels(labels: Array, num_classes: int, min_count: int | None) -> None:
+    """Raise ValueError unless concrete labels lie in [0, K) and are frequent enough."""
     if isinstance(labels, jax.core.Tracer):
         return
     values = np.asarray(labels)
@@ -156,11 +165,24 @@ def _check_labels(labels: Array, num_classes: int) -> None:
             f"labels must lie in [0, {num_classes}), got {values.min()} to {values.max()}"
             + (": number the classes from 0" if from_one else "")
         )
-    missing = np.flatnonzero(
-        np.bincount(values.astype(np.int64), minlength=num_classes) == 0
-    )
-    if missing.size:
+    check_counts(np.bincount(values.astype(np.int64), minlength=num_classes), min_count)
+
+
+def check_counts(counts: np.ndarray, min_count: int | None) -> None:
+    """Raise ValueError unless enough of the K classes have samples.
+
+    Args:
+      counts: (K,) samples of each class.
+      min_count: None if every class needs a sample, else two classes need so many.
+    """
+    missing = np.flatnonzero(counts == 0)
+    if min_count is None and missing.size:
         raise ValueError(
             f"every class needs a sample, none has label {missing.tolist()}: add samples, "
-            "or leave these classes out of W and b and renumber the others"
+            "or leave these classes out, by min_count=1 or by renumbering the others"
+        )
+    if min_count is not None and np.count_nonzero(counts >= min_count) < 2:
+        raise ValueError(
+            f"expected two classes with at least min_count = {min_count} samples, got "
+            f"counts {counts.tolist()}"
         )

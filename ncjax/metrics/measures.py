@@ -6,8 +6,11 @@ approaches the centred class means, up to scale.
 
 Each function is the plain definition, for any rows: class means, centred class means, a
 classifier or a centred classifier (the mean row subtracted). `ncjax.metrics` applies them.
-Quotients neither overflow nor underflow at any scale of the rows. Each function raises
-ValueError unless its matrices are floating, (K, d) and of one shape.
+Quotients neither overflow nor underflow at any scale of the rows, and half precision is
+computed in float32. Derivatives are finite where a value is zero, as it is at collapse.
+Some functions take a `mask` (K,) of booleans: they leave out the rows at False and count K
+without them. Each function raises ValueError unless its matrices are floating, (K, d) and
+of one shape.
 """
 
 import math
@@ -16,14 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.metrics.inputs import check_rows
-from ncjax.numerics import at_unit_scale, matmul
+from ncjax.numerics import at_unit_scale, matmul, root
 from ncjax.types import Array
 
 
-def centre_rows(rows: Array) -> Array:
-    r"""Return $v_k - \tfrac1K \sum_j v_j$ of `rows` (K, d)."""
+def centre_rows(rows: Array, mask: Array | None = None) -> Array:
+    r"""Return $v_k - \tfrac1K \sum_j v_j$ of `rows` (K, d); 0 where `mask` is False."""
     (rows,) = check_rows(rows)
-    return rows - jnp.mean(rows, axis=0, keepdims=True)
+    where = None if mask is None else mask[:, None]
+    return _kept(rows - jnp.mean(rows, axis=0, keepdims=True, where=where), mask)
 
 
 def unit_rows(rows: Array) -> Array:
@@ -33,19 +37,21 @@ def unit_rows(rows: Array) -> Array:
     return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def norm_variation(rows: Array, ddof: int = 1) -> Array:
+def norm_variation(rows: Array, ddof: int = 1, mask: Array | None = None) -> Array:
     r"""Return the variation of norms, $\mathrm{std}_k |v_k| / \mathrm{mean}_k |v_k|$.
 
     Args:
       rows: (K, d).
       ddof: 1 to divide the variance by K - 1 (Papyan et al., 2020), 0 to divide it by K.
+      mask: (K,) booleans, False for rows to leave out.
 
     Returns:
       Scalar, the standard deviation divided by the mean; 0 for equal norms.
     """
     (rows,) = check_rows(rows)
-    norms = jnp.linalg.norm(at_unit_scale(rows), axis=1)
-    return jnp.std(norms, ddof=ddof) / jnp.mean(norms)
+    norms = _norm(at_unit_scale(_kept(rows, mask)), axis=1)
+    deviation = root(jnp.var(norms, ddof=ddof, where=mask))
+    return deviation / jnp.mean(norms, where=mask)
 
 
 def pair_cosines(rows: Array) -> Array:
@@ -55,25 +61,31 @@ def pair_cosines(rows: Array) -> Array:
     return gram[np.triu_indices(len(gram), k=1)]
 
 
-def cosine_deviation(rows: Array) -> Array:
+def cosine_deviation(rows: Array, mask: Array | None = None) -> Array:
     r"""Mean over pairs of $|\cos(v_j, v_k) + \tfrac{1}{K-1}|$, 0 for a simplex ETF.
 
     Source: Papyan, Han, Donoho (2020), Figure 3, for `rows` (K, d).
     """
-    return jnp.mean(jnp.abs(pair_cosines(rows) + 1 / (len(rows) - 1)))
+    (rows,) = check_rows(rows)
+    size = len(rows)
+    if mask is None:
+        return jnp.mean(jnp.abs(pair_cosines(rows) + 1 / (size - 1)))
+    cosines = pair_cosines(jnp.where(mask[:, None], rows, 1))
+    j, k = np.triu_indices(size, k=1)
+    return jnp.mean(jnp.abs(cosines + 1 / (_size(rows, mask) - 1)), where=mask[j] & mask[k])
 
 
-def etf_gram_error(rows: Array) -> Array:
+def etf_gram_error(rows: Array, mask: Array | None = None) -> Array:
     r"""$| V V^\top / |V V^\top|_F - (I - \tfrac1K \mathbf{1 1}^\top) / \sqrt{K-1} |_F$.
 
     Zero if and only if the `rows` V (K, d) are a simplex ETF.
 
     Source: Zhu et al. (2021), NC2.
     """
-    return product_etf_error(rows, rows)
+    return product_etf_error(rows, rows, mask)
 
 
-def product_etf_error(rows: Array, others: Array) -> Array:
+def product_etf_error(rows: Array, others: Array, mask: Array | None = None) -> Array:
     r"""$| V C^\top / |V C^\top|_F - (I - \tfrac1K \mathbf{1 1}^\top) / \sqrt{K-1} |_F$.
 
     For `rows` V (K, d) and `others` C (K, d).
@@ -81,23 +93,33 @@ def product_etf_error(rows: Array, others: Array) -> Array:
     Source: Zhu et al. (2021), NC3.
     """
     rows, others = check_rows(rows, others)
-    size = rows.shape[0]
-    rows, others = at_unit_scale(rows), at_unit_scale(others)
+    rows, others = (at_unit_scale(_kept(matrix, mask)) for matrix in (rows, others))
     product = at_unit_scale(matmul(rows, others.T))
-    etf = (jnp.eye(size, dtype=rows.dtype) - 1 / size) / math.sqrt(size - 1)
-    return jnp.linalg.norm(product / jnp.linalg.norm(product) - etf)
+    return _norm(product / jnp.linalg.norm(product) - _etf_gram(rows, mask))
 
 
-def self_duality(rows: Array, others: Array, squared: bool = False) -> Array:
+def _etf_gram(rows: Array, mask: Array | None) -> Array:
+    r"""Return $(I - \tfrac1K \mathbf{1 1}^\top) / \sqrt{K-1}$ (K, K), 0 at masked rows."""
+    identity, size = jnp.eye(len(rows), dtype=rows.dtype), len(rows)
+    if mask is None:
+        return (identity - 1 / size) / math.sqrt(size - 1)
+    count = _size(rows, mask)
+    gram = (identity - 1 / count) / jnp.sqrt(count - 1)
+    return jnp.where(mask[:, None] & mask[None], gram, 0)
+
+
+def self_duality(
+    rows: Array, others: Array, squared: bool = False, mask: Array | None = None
+) -> Array:
     r"""$| V/|V|_F - C/|C|_F |_F$ of `rows` V and `others` C, both (K, d).
 
     `squared=True` returns the square, which Papyan, Han, Donoho (2020) plot.
     """
     rows, others = check_rows(rows, others)
-    rows, others = at_unit_scale(rows), at_unit_scale(others)
+    rows, others = (at_unit_scale(_kept(matrix, mask)) for matrix in (rows, others))
     difference = rows / jnp.linalg.norm(rows) - others / jnp.linalg.norm(others)
     distance_squared = jnp.sum(difference**2)
-    return distance_squared if squared else jnp.sqrt(distance_squared)
+    return distance_squared if squared else root(distance_squared)
 
 
 def row_cosines(rows: Array, others: Array) -> Array:
@@ -115,4 +137,19 @@ def row_dots(rows: Array, others: Array) -> Array:
 def row_distances(rows: Array, others: Array) -> Array:
     r"""Return $|v_k - c_k|$ (K,) of matching rows of two (K, d) matrices."""
     rows, others = check_rows(rows, others)
-    return jnp.linalg.norm(rows - others, axis=1)
+    return _norm(rows - others, axis=1)
+
+
+def _norm(array: Array, axis: int | None = None) -> Array:
+    """Return the norm over all entries or along `axis`, with slope 0 at 0."""
+    return root(jnp.sum(array**2, axis=axis))
+
+
+def _kept(rows: Array, mask: Array | None) -> Array:
+    """Return `rows` with 0 in rows where `mask` is False."""
+    return rows if mask is None else jnp.where(mask[:, None], rows, 0)
+
+
+def _size(rows: Array, mask: Array) -> Array:
+    """Return the number of rows where `mask` is True, in the dtype of `rows`."""
+    return jnp.sum(mask, dtype=jnp.int32).astype(rows.dtype)

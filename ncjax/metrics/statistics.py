@@ -17,10 +17,12 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ncjax.checks import check_choice
-from ncjax.metrics.inputs import check_batch, check_classifier
+from ncjax.checks import check_choice, check_integer
+from ncjax.metrics.inputs import check_batch, check_classifier, check_counts
 from ncjax.metrics.inputs import computing_dtype as computing_dtype
+from ncjax.metrics.whitening import whiten
 from ncjax.numerics import matmul
 from ncjax.types import Array
 
@@ -40,14 +42,18 @@ class Reference(NamedTuple):
     """Class means for the second pass to compare samples with; made by `reference`."""
 
     centred: Array  # (K, d)  class means minus the global mean
-    distances: Array  # (K, K)  squared distances of class means
+    centres: Array  # (K, d)  centres of NC4 minus the global mean
+    distances: Array  # (K, K)  squared distances of class means (rows) to centres
     whitening: Array  # (r, d)  T with |T x|² = xᵀ Σ_B⁺ x / K, r at most K - 1
+    measured: Array | None  # (K,)  classes measured, None for all
+    candidates: Array | None  # (K,)  classes that have a centre, None for all
 
 
 class Comparison(NamedTuple):
     """Second pass: sums over the samples seen of each of K classes."""
 
     counts: Array  # (K,)  samples seen (int32)
+    scatter: Array  # (K,)  sum of |h - class mean|², as in the first pass
     whitened_scatter: Array  # (K,)  sum of δᵀ Σ_B⁺ δ / K, δ = h - class mean
     mismatches: Array  # (K,)  classifier and nearest class mean disagree (int32)
     errors: Array  # (K,)  classifier is wrong (int32)
@@ -168,37 +174,97 @@ def all_merge(statistics: ClassStatistics, axis_name: str) -> ClassStatistics:
     )
 
 
+def measured_classes(
+    statistics: ClassStatistics, min_count: int | None = None
+) -> Array | None:
+    """Return the mask (K,) of the classes that a metric measures, or None for all.
+
+    A metric of some classes is the metric of a problem that has no others: they enter no
+    mean, no singular value and no pair.
+
+    Args:
+      statistics: statistics of all samples.
+      min_count: None measures all K classes. A number m, at least 1, measures the classes
+        with at least m samples.
+
+    Raises:
+      ValueError: min_count is out of range, or (outside jit) fewer than two classes are
+        measured, or a class has no sample and min_count is None. Under jit a metric of a
+        class without samples is NaN.
+    """
+    counts = statistics.counts
+    if min_count is not None:
+        check_integer("min_count", min_count, least=1)
+    if not isinstance(counts, jax.core.Tracer):
+        check_counts(np.asarray(counts), min_count)
+    return None if min_count is None else counts >= min_count
+
+
 def class_means(statistics: ClassStatistics) -> Array:
-    """Return class means (K, d), rounded to the dtype: their differences lose digits."""
-    return statistics.anchor + statistics.offset
+    """Return class means (K, d), NaN for a class without samples.
+
+    They are rounded to the dtype, so their differences lose digits: see `centred_means`.
+    """
+    seen = (statistics.counts > 0)[:, None]
+    return jnp.where(seen, statistics.anchor + statistics.offset, jnp.nan)
 
 
 def global_mean(statistics: ClassStatistics, centring: str = "class_mean") -> Array:
     """Return the global mean $h_G$ (d,) of the classes seen, as in `centred_means`."""
-    means = class_means(statistics)
-    return means[0] - centred_means(statistics, centring)[0]
+    shares = _shares(statistics, centring, statistics.counts > 0)
+    return _origin(statistics) + matmul(shares, _from_origin(statistics))
 
 
-def centred_means(statistics: ClassStatistics, centring: str = "class_mean") -> Array:
+def centred_means(
+    statistics: ClassStatistics, centring: str = "class_mean", min_count: int | None = None
+) -> Array:
     r"""Return class means minus the global mean, $\bar h_k - h_G$ (K, d).
 
     Computed from differences alone, so that an offset of the features costs no digits.
 
     Args:
-      statistics: statistics of at least one sample of every class.
+      statistics: statistics of all samples.
       centring: "class_mean" if $h_G$ is the mean of the class means (Papyan et al., 2020),
         "sample_mean" if it is the mean of all samples (Zhu et al., 2021).
+      min_count: classes that enter $h_G$, as in `measured_classes`. The rows of the others
+        are NaN.
 
     Raises:
-      ValueError: centring is neither.
+      ValueError: centring is neither, or as in `measured_classes`.
     """
-    return _about_mean(statistics, _shares(statistics, centring))
+    measured = measured_classes(statistics, min_count)
+    centred = about_mean(statistics, centring, measured)
+    return centred if measured is None else jnp.where(measured[:, None], centred, jnp.nan)
 
 
-def _about_mean(statistics: ClassStatistics, shares: Array) -> Array:
-    """Return class means minus their mean with weights `shares` (K,)."""
-    relative = (statistics.anchor - statistics.anchor[:1]) + statistics.offset
-    return relative - matmul(shares, relative)[None]
+def about_mean(statistics: ClassStatistics, centring: str, measured: Array | None) -> Array:
+    """Return `centred_means` of the measured classes; the rows of the others are 0.
+
+    The row of a measured class without samples is NaN.
+    """
+    rows = _from_origin(statistics)
+    rows = rows - matmul(_shares(statistics, centring, measured), rows)[None]
+    if measured is None:
+        return jnp.where((statistics.counts > 0)[:, None], rows, jnp.nan)
+    return jnp.where(measured[:, None], rows, 0)
+
+
+def _origin(statistics: ClassStatistics) -> Array:
+    """Return the anchor (d,) of the first class seen."""
+    return statistics.anchor[jnp.argmax(statistics.counts > 0)]
+
+
+def _from_origin(statistics: ClassStatistics) -> Array:
+    """Return the class means (K, d) minus `_origin`, any numbers for classes not seen."""
+    return (statistics.anchor - _origin(statistics)[None]) + statistics.offset
+
+
+def class_variances(statistics: ClassStatistics, measured: Array | None) -> Array:
+    r"""Return the mean of $|h - \bar h_k|^2$ over each class (K,), 0 if not measured."""
+    counts, scatter = statistics.counts, statistics.scatter
+    if measured is not None:
+        counts, scatter = jnp.where(measured, counts, 1), jnp.where(measured, scatter, 0)
+    return scatter / counts.astype(scatter.dtype)
 
 
 def deviations(statistics: ClassStatistics, features: Array, labels: Array) -> Array:
@@ -206,7 +272,13 @@ def deviations(statistics: ClassStatistics, features: Array, labels: Array) -> A
     return (features - statistics.anchor[labels]) - statistics.offset[labels]
 
 
-def reference(statistics: ClassStatistics, centring: str = "class_mean") -> Reference:
+def reference(
+    statistics: ClassStatistics,
+    centring: str = "class_mean",
+    *,
+    centres: Array | None = None,
+    min_count: int | None = None,
+) -> Reference:
     r"""Return the class means and their whitening, for the second pass.
 
     Whitening is the linear map T with $|T x|^2 = x^\top \Sigma_B^+ x / K$: it measures x in
@@ -216,41 +288,66 @@ def reference(statistics: ClassStatistics, centring: str = "class_mean") -> Refe
     spreads of the means differ by 500, rounding errors grow by 500 and not by 500².
 
     Args:
-      statistics: statistics of all samples, at least one of every class.
+      statistics: statistics of all samples.
       centring: global mean in $\Sigma_B$, as in `centred_means`.
+      centres: (K, d) class centres of NC4, for example `class_means` of the training split
+        where the statistics are of a test split. A row with NaN is no centre. None takes
+        the class means of the samples themselves.
+      min_count: classes measured, as in `measured_classes`; K is their number.
+
+    Raises:
+      ValueError: centring is unknown, the shape of centres does not fit, or as in
+        `measured_classes`.
     """
-    shares = _shares(statistics, centring)
-    centred = _about_mean(statistics, shares)
-    num_classes, dtype = centred.shape[0], centred.dtype
+    measured = measured_classes(statistics, min_count)
+    shares = _shares(statistics, centring, measured)
+    centred = about_mean(statistics, centring, measured)
     # The rows of M, weighted by the shares, sum to zero, so M has rank K - 1 at most. That
     # null direction is removed exactly, so that no singular value is rounding error alone.
-    basis = _complement(shares)
-    rows = matmul(basis, centred)
-    _, singular, right = jnp.linalg.svd(rows, full_matrices=False)
-    cutoff = num_classes * jnp.finfo(dtype).eps * jnp.max(singular)
-    kept = singular > cutoff
-    inverse = jnp.where(kept, 1 / jnp.where(kept, singular, 1), 0)
-    return Reference(centred, squared_distances(centred), inverse[:, None] * right)
+    rows = centred
+    if measured is not None:
+        first = -jnp.argmax(measured)  # `_complement` needs a first share above 0
+        shares, rows = jnp.roll(shares, first), jnp.roll(rows, first, axis=0)
+    _, whitening = whiten(matmul(_complement(shares), rows))
+    candidates, about = measured, centred
+    if centres is not None:
+        candidates, about = _centres_about_mean(statistics, centring, measured, centres)
+    distances = squared_distances(centred, about)
+    return Reference(centred, about, distances, whitening, measured, candidates)
 
 
-def squared_distances(rows: Array) -> Array:
-    """Return squared distances (K, K) of the rows of a (K, d) matrix, by differences.
+def _centres_about_mean(statistics, centring, measured, centres) -> tuple[Array, Array]:
+    """Return the mask (K,) of finite rows of `centres`, and these minus the global mean."""
+    centres = jnp.asarray(centres)
+    if centres.shape != statistics.anchor.shape:
+        raise ValueError(f"expected centres {statistics.anchor.shape}, got {centres.shape}")
+    candidates = jnp.all(jnp.isfinite(centres), axis=1)
+    shares = _shares(statistics, centring, measured)
+    mean = matmul(shares, _from_origin(statistics))
+    rows = (centres.astype(mean.dtype) - _origin(statistics)[None]) - mean[None]
+    return candidates, jnp.where(candidates[:, None], rows, 0)
 
-    The Gram form `|a|² + |b|² - 2 a·b` is faster but loses the digits of close pairs.
+
+def squared_distances(rows: Array, others: Array | None = None) -> Array:
+    """Return squared distances (K, J) of `rows` (K, d) to `others` (J, d), by differences.
+
+    None for `others` takes the rows themselves. The Gram form `|a|² + |b|² - 2 a·b` is
+    faster but loses the digits of close pairs.
     """
+    targets = rows if others is None else others
 
     def to_all(row):
-        return jnp.sum((rows - row[None]) ** 2, axis=1)
+        return jnp.sum((targets - row[None]) ** 2, axis=1)
 
-    if rows.shape[0] * rows.size <= 2**22:
+    if rows.shape[0] * targets.size <= 2**22:
         return jax.vmap(to_all)(rows)
     return jax.lax.map(to_all, rows)
 
 
 def init_comparison(num_classes: int, dtype=jnp.float32) -> Comparison:
     """Return a `Comparison` of no sample."""
-    zero = jnp.zeros(num_classes, jnp.int32)
-    return Comparison(zero, jnp.zeros(num_classes, dtype), zero, zero, zero)
+    zero, total = jnp.zeros(num_classes, jnp.int32), jnp.zeros(num_classes, dtype)
+    return Comparison(zero, total, total, zero, zero, zero)
 
 
 def compare(
@@ -265,10 +362,11 @@ def compare(
 ) -> Comparison:
     r"""Second pass: add a batch to the comparison.
 
-    With $\delta = h - \bar h_y$ and $p = M \delta$, the squared distance to the mean of
-    class j is $|h - \bar h_j|^2 = |\delta|^2 + 2 (p_y - p_j) + |\bar h_y - \bar h_j|^2$.
+    With $\delta = h - \bar h_y$ and centres $c_j$, which are the class means by default,
+    $|h - c_j|^2 = |\delta|^2 + 2 \delta^\top (\bar h_y - c_j) + |\bar h_y - c_j|^2$.
     It does not depend on the origin. Comparisons of disjoint samples add, so across devices
-    use `jax.lax.psum`.
+    use `jax.lax.psum`. Samples of classes that `against` does not measure are left out. The
+    classifier always decides among all K classes.
 
     Args:
       comparison: comparison of the samples before.
@@ -290,44 +388,69 @@ def compare(
     features, labels, mask = check_batch(features, labels, mask, dim)
     W, b = check_classifier(W, b, (num_classes, dim))
     members, features, labels = _members(features, labels, mask, num_classes, dtype)
+    if against.measured is not None:
+        members = members & against.measured[None]
     deviation = deviations(statistics, features, labels)
-    projected = matmul(deviation, against.centred.T)
+    projected = matmul(deviation, against.centres.T)
+    # The constant of a sample does not matter, but this one makes the sum small.
     own = jnp.take_along_axis(projected, labels[:, None], axis=1)
     to_centres = 2 * (own - projected) + against.distances[labels]
+    if against.candidates is not None:
+        far = float(jnp.finfo(dtype).max)
+        to_centres = jnp.where(against.candidates[None], to_centres, far)
     nearest = jax.lax.argmin(to_centres, 1, jnp.int32)
     logits = matmul(features, W.T.astype(dtype))
     if b is not None:
         logits = logits + b[None].astype(dtype)
     decided = jax.lax.argmax(logits, 1, jnp.int32)
     whitened = matmul(deviation, against.whitening.T)
-    squares = jnp.sum(whitened**2, axis=1)
+    squares = [jnp.sum(rows**2, axis=1) for rows in (deviation, whitened)]
+    scatter, whitened_scatter = _class_sums(jnp.stack(squares, axis=1), labels, members).T
 
     def total(which):
         return jnp.sum(members & which[:, None], axis=0, dtype=jnp.int32)
 
     return Comparison(
         counts=comparison.counts + jnp.sum(members, axis=0, dtype=jnp.int32),
-        whitened_scatter=comparison.whitened_scatter
-        + _class_sums(squares, labels, members),
+        scatter=comparison.scatter + scatter,
+        whitened_scatter=comparison.whitened_scatter + whitened_scatter,
         mismatches=comparison.mismatches + total(decided != nearest),
         errors=comparison.errors + total(decided != labels),
         ncc_errors=comparison.ncc_errors + total(nearest != labels),
     )
 
 
-def _shares(statistics: ClassStatistics, centring: str) -> Array:
-    """Return the weight (K,) of each class mean in the global mean."""
+def same_samples(
+    statistics: ClassStatistics, comparison: Comparison, measured: Array | None
+) -> Array:
+    """Return whether both passes read the same samples of the measured classes.
+
+    Their counts must be equal, and their scatters up to the square root of a rounding.
+    """
+    counts = comparison.counts == statistics.counts
+    first, second = statistics.scatter, comparison.scatter
+    limits = jnp.finfo(first.dtype)
+    smallest = float(limits.tiny) * statistics.counts.astype(first.dtype)
+    allowed = float(limits.eps) ** 0.5 * jnp.maximum(first, second) + smallest
+    same = counts & ~(jnp.abs(first - second) > allowed)
+    return jnp.all(same if measured is None else same | ~measured)
+
+
+def _shares(statistics: ClassStatistics, centring: str, measured: Array | None) -> Array:
+    """Return the weight (K,) of each class mean in the global mean of those measured."""
     check_choice("centring", centring, CENTRINGS)
     count, dtype = statistics.counts, statistics.anchor.dtype
     weights = count if centring == "sample_mean" else (count > 0).astype(jnp.int32)
+    if measured is not None:
+        weights = jnp.where(measured, weights, 0)
     return fraction(weights, jnp.sum(weights, dtype=jnp.int32), dtype)
 
 
 def _complement(weights: Array) -> Array:
-    """Return an orthonormal basis (K - 1, K) of the complement of `weights` (K,) > 0.
+    """Return an orthonormal basis (K - 1, K) of the complement of `weights` (K,) >= 0.
 
-    It holds all rows but the first of the Householder reflection that maps the weights to
-    the first axis.
+    The first weight is above 0. The basis holds all rows but the first of the Householder
+    reflection that maps the weights to the first axis.
     """
     chex.assert_rank(weights, 1)
     identity = jnp.eye(weights.shape[0], dtype=weights.dtype)

@@ -35,7 +35,8 @@ from ncjax.metrics.inputs import (
     computing_dtype,
 )
 from ncjax.metrics.statistics import ClassStatistics, Comparison
-from ncjax.numerics import matmul
+from ncjax.metrics.whitening import whiten
+from ncjax.numerics import at_unit_scale, matmul, power_of_two
 from ncjax.types import Array
 
 WEIGHTINGS = ("sample", "class")
@@ -53,6 +54,7 @@ def within_class_variation(
     centring: str = "class_mean",
     weighting: str = "sample",
     per_class: bool = True,
+    min_count: int | None = None,
 ) -> Array:
     r"""$\operatorname{Tr}(\Sigma_W \Sigma_B^+) / K$, a scalar.
 
@@ -66,54 +68,78 @@ def within_class_variation(
         $\delta_i = h_i - \bar h_{y_i}$; "class" for the mean of the class covariances.
         They differ if classes differ in size.
       per_class: divide by K, as Zhu et al. (2021) do and Papyan et al. (2020) do not.
+      min_count: classes measured, as in `ncjax.collapse_metrics_from_features`; K is their
+        number.
 
     Raises:
       ValueError: shapes, dtypes or values do not fit, or a name is unknown.
     """
     check_choice("weighting", weighting, WEIGHTINGS)
-    seen = _compare_with_means(features, labels, num_classes, centring)
+    seen = _compare_with_means(features, labels, num_classes, centring, min_count)
     dtype = seen.whitened_scatter.dtype
+    measured = None if min_count is None else seen.counts > 0
     if weighting == "sample":
         samples = jnp.sum(seen.counts, dtype=jnp.int32).astype(dtype)
         over_classes = jnp.sum(seen.whitened_scatter) / samples
     else:
-        over_classes = jnp.mean(seen.whitened_scatter / seen.counts.astype(dtype))
-    return over_classes if per_class else num_classes * over_classes
+        counts = seen.counts if measured is None else jnp.maximum(seen.counts, 1)
+        by_class = seen.whitened_scatter / counts.astype(dtype)
+        over_classes = jnp.mean(by_class, where=measured)
+    if per_class:
+        return over_classes
+    size = num_classes if measured is None else jnp.sum(measured, dtype=jnp.int32)
+    return jnp.asarray(size, dtype) * over_classes
 
 
 def variability_collapse_index(
-    features: Array, labels: Array, num_classes: int, *, centring: str = "sample_mean"
+    features: Array,
+    labels: Array,
+    num_classes: int,
+    *,
+    centring: str = "sample_mean",
+    min_count: int | None = None,
 ) -> Array:
     r"""VCI, $1 - \operatorname{Tr}(\Sigma_T^+ \Sigma_B) / \min(d, K - 1)$, a scalar.
 
     $\Sigma_T = \Sigma_W + \Sigma_B = A^\top A$, with the factor
     $A = [\Delta / \sqrt N;\; M / \sqrt K]$ (N + K, d), $\Delta$ the deviations. With the
     singular value decomposition $A = U S V^\top$ the trace is the squared norm of the last
-    K rows of $U$, so that no squared matrix is inverted.
+    K rows of $U$, so that no squared matrix is inverted. `min_count` as in
+    `within_class_variation`.
 
     Source: Xu, Liu (2023), "Quantifying the variability collapse of neural networks".
     """
-    first_pass, features, labels = _first_pass(features, labels, num_classes)
-    samples, dim = features.shape
-    deviation = statistics.deviations(first_pass, features, labels) / math.sqrt(samples)
-    means = statistics.centred_means(first_pass, centring) / math.sqrt(num_classes)
-    factor = jnp.concatenate([deviation, means])
-    left, singular, _ = jnp.linalg.svd(factor, full_matrices=False)
-    cutoff = max(factor.shape) * jnp.finfo(factor.dtype).eps * jnp.max(singular)
-    trace = jnp.sum(jnp.where(singular > cutoff, jnp.sum(left[samples:] ** 2, axis=0), 0))
-    return 1 - trace / min(dim, num_classes - 1)
+    features, labels, _ = _samples(features, labels, num_classes, min_count)
+    first_pass = statistics.class_statistics(features, labels, num_classes)
+    measured = statistics.measured_classes(first_pass, min_count)
+    deviation = statistics.deviations(first_pass, features, labels)
+    if measured is not None:
+        deviation = jnp.where(measured[labels][:, None], deviation, 0)
+    means = statistics.about_mean(first_pass, centring, measured)
+    # N and K of the classes measured.
+    samples, size = (
+        jnp.sum(array, dtype=jnp.int32, where=measured).astype(means.dtype)
+        for array in (first_pass.counts, jnp.ones_like(first_pass.counts))
+    )
+    parts = deviation / jnp.sqrt(samples), means / jnp.sqrt(size)
+    left, _ = whiten(jnp.concatenate(parts))
+    trace = jnp.sum(left[len(features) :] ** 2)
+    return 1 - trace / jnp.minimum(features.shape[1], size - 1)
 
 
-def nuclear_over_frobenius(features: Array, labels: Array, num_classes: int) -> Array:
+def nuclear_over_frobenius(
+    features: Array, labels: Array, num_classes: int, *, min_count: int | None = None
+) -> Array:
     r"""$|H_k|_* / |H_k|_F$ (K,) of the features $H_k$ (n_k, d) of each class, not centred.
 
     The nuclear norm $|\cdot|_*$ is the sum of the singular values. The quotient is 1 if the
     features of a class are parallel, and NaN if they are all zero. Its mean over classes is
     the nuclear norm metric of Zhou et al. (2022), the mean of its square the numerical rank
     of the "guiding" codebase. `labels` must be concrete (not traced by `jax.jit`), because
-    they fix the shapes of the K decompositions.
+    they fix the shapes of the K decompositions. With `min_count`, classes of fewer samples
+    are NaN.
     """
-    features, labels = _samples(features, labels, num_classes)
+    features, labels, _ = _samples(features, labels, num_classes, min_count)
     targets = np.asarray(labels)
     counts = np.bincount(targets, minlength=num_classes)
     order = np.argsort(targets, kind="stable")
@@ -122,25 +148,34 @@ def nuclear_over_frobenius(features: Array, labels: Array, num_classes: int) -> 
     groups = jnp.zeros((num_classes, counts.max(), features.shape[1]), features.dtype)
     groups = groups.at[targets[order], place].set(features[order])
     singular = _singular_values(groups)
-    return jnp.sum(singular, axis=1) / jnp.linalg.norm(singular, axis=1)
+    quotients = jnp.sum(singular, axis=1) / jnp.linalg.norm(singular, axis=1)
+    return jnp.where(counts >= (1 if min_count is None else min_count), quotients, jnp.nan)
 
 
 @jax.jit
 def _singular_values(groups: Array) -> Array:
     """Return the singular values of K matrices (K, n, d), one matrix at a time."""
-    return jax.lax.map(lambda rows: jnp.linalg.svd(rows, compute_uv=False), groups)
+
+    def of_one(rows):
+        return jnp.linalg.svd(rows, full_matrices=False, compute_uv=False)
+
+    return jax.lax.map(of_one, groups)
 
 
 def average_squared_norm(
-    first_pass: ClassStatistics, centring: str = "sample_mean"
+    first_pass: ClassStatistics,
+    centring: str = "sample_mean",
+    *,
+    min_count: int | None = None,
 ) -> Array:
     r"""$\tfrac1K \sum_k \tfrac1{n_k} \sum_{y_i = k} |h_i - h_G|^2$, a scalar.
 
     Source: Fang, He, Long, Su (2021), who bound it by $E_H$ in the layer-peeled model.
     """
-    means = statistics.centred_means(first_pass, centring)
-    variance = first_pass.scatter / first_pass.counts.astype(means.dtype)
-    return jnp.mean(variance + jnp.sum(means**2, axis=1))
+    measured = statistics.measured_classes(first_pass, min_count)
+    means = statistics.about_mean(first_pass, centring, measured)
+    variance = statistics.class_variances(first_pass, measured)
+    return jnp.mean(variance + jnp.sum(means**2, axis=1), where=measured)
 
 
 # NC2: the directions of the class means
@@ -219,12 +254,13 @@ def one_vs_rest_distances(W: Array) -> np.ndarray:
 def mean_logits_norm(
     first_pass: ClassStatistics,
     W: Array,
-    b: Array | None,
+    b: Array | None = None,
     centring: str = "sample_mean",
 ) -> Array:
     r"""Return $|W h_G + b|$, a scalar, zero if the bias cancels the global mean.
 
-    For `W` (K, d) and `b` (K,); None for a classifier without bias.
+    For `W` (K, d) and `b` (K,); None for a classifier without bias. $h_G$ is the mean of
+    the classes that have samples.
 
     Source: Zhu et al. (2021), NC3.
 
@@ -239,24 +275,50 @@ def mean_logits_norm(
     return jnp.linalg.norm(product)
 
 
-def nearest_centre_accuracy(features: Array, labels: Array, num_classes: int) -> Array:
-    """Return the share of samples whose nearest class mean belongs to their own class."""
-    seen = _compare_with_means(features, labels, num_classes, "class_mean")
+def nearest_centre_accuracy(
+    features: Array,
+    labels: Array,
+    num_classes: int,
+    *,
+    centres: Array | None = None,
+    min_count: int | None = None,
+) -> Array:
+    """Return the share of samples whose nearest class centre belongs to their own class.
+
+    `centres` (K, d) and `min_count` as in `ncjax.collapse_metrics_from_features`; the
+    centres are the class means by default.
+    """
+    seen = _compare_with_means(
+        features, labels, num_classes, "class_mean", min_count, centres
+    )
     right = jnp.sum(seen.counts - seen.ncc_errors, dtype=jnp.int32)
     samples = jnp.sum(seen.counts, dtype=jnp.int32)
-    return statistics.fraction(right, samples, seen.whitened_scatter.dtype)
+    share = statistics.fraction(right, samples, seen.whitened_scatter.dtype)
+    complete = jnp.all(seen.counts > 0) | (min_count is not None)
+    return jnp.where(complete, share, jnp.nan)
 
 
 def ncc_agreement(
-    features: Array, labels: Array, W: Array, b: Array | None = None
+    features: Array,
+    labels: Array,
+    W: Array,
+    b: Array | None = None,
+    *,
+    centres: Array | None = None,
+    min_count: int | None = None,
 ) -> Array:
-    """Return the share (K,) of each class on which classifier and nearest mean agree.
+    """Return the share (K,) of each class on which classifier and nearest centre agree.
 
-    Its mean weights classes equally; `1 - CollapseMetrics.ncc_mismatch` weights samples
-    equally.
+    `centres` (K, d) and `min_count` as in `ncjax.collapse_metrics_from_features`; a class
+    that is not measured is NaN. The mean of the shares weights classes equally;
+    `1 - CollapseMetrics.ncc_mismatch` weights samples equally.
     """
-    features, labels, W, b = check_features(features, labels, W, b)
-    seen = _compare(features, labels, W.shape[0], "class_mean", W, b)
+    features, labels, W, b = check_features(features, labels, W, b, min_count=min_count)
+    scale = power_of_two(features).astype(W.dtype)
+    features = features.astype(W.dtype) / scale
+    W, b = at_unit_scale((W, None if b is None else b / scale))
+    centres = None if centres is None else jnp.asarray(centres, W.dtype) / scale
+    seen = _compare(features, labels, W.shape[0], "class_mean", min_count, centres, W, b)
     return statistics.fraction(seen.counts - seen.mismatches, seen.counts, W.dtype)
 
 
@@ -277,28 +339,32 @@ def ood_cosines(means: Array, ood_mean: Array) -> Array:
     return jnp.abs(measures.row_cosines(means, other))
 
 
-def _samples(features, labels, num_classes):
-    """Return checked features, in the dtype of the computation, and checked labels."""
-    features, labels = check_samples(features, labels, num_classes)
-    return features.astype(computing_dtype(features.dtype)), labels
+def _samples(features, labels, num_classes, min_count=None):
+    """Return checked features divided by their scale, checked labels, and the scale."""
+    features, labels = check_samples(features, labels, num_classes, min_count)
+    features = features.astype(computing_dtype(features.dtype))
+    scale = power_of_two(features)
+    return features / scale, labels, scale
 
 
-def _first_pass(features, labels, num_classes):
-    features, labels = _samples(features, labels, num_classes)
-    first_pass = statistics.class_statistics(features, labels, num_classes)
-    return first_pass, features, labels
+def _compare_with_means(
+    features, labels, num_classes, centring, min_count, centres=None
+) -> Comparison:
+    features, labels, scale = _samples(features, labels, num_classes, min_count)
+    if centres is not None:
+        centres = jnp.asarray(centres, features.dtype) / scale
+    return _compare(features, labels, num_classes, centring, min_count, centres)
 
 
-def _compare_with_means(features, labels, num_classes, centring) -> Comparison:
-    features, labels = _samples(features, labels, num_classes)
-    return _compare(features, labels, num_classes, centring)
-
-
-@partial(jax.jit, static_argnums=(2, 3))
-def _compare(features, labels, num_classes, centring, W=None, b=None) -> Comparison:
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _compare(
+    features, labels, num_classes, centring, min_count, centres=None, W=None, b=None
+) -> Comparison:
     """Run both passes on the whole data; centred means replace a missing classifier."""
     first_pass = statistics.class_statistics(features, labels, num_classes)
-    against = statistics.reference(first_pass, centring)
+    against = statistics.reference(
+        first_pass, centring, centres=centres, min_count=min_count
+    )
     empty = statistics.init_comparison(num_classes, first_pass.anchor.dtype)
     W = against.centred if W is None else W
     return statistics.compare(empty, first_pass, against, features, labels, W, b)
