@@ -578,12 +578,22 @@ class _Loop:
 
     def _measure(self, state: train.TrainState, epoch: int, events) -> None:
         """Measure this epoch, write metrics.csv and, from time to time, the figures."""
+        centres: list[Any] = [None] * self.config.seeds  # of the training split, for NC4
         for split, dataset in self.sets.items():
             features = train.extract_features(self.forward, state, dataset)
-            measured = [
-                self._measure_one(features, dataset, state.params, seed)
+            networks = [
+                self._network(features, state.params, seed)
                 for seed in range(self.config.seeds)
             ]
+            measured = [
+                _measure_one(*network, dataset.labels, centre)
+                for network, centre in zip(networks, centres, strict=True)
+            ]
+            if split == "train" and "test" in self.sets:
+                centres = [
+                    train.class_means(features, dataset.labels, params)
+                    for features, params in networks
+                ]
             for seed, values in enumerate(measured):
                 row = {"epoch": epoch, "split": split, "seed": seed}
                 self.rows.append(row | values)
@@ -595,18 +605,22 @@ class _Loop:
                 _record.draw(self.folder, self.rows)
                 self.last_drawing = time.monotonic()
 
-    def _measure_one(self, features, dataset, params, seed: int) -> dict[str, float]:
-        """Return the metrics of one seed, rounded as in metrics.csv; NaN if it diverged."""
-        if self.config.seeds > 1:
-            features = features[seed]
-            params = jax.tree.map(lambda leaf: leaf[seed], params)
-        last = (features, *jax.tree.leaves(train.classifier(params)))
-        if not all(np.isfinite(_to_host(leaf)).all() for leaf in last):
-            names = (*ncjax.CollapseMetrics._fields, *LastLayer._fields)
-            return dict.fromkeys(names, math.nan)
-        measured = train.measure(features, dataset.labels, params)
-        # Rounded as in the file, so that a resumed run has the same rows.
-        return {name: float(f"{value:.9g}") for name, value in measured.items()}
+    def _network(self, features, params, seed: int) -> tuple[Any, Any]:
+        """Return features (N, d) and parameters of one seed."""
+        if self.config.seeds == 1:
+            return features, params
+        return features[seed], jax.tree.map(lambda leaf: leaf[seed], params)
+
+
+def _measure_one(features, params, labels, centres) -> dict[str, float]:
+    """Return the metrics of one network, rounded as in metrics.csv; NaN if it diverged."""
+    last = (features, *jax.tree.leaves(train.classifier(params)))
+    if not all(np.isfinite(_to_host(leaf)).all() for leaf in last):
+        names = (*ncjax.CollapseMetrics._fields, *LastLayer._fields)
+        return dict.fromkeys(names, math.nan)
+    measured = train.measure(features, labels, params, centres)
+    # Rounded as in the file, so that a resumed run has the same rows.
+    return {name: float(f"{value:.9g}") for name, value in measured.items()}
 
 
 def _optimiser(config: Config, samples: int):

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ncjax.metrics import statistics
 from ncjax.metrics.collapse import collapse_metrics_from_features
 from ncjax.metrics.peeling import last_layer
 from ncjax.networks import data
@@ -209,22 +210,36 @@ def classifier(params) -> tuple[Array, Array | None]:
     return last["kernel"].T, last.get("bias")
 
 
-def measure(features: Array, labels: Array, params) -> dict[str, float]:
+def measure(
+    features: Array, labels: Array, params, centres: Array | None = None
+) -> dict[str, float]:
     """Measure collapse metrics, loss, margins and alignment of a network on a data set.
 
     Args:
       features: (N, d), computed in evaluation mode.
       labels: (N,).
       params: parameters of the network.
+      centres: (K, d) class centres of NC4. On a test split pass the class means of the
+        training split (`class_means`). None takes the class means of the features.
 
     Returns:
       The fields of `ncjax.CollapseMetrics` and of `ncjax.LastLayer` by name.
     """
     layer = classifier(jax.tree.map(first_device, params))
     labels = first_device(labels)
-    metrics = collapse_metrics_from_features(features, labels, *layer)._asdict()
+    metrics = collapse_metrics_from_features(
+        features, labels, *layer, centres=centres
+    )._asdict()
     metrics |= last_layer(features, labels, *layer)._asdict()
     return {name: float(value) for name, value in metrics.items()}
+
+
+def class_means(features: Array, labels: Array, params) -> Array:
+    """Return the mean (K, d) of the features of each class, K from the last layer."""
+    W, _ = classifier(params)
+    return statistics.class_means(
+        statistics.class_statistics(features, first_device(labels), W.shape[0])
+    )
 
 
 def first_device(array: Array) -> Array:
