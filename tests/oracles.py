@@ -442,6 +442,30 @@ FIELDS = {
 }
 
 
+def without(data, kept):
+    """The problem of the classes `kept` alone, numbered anew."""
+    chosen = np.isin(data.labels, kept)
+    labels = np.searchsorted(kept, data.labels[chosen])
+    return Data(data.features[chosen], labels, data.W[kept], data.b[kept])
+
+
+def metrics_of_present(data, min_count):
+    """The fields of the classes with `min_count` samples; the classifier knows all K."""
+    counts = np.bincount(data.labels, minlength=len(data.W))
+    kept = np.flatnonzero(counts >= min_count)
+    few = without(data, kept)
+    values = {
+        field: FORMULAS[name](few)
+        for field, name in FIELDS.items()
+        if field not in ("ncc_mismatch", "accuracy")
+    }
+    decided = logits(data).argmax(axis=1)[np.isin(data.labels, kept)]
+    nearest = kept[nearest_centres(few.features, few.labels)]
+    values["ncc_mismatch"] = np.mean(decided != nearest)
+    values["accuracy"] = np.mean(decided == kept[few.labels])
+    return values
+
+
 # --------------------------------------------------------------------------
 # layer-peeled model: W (K, d), H (K, n, d)
 # --------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Random inputs that several test modules draw: hypothesis strategies and arrays."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,3 +59,70 @@ RANDOM = {
     "K=2, N<d": random_data(2, num_classes=2, dim=20, samples=12, scale=30.0),
     "d<K-1": random_data(3, num_classes=6, dim=3, samples=50),
 }
+
+
+# Data as people bring them: (K, d, N), more classes than dimensions, two classes, d > K.
+BROUGHT = ((6, 3, 20), (2, 5, 12), *(((4, 9, 16), (7, 2, 30)) if WIDE else ()))
+INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+# The largest exponent of two of a scale, and an offset that leaves digits to differences.
+RANGES = {
+    "float16": (5, 64.0),
+    "bfloat16": (100, 16.0),
+    "float32": (100, 1e4),
+    "float64": (900, 1e8),
+}
+
+
+class Brought(NamedTuple):
+    """Features of some dtype, scale and offset, with labels of some integer dtype."""
+
+    given: oracles.Data
+    exact: oracles.Data  # the same numbers in float64, features and b divided by the scale
+    near: oracles.Data  # `exact` with the offset taken from the features and added to b
+    scale: float
+    offset: float
+
+    @property
+    def rounding(self):
+        """One rounding of the dtype of the computation."""
+        wide = self.given.features.dtype == np.float64
+        return float(np.finfo(np.float64 if wide else np.float32).eps)
+
+
+@st.composite
+def brought(draw, absent=False, widest=None):
+    """Draw clusters. Classes of one sample are common; some are absent if asked for.
+
+    `widest` bounds the exponent of the scale.
+    """
+    num_classes, dim, samples = draw(st.sampled_from(BROUGHT))
+    dtype = draw(st.sampled_from(sorted(RANGES)))
+    largest, far = RANGES[dtype]
+    exponent = draw(st.integers(-largest, largest))
+    if widest is not None:
+        exponent = max(-widest, min(widest, exponent))
+    scale, offset = 2.0**exponent, draw(st.sampled_from([0.0, far]))
+    rng = np.random.default_rng(draw(seeds))
+    classes = rng.permutation(num_classes)
+    if absent:
+        classes = classes[: rng.integers(2, num_classes + 1)]
+    rest = rng.integers(0, len(classes), samples - len(classes)) ** 2 % len(classes)
+    labels = rng.permutation(np.concatenate([classes, classes[rest]]))
+    centres = 4 * rng.normal(size=(num_classes, dim))
+    features = centres[labels] + rng.normal(size=(samples, dim)) + offset
+    W, b = rng.normal(size=centres.shape), rng.normal(size=num_classes)
+    features, W, b = (x.astype(jnp.dtype(dtype)) for x in (features, W, b))
+    given = oracles.Data(
+        features=(features.astype(float) * scale).astype(features.dtype),
+        labels=labels.astype(draw(st.sampled_from(INTEGERS))),
+        W=W,
+        b=(b.astype(float) * scale).astype(b.dtype),
+    )
+    # What was given counts: half precision rounds numbers near its smallest.
+    exact = oracles.Data(
+        given.features.astype(float) / scale, labels, W.astype(float), given.b / scale
+    )
+    near = exact._replace(
+        features=exact.features - offset, b=exact.b + offset * exact.W.sum(axis=1)
+    )
+    return Brought(given, exact, near, scale, offset)

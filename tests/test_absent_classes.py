@@ -31,13 +31,6 @@ def of_counts(seed, counts, offset=0.0):
     return draw(seed, np.repeat(np.arange(K), counts), offset)
 
 
-def without(data, kept):
-    """The problem of the classes `kept` alone, numbered anew."""
-    chosen = np.isin(data.labels, kept)
-    labels = np.searchsorted(kept, data.labels[chosen])
-    return oracles.Data(data.features[chosen], labels, data.W[kept], data.b[kept])
-
-
 update, compare = jax.jit(statistics.update), jax.jit(statistics.compare)
 
 
@@ -51,23 +44,6 @@ def streamed(data, first=slice(None), second=slice(None), min_count=None, parts=
         batch = data.features[part], data.labels[part]
         compared = compare(compared, seen, against, *batch, data.W, data.b)
     return collapse.metrics_from_statistics(seen, compared, data.W, min_count=min_count)
-
-
-def expected_metrics(data, min_count):
-    """Every field by the oracle; the classifier decides among all K classes."""
-    counts = np.bincount(data.labels, minlength=K)
-    kept = np.flatnonzero(counts >= min_count)
-    few = without(data, kept)
-    values = {
-        field: oracles.FORMULAS[name](few)
-        for field, name in oracles.FIELDS.items()
-        if field not in ("ncc_mismatch", "accuracy")
-    }
-    decided = oracles.logits(data).argmax(axis=1)[np.isin(data.labels, kept)]
-    nearest = kept[oracles.nearest_centres(few.features, few.labels)]
-    values["ncc_mismatch"] = np.mean(decided != nearest)
-    values["accuracy"] = np.mean(decided == kept[few.labels])
-    return values
 
 
 @st.composite
@@ -85,7 +61,7 @@ def some_classes(draw_):
 @settings(max_examples=max(12, settings.default.max_examples // 2))
 @given(some_classes(), st.sampled_from([1, 2]))
 def test_metrics_of_the_classes_present_are_those_without_the_others(data, min_count):
-    expected = expected_metrics(data, min_count)
+    expected = oracles.metrics_of_present(data, min_count)
     whole = ncjax.collapse_metrics_from_features(
         *data[:4], min_count=min_count, chunk_size=8
     )
@@ -98,7 +74,7 @@ def test_metrics_of_the_classes_present_are_those_without_the_others(data, min_c
 
 def test_variants_of_the_classes_present_are_those_without_the_others():
     data = of_counts(0, [0, 6, 1, 0, 9])
-    few = without(data, [1, 2, 4])
+    few = oracles.without(data, [1, 2, 4])
     pairs = {}
     for options in ({}, {"weighting": "class"}, {"per_class": False}):
         pairs[str(options)] = [
