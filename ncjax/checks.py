@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.arrays import as_array
 from ncjax.types import Array, Params
 
 
@@ -49,7 +50,7 @@ def check_params(params: Params, *, finite: bool = False) -> Params:
     """
     if not (isinstance(params, tuple) and len(params) == 2):
         raise ValueError(f"expected ncjax.Params(W, H), got {type(params).__name__}")
-    W, H = (jnp.asarray(leaf) for leaf in params)
+    W, H = (as_array(name, leaf) for name, leaf in zip("WH", params, strict=True))
     if W.ndim != 2 or H.ndim != 3 or (H.shape[0], H.shape[2]) != W.shape:
         raise ValueError(
             f"expected W (K, d) and H (K, n, d), got W {W.shape} and H {H.shape}"
@@ -83,7 +84,8 @@ def check_finite(name: str, array: Array) -> None:
     bad = int(np.count_nonzero(~np.isfinite(np.asarray(array))))
     if bad:
         raise ValueError(
-            f"{name} must be finite, got {bad} of {array.size} entries NaN or infinite"
+            f"{name} must be finite, got {bad} of {array.size} entries NaN or infinite in "
+            f"{array.dtype}"
         )
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.arrays import as_array
 from ncjax.checks import check_choice, check_installed, check_integer, check_positive
 from ncjax.curvature.hessian import Flat, tangent_operator
 from ncjax.curvature.inputs import check_floating, check_fn, concrete, hashable
@@ -213,7 +214,7 @@ def spectral_density(
     if width is not None:
         check_positive("width", width)
     if grid is not None:
-        grid = jnp.asarray(grid, flat.dtype)
+        grid = as_array("grid", grid).astype(flat.dtype)
         if grid.ndim != 1:
             raise ValueError(f"grid must be a vector (T,), got shape {grid.shape}")
     density = _density(

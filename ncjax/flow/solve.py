@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.arrays import as_array
 from ncjax.checks import check_installed, check_integer, check_params, check_positive
 from ncjax.flow import saving, steps
 from ncjax.flow.clock import clock, field, unscaled
@@ -230,7 +231,7 @@ def _result_code(result: diffrax.RESULTS) -> Array:
 
 def _check_log_times(log_times, start_log_time: float, dtype) -> Array:
     """Return `log_times` (T,) in `dtype`; raise ValueError if they do not increase."""
-    times = jnp.asarray(log_times)
+    times = as_array("log_times", log_times)
     if times.ndim != 1 or times.size == 0:
         raise ValueError(
             f"log_times must be a non-empty vector (T,), got shape {times.shape}"

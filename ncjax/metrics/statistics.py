@@ -18,7 +18,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ncjax.checks import check_choice
+from ncjax.arrays import as_array
+from ncjax.checks import check_choice, check_sizes, float_dtype
 from ncjax.metrics.inputs import check_batch, check_classifier
 from ncjax.metrics.inputs import computing_dtype as computing_dtype
 from ncjax.numerics import matmul
@@ -55,7 +56,13 @@ class Comparison(NamedTuple):
 
 
 def init(num_classes: int, dim: int, dtype=jnp.float32) -> ClassStatistics:
-    """Return `ClassStatistics` of no sample, the neutral element of `merge`."""
+    """Return `ClassStatistics` of no sample, the neutral element of `merge`.
+
+    Raises:
+      ValueError: num_classes is below 2, dim is below 1, or dtype is not floating.
+    """
+    check_sizes(num_classes=num_classes, dim=dim)
+    dtype = float_dtype(dtype)
     return ClassStatistics(
         counts=jnp.zeros(num_classes, jnp.int32),
         anchor=jnp.zeros((num_classes, dim), dtype),
@@ -64,12 +71,22 @@ def init(num_classes: int, dim: int, dtype=jnp.float32) -> ClassStatistics:
     )
 
 
-@partial(jax.jit, static_argnums=2)
 def class_statistics(features: Array, labels: Array, num_classes: int) -> ClassStatistics:
     """Return `ClassStatistics` of a data set in one piece, features (N, d), labels (N,).
 
-    Computed in the dtype of the features, or in float32 for half precision.
+    Computed in the dtype of the features, or in float32 for half precision. Samples with a
+    label outside [0, K) are left out.
+
+    Raises:
+      ValueError: a shape, dtype or size does not fit.
     """
+    check_sizes(num_classes=num_classes)
+    features, labels, _ = check_batch(features, labels)
+    return _class_statistics(features, labels, num_classes)
+
+
+@partial(jax.jit, static_argnums=2)
+def _class_statistics(features, labels, num_classes: int) -> ClassStatistics:
     empty = init(num_classes, features.shape[1], computing_dtype(features.dtype))
     return update(empty, features, labels)
 
@@ -81,19 +98,23 @@ def update(
 
     Args:
       statistics: statistics of the samples before.
-      features: (B, d), cast to the dtype of the statistics.
-      labels: (B,) integers in [0, K); samples with any other label are left out.
+      features: (B, d), cast to the dtype of the statistics. The caller may overwrite the
+        memory of a NumPy array or PyTorch tensor once the call has returned.
+      labels: (B,) integers in [0, K); samples with any other label are left out. Inside
+        `jax.jit` JAX has turned labels beyond int32 into others before, unless x64 is on.
       mask: (B,) booleans; samples at False are left out, even if they hold NaN.
 
     Returns:
       `ClassStatistics` of the samples before and the batch. Any order and grouping of the
-      samples gives the same result to rounding.
+      samples gives the same result to rounding. A batch of no sample changes nothing.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
     """
     (num_classes, dim), dtype = statistics.anchor.shape, statistics.anchor.dtype
     features, labels, mask = check_batch(features, labels, mask, dim)
+    if not features.shape[0]:
+        return statistics
     members, features, labels = _members(features, labels, mask, num_classes, dtype)
     first = jnp.argmax(members, axis=0)
     seen = jnp.any(members, axis=0)
@@ -203,6 +224,7 @@ def _about_mean(statistics: ClassStatistics, shares: Array) -> Array:
 
 def deviations(statistics: ClassStatistics, features: Array, labels: Array) -> Array:
     r"""Return each sample minus its class mean, $h_i - \bar h_{y_i}$ (N, d)."""
+    features, labels = as_array("features", features), as_array("labels", labels)
     return (features - statistics.anchor[labels]) - statistics.offset[labels]
 
 
@@ -238,6 +260,7 @@ def squared_distances(rows: Array) -> Array:
 
     The Gram form `|a|² + |b|² - 2 a·b` is faster but loses the digits of close pairs.
     """
+    rows = as_array("rows", rows)
 
     def to_all(row):
         return jnp.sum((rows - row[None]) ** 2, axis=1)
@@ -275,7 +298,8 @@ def compare(
       statistics: statistics of all samples, the result of the first pass.
       against: `reference(statistics)`.
       features: (B, d).
-      labels: (B,) integers in [0, K).
+      labels: (B,) integers in [0, K); samples with any other label are left out, as in
+        `update`.
       W: (K, d) classifier.
       b: (K,) bias; None for a classifier without bias.
       mask: (B,) booleans; samples at False are left out.
@@ -289,6 +313,8 @@ def compare(
     (num_classes, dim), dtype = statistics.anchor.shape, statistics.anchor.dtype
     features, labels, mask = check_batch(features, labels, mask, dim)
     W, b = check_classifier(W, b, (num_classes, dim))
+    if not features.shape[0]:
+        return comparison
     members, features, labels = _members(features, labels, mask, num_classes, dtype)
     deviation = deviations(statistics, features, labels)
     projected = matmul(deviation, against.centred.T)
@@ -343,9 +369,8 @@ def fraction(part: Array, whole: Array, dtype) -> Array:
 def _members(features, labels, mask, num_classes, dtype):
     """Return the membership (B, K), and features and labels with 0 in rows left out.
 
-    Labels are compared as int32, because class numbers would wrap in a narrower type.
+    Labels are int32, because class numbers would wrap in a narrower type.
     """
-    labels = labels.astype(jnp.int32)
     valid = (labels >= 0) & (labels < num_classes)
     if mask is not None:
         valid = valid & mask

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.arrays import as_array, read_array
 from ncjax.checks import check_choice
 from ncjax.metrics import measures, statistics
 from ncjax.metrics.classifier import SquaredErrorParts as SquaredErrorParts
@@ -193,7 +194,7 @@ def one_vs_rest_distances(W: Array) -> np.ndarray:
     """
     from scipy.optimize import nnls  # type: ignore[import-untyped]  # half a second
 
-    unit = np.asarray(W, np.float64)
+    unit = np.asarray(read_array("W", W), np.float64)
     if unit.ndim != 2 or len(unit) < 2:
         raise ValueError(f"expected W (K, d) with K at least 2, got {unit.shape}")
     bad = np.flatnonzero(~np.isfinite(unit).all(axis=1) | ~unit.any(axis=1))
@@ -269,10 +270,16 @@ def ood_cosines(means: Array, ood_mean: Array) -> Array:
         `statistics.global_mean` of their statistics weights their classes equally,
         `jnp.mean(features, axis=0)` weights samples equally.
 
+    Raises:
+      ValueError: a shape or dtype does not fit.
+
     Source: Ammar et al. (2024), "NECO: neural collapse based out-of-distribution
     detection", NC5, who report the mean.
     """
     (means,) = check_rows(means)
+    ood_mean = as_array("ood_mean", ood_mean)
+    if ood_mean.shape != means.shape[1:]:
+        raise ValueError(f"expected ood_mean {means.shape[1:]}, got {ood_mean.shape}")
     other = jnp.broadcast_to(ood_mean, means.shape)
     return jnp.abs(measures.row_cosines(means, other))
 
