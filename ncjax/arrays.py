@@ -14,7 +14,7 @@ from ncjax.types import Array
 
 # XLA on CPU shares memory that starts at a multiple of this many bytes.
 _ALIGNMENT = 64
-_JOIN = "join the batches, or stream them with ncjax.statistics.update"
+_BATCHES = "join the batches, or stream them with ncjax.statistics.update"
 
 
 def as_array(name: str, value) -> Array:
@@ -60,7 +60,7 @@ def read_array(name: str, value) -> np.ndarray | Array:
         return _from_sequence(name, value)
     array = _from_object(name, value)
     if array.dtype == object and array.ndim == 0:
-        raise _refusal(name, *_description(value))
+        raise _refusal(name, *_description(name, value))
     return array
 
 
@@ -104,18 +104,18 @@ def _check_range(name: str, array: np.ndarray, dtype: np.dtype) -> None:
 def _check_numbers(name: str, array: np.ndarray | Array) -> None:
     """Raise ValueError unless the entries are numbers."""
     dtype, shape = array.dtype, array.shape
-    if any(jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_)):
-        return
     if jnp.issubdtype(dtype, jax.dtypes.extended):
         raise _refusal(name, f"{dtype} {shape}", "pass numbers, not PRNG keys")
+    if dtype.kind in "mM":  # NumPy counts time differences as integers
+        raise _refusal(name, f"{dtype} {shape}", "convert the times to floats")
+    if any(jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_)):
+        return
     if dtype.kind in "SU":
         raise _refusal(name, f"strings {dtype} {shape}", "convert them to numbers")
     if dtype.kind == "O":
         types = sorted({type(entry).__name__ for entry in np.asarray(array).flat})[:3]
         given = f"Python objects ({', '.join(types)}) {shape}"
         raise _refusal(name, given, "cast them by .astype(float), or join them")
-    if dtype.kind in "mM":
-        raise _refusal(name, f"{dtype} {shape}", "convert the times to floats")
     raise _refusal(name, f"{dtype} {shape}", "pass one array of its fields")
 
 
@@ -178,7 +178,7 @@ def _from_sequence(name: str, value: list | tuple) -> np.ndarray | Array:
         if len(shapes) > 1:
             first, second, *_ = shapes
             given += f" of different shapes, {first} and {second}"
-        raise _refusal(name, given, _JOIN) from error
+        raise _refusal(name, given, _joining(name)) from error
 
 
 def _shape(entry) -> tuple[int, ...]:
@@ -195,7 +195,7 @@ def _from_object(name: str, value) -> np.ndarray:
         raise _refusal(name, f"a {type(value).__name__}", reason) from error
 
 
-def _description(value) -> tuple[str, str]:
+def _description(name: str, value) -> tuple[str, str]:
     """Return what a value is, and advice, if NumPy finds no array in it."""
     if value is None:
         return "None", "pass the array"
@@ -203,8 +203,13 @@ def _description(value) -> tuple[str, str]:
     if hasattr(value, "toarray"):
         return kind, "pass its .toarray(), because sparse arrays are not supported"
     if hasattr(value, "__iter__") and not hasattr(value, "items"):
-        return kind, _JOIN
+        return kind, _joining(name)
     return kind, "pass a NumPy or JAX array"
+
+
+def _joining(name: str) -> str:
+    """Return advice on several arrays in place of one."""
+    return _BATCHES if name in ("features", "labels") else "pass one array"
 
 
 def _refusal(name: str, given: str, advice: str) -> ValueError:

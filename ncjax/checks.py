@@ -25,16 +25,41 @@ def check_integer(name: str, value: int, *, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
+def check_count(name: str, value: int, *, least: int) -> None:
+    """Raise ValueError unless `value` is an integer that JAX can count to."""
+    check_integer(name, value, least=least)
+    most = np.iinfo(jax.dtypes.canonicalize_dtype(np.int64)).max
+    if value > most:
+        raise ValueError(f"{name} must be an integer of at most {most}, got {value}")
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def check_positive(name: str, value) -> None:
-    """Raise ValueError if `value` is known and not a positive, finite number."""
-    if not isinstance(value, jax.core.Tracer) and not 0 < value < math.inf:
+def check_positive(name: str, value, dtype=None) -> None:
+    """Raise ValueError if `value` is known and not a positive, finite number.
+
+    Args:
+      name: name of the argument, for the message.
+      value: the argument.
+      dtype: the dtype of the computation. A cast to it may round `value` to 0 or infinity.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except TypeError:
+        number = math.nan
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
+    if dtype is None:
+        return
+    limits = jnp.finfo(dtype)
+    if not float(limits.tiny) <= number <= float(limits.max):
+        raise ValueError(f"{name} must be positive and finite in {dtype}, got {value}")
 
 
 def check_params(params: Params, *, finite: bool = False) -> Params:

@@ -312,7 +312,10 @@ GOOD = clusters(10, (3, 4, 12))
         ({"labels": GOOD.labels.astype(float)}, r"got float64 \(12,\): cast them"),
         ({"labels": np.eye(3)[GOOD.labels]}, r"got float64 \(12, 3\): take labels.argmax"),
         ({"labels": GOOD.labels[:, None]}, r"got int\d* \(12, 1\): take labels\[:, 0\]"),
-        ({"labels": np.array(list("abc"))[GOOD.labels]}, r"got <U1 \(12,\): number the classes by"),
+        (
+            {"labels": np.array(list("abc"))[GOOD.labels]},
+            r"got <U1 \(12,\): number the classes by",
+        ),
         ({"labels": GOOD.labels + 1}, "got 1 to 3: number the classes from 0"),
         ({"labels": GOOD.labels - 1}, r"labels must lie in \[0, 3\), got -1 to 1"),
         ({"labels": GOOD.labels % 2}, r"none has label \[2\]: add samples, or leave"),

@@ -65,7 +65,7 @@ def gradient_descent(
     check_integer("num_steps", num_steps, least=1)
     if num_steps >= 2**31:
         raise ValueError(f"num_steps must be below 2**31, got {num_steps}")
-    check_positive("step_size", step_size)
+    check_positive("step_size", step_size, params.W.dtype)
     if save_steps is None:
         save_steps = np.unique(np.geomspace(1, num_steps, 200).round().astype(np.int32))
     steps = np.asarray(read_array("save_steps", save_steps))

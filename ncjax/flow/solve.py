@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.arrays import as_array
-from ncjax.checks import check_installed, check_integer, check_params, check_positive
+from ncjax.checks import check_count, check_installed, check_params, check_positive
 from ncjax.flow import saving, steps
 from ncjax.flow.clock import clock, field, unscaled
 from ncjax.flow.invariants import InvariantDrift
@@ -119,12 +119,12 @@ def gradient_flow(
     log_times = _check_log_times(requested, start_log_time, dtype)
     if rtol is None:
         rtol = 1e-8 if dtype == jnp.float64 else 1e-6
-    check_positive("rtol", rtol)
+    check_positive("rtol", rtol, dtype)
     if atol is not None:
         check_positive("atol", atol)
     relative = jnp.asarray(rtol, dtype)
     absolute = _absolute_tolerance(params, relative) if atol is None else atol
-    check_integer("max_steps", max_steps, least=1)
+    check_count("max_steps", max_steps, least=1)
     return _integrate(
         params,
         log_times,

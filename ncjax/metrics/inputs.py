@@ -153,7 +153,7 @@ def _integers(labels, num_samples: int) -> np.ndarray | Array:
 
 def _label_advice(labels: np.ndarray | Array, num_samples: int) -> str:
     """Return advice for common mistakes in labels, else nothing."""
-    if labels.dtype.kind in "OSUM":
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "OSUM":
         return ": number the classes by np.unique(labels, return_inverse=True)[1]"
     if labels.ndim == 2 and labels.shape[0] == num_samples:
         return ": take labels[:, 0]" if labels.shape[1] == 1 else ": take labels.argmax(1)"

@@ -375,5 +375,6 @@ def _members(features, labels, mask, num_classes, dtype):
     if mask is not None:
         valid = valid & mask
     members = labels[:, None] == jnp.arange(num_classes, dtype=jnp.int32)[None]
-    features = jnp.where(valid[:, None], features, 0).astype(dtype)
+    zero = jnp.zeros((), features.dtype)
+    features = jnp.where(valid[:, None], features, zero).astype(dtype)
     return members & valid[:, None], features, jnp.where(valid, labels, 0)
