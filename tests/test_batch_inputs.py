@@ -169,6 +169,7 @@ REFUSED = [
     ({"labels": None}, "labels must be an array of numbers, got None"),
     ({"labels": LABELS * 1.0}, r"expected labels of integers \(12,\), got float64.*cast"),
     ({"labels": LABELS + 0.5}, r"got float64 \(12,\): they are not whole numbers"),
+    ({"labels": LABELS * 1j}, r"expected labels of integers \(12,\), got complex128"),
     ({"labels": LABELS > 0}, r"got bool \(12,\): cast them"),
     ({"labels": LABELS[:, None]}, r"got int64 \(12, 1\): take labels\[:, 0\]"),
     ({"labels": np.eye(K)[LABELS]}, r"got float64 \(12, 3\): take labels.argmax\(1\)"),

@@ -121,8 +121,8 @@ def collapse_metrics_from_features(
     the chunk. If the features do not fit into memory, stream them with `ncjax.statistics`.
 
     Args:
-      features: (N, d) floating, NumPy or JAX: the input of the last layer. Half precision
-        is computed in float32.
+      features: (N, d) floating, the input of the last layer: JAX, NumPy or PyTorch. Half
+        precision is computed in float32.
       labels: (N,) integers in [0, K), every class at least once.
       W: (K, d) weight of the last layer; the logits are `features @ W.T + b`.
       b: (K,) bias; None for a layer without bias.

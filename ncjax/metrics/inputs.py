@@ -159,7 +159,8 @@ def _label_advice(labels: np.ndarray | Array, num_samples: int) -> str:
         return ": take labels[:, 0]" if labels.shape[1] == 1 else ": take labels.argmax(1)"
     if labels.shape != (num_samples,):
         return ""
-    known = not isinstance(labels, jax.core.Tracer)
+    is_floating = jnp.issubdtype(labels.dtype, jnp.floating)
+    known = is_floating and not isinstance(labels, jax.core.Tracer)
     if known and np.any(np.asarray(labels) % 1 != 0):
         return ": they are not whole numbers"
     return ": cast them"
