@@ -148,8 +148,9 @@ def _is_torch(value) -> bool:
 
 def _from_torch(name: str, tensor) -> np.ndarray:
     """Return a tensor on any device, with or without a gradient, as a NumPy array."""
+    dtype = str(tensor.dtype)
     try:
-        tensor, dtype = tensor.detach(), str(tensor.dtype)
+        tensor = tensor.detach()
         if dtype.startswith("torch.float8"):
             tensor = tensor.float()
         if dtype != "torch.bfloat16":
@@ -166,7 +167,7 @@ def _from_sequence(name: str, value: list | tuple) -> np.ndarray | Array:
     """Return a list or tuple, of numbers, lists or arrays of one shape, as an array."""
     try:
         if any(isinstance(entry, jax.Array) for entry in value):
-            return jnp.asarray(value)
+            return jnp.asarray([_entry(name, entry) for entry in value])
         if any(_is_torch(entry) for entry in value):
             value = [read_array(name, entry) for entry in value]
         return np.asarray(value)
@@ -179,6 +180,12 @@ def _from_sequence(name: str, value: list | tuple) -> np.ndarray | Array:
             first, second, *_ = shapes
             given += f" of different shapes, {first} and {second}"
         raise _refusal(name, given, _joining(name)) from error
+
+
+def _entry(name: str, entry):
+    """Return an array in a list as a JAX array; numbers stay, because they are weak."""
+    is_array = hasattr(entry, "shape") and hasattr(entry, "dtype")
+    return as_array(name, entry) if is_array else entry
 
 
 def _shape(entry) -> tuple[int, ...]:

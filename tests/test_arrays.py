@@ -63,6 +63,8 @@ def test_integers_of_any_type_keep_their_values(dtype):
         list(VALUES),
         [jnp.asarray(row) for row in VALUES],
         [[jnp.asarray(entry) for entry in row] for row in VALUES],
+        [jnp.asarray(VALUES[0]), VALUES[1].astype(">f8")],
+        [[*map(jnp.asarray, VALUES[0])], VALUES[1].tolist()],
         np.matrix(VALUES),
         np.ma.masked_array(VALUES, mask=np.zeros(VALUES.shape, bool)),
         np.repeat(VALUES, 2, axis=1)[::-1, ::2][::-1],
@@ -135,6 +137,13 @@ def test_memory_that_the_caller_overwrites_was_copied_before(size, shift):
     got = as_array("features", given)
     given[:] = 7
     np.testing.assert_array_equal(got, np.ones(size))
+
+
+def test_memory_in_a_list_of_jax_arrays_was_copied_before():
+    given = aligned(10**6)
+    got = as_array("features", [jnp.zeros(10**6, jnp.float32), given])
+    given[:] = 7
+    np.testing.assert_array_equal(got[1], np.ones(10**6))
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8])
@@ -287,6 +296,8 @@ def test_lists_of_tensors_keep_their_values(torch):
     for dtype in (torch.float32, torch.bfloat16):
         rows = list(torch.tensor(VALUES, requires_grad=True).to(dtype))
         np.testing.assert_array_equal(as_array("features", rows), VALUES)
+    mixed = [jnp.asarray(VALUES[0]), torch.tensor(VALUES[1], requires_grad=True)]
+    np.testing.assert_array_equal(as_array("features", mixed), VALUES)
     labels = [torch.tensor(2), torch.tensor(0)]
     np.testing.assert_array_equal(as_array("labels", labels), [2, 0])
 
