@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.arrays import as_array
 from ncjax.types import Array, Params
 
 
@@ -24,16 +25,41 @@ def check_integer(name: str, value: int, *, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
+def check_count(name: str, value: int, *, least: int) -> None:
+    """Raise ValueError unless `value` is an integer that JAX can count to."""
+    check_integer(name, value, least=least)
+    most = np.iinfo(jax.dtypes.canonicalize_dtype(np.int64)).max
+    if value > most:
+        raise ValueError(f"{name} must be an integer of at most {most}, got {value}")
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def check_positive(name: str, value) -> None:
-    """Raise ValueError if `value` is known and not a positive, finite number."""
-    if not isinstance(value, jax.core.Tracer) and not 0 < value < math.inf:
+def check_positive(name: str, value, dtype=None) -> None:
+    """Raise ValueError if `value` is known and not a positive, finite number.
+
+    Args:
+      name: name of the argument, for the message.
+      value: the argument.
+      dtype: the dtype of the computation. A cast to it may round `value` to 0 or infinity.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except TypeError:
+        number = math.nan
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
+    if dtype is None:
+        return
+    limits = jnp.finfo(dtype)
+    if not float(limits.tiny) <= number <= float(limits.max):
+        raise ValueError(f"{name} must be positive and finite in {dtype}, got {value}")
 
 
 def check_nonnegative(name: str, value) -> None:
@@ -55,7 +81,7 @@ def check_params(params: Params, *, finite: bool = False) -> Params:
     """
     if not (isinstance(params, tuple) and len(params) == 2):
         raise ValueError(f"expected ncjax.Params(W, H), got {type(params).__name__}")
-    W, H = (jnp.asarray(leaf) for leaf in params)
+    W, H = (as_array(name, leaf) for name, leaf in zip("WH", params, strict=True))
     if W.ndim != 2 or H.ndim != 3 or (H.shape[0], H.shape[2]) != W.shape:
         raise ValueError(
             f"expected W (K, d) and H (K, n, d), got W {W.shape} and H {H.shape}"
@@ -89,7 +115,8 @@ def check_finite(name: str, array: Array) -> None:
     bad = int(np.count_nonzero(~np.isfinite(np.asarray(array))))
     if bad:
         raise ValueError(
-            f"{name} must be finite, got {bad} of {array.size} entries NaN or infinite"
+            f"{name} must be finite, got {bad} of {array.size} entries NaN or infinite in "
+            f"{array.dtype}"
         )
 
 

@@ -15,10 +15,11 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 ALL = LIBRARY + EXPERIMENTS + BENCHMARKS
 
 # What the modules of each wing may import from other wings of ncjax.
-BASE = {"types", "checks", "numerics"}
+BASE = {"types", "arrays", "checks", "numerics"}
 WINGS = {
     "types": set(),
-    "checks": {"types"},
+    "arrays": {"types"},
+    "checks": {"types", "arrays"},
     "numerics": set(),
     "peeled": BASE,
     "flow": BASE | {"peeled"},

@@ -26,7 +26,7 @@ MODULES = (
 )
 # Modules that have no page in the reference: they serve others.
 PRIVATE = {
-    *("checks", "numerics", "metrics.inputs", "metrics.whitening"),
+    *("arrays", "checks", "numerics", "metrics.inputs", "metrics.whitening"),
     *("curvature.inputs", "curvature.lanczos", "curvature.meter"),
     *("flow.block_solve", "flow.saving", "flow.settle", "flow.steps"),
     *("networks.grouping", "networks.winograd"),

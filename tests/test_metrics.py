@@ -312,9 +312,16 @@ GOOD = clusters(10, (3, 4, 12))
         ({"labels": GOOD.labels.astype(float)}, r"got float64 \(12,\): cast them"),
         ({"labels": np.eye(3)[GOOD.labels]}, r"got float64 \(12, 3\): take labels.argmax"),
         ({"labels": GOOD.labels[:, None]}, r"got int\d* \(12, 1\): take labels\[:, 0\]"),
-        ({"labels": np.array(list("abc"))[GOOD.labels]}, "got <U1: number the classes by"),
+        (
+            {"labels": np.array(list("abc"))[GOOD.labels]},
+            r"got <U1 \(12,\): number the classes by",
+        ),
         ({"labels": GOOD.labels + 1}, "got 1 to 3: number the classes from 0"),
         ({"labels": GOOD.labels - 1}, r"labels must lie in \[0, 3\), got -1 to 1"),
+        ({"labels": GOOD.labels + 0.5}, r"got float64 \(12,\): they are not whole numbers"),
+        ({"labels": GOOD.labels > 0}, r"got bool \(12,\): cast them"),
+        ({"labels": GOOD.labels.astype(object)}, r"got object \(12,\): number the classes"),
+        ({"labels": None}, "labels must be an array of numbers, got None"),
         ({"labels": GOOD.labels % 2}, r"none has label \[2\]: add samples, or leave"),
         ({"b": np.zeros(4)}, r"expected b \(3,\), got \(4,\)"),
         ({"b": np.zeros(3, int)}, "b must be floating"),
@@ -324,6 +331,17 @@ GOOD = clusters(10, (3, 4, 12))
         ({"W": GOOD.W[:1]}, "num_classes must be an integer of at least 2"),
         ({"features": np.ones((12, 4), int)}, "features must be floating"),
         ({"features": GOOD.features * np.nan}, "features must be finite, got 48 of 48"),
+        (
+            {"features": np.ones((12, 4), bool)},
+            "features must be floating, got bool: cast it",
+        ),
+        ({"features": GOOD.features * 1j}, "features must be floating, got complex128$"),
+        ({"features": GOOD.features[None]}, r"got \(1, 12, 4\) and \(3, 4\): reshape them"),
+        (
+            {"features": [GOOD.features[:8], GOOD.features[8:]]},
+            r"features must be .* got a list of 2 entries .*, \(8, 4\) and \(4, 4\): join",
+        ),
+        ({"W": None}, "W must be an array of numbers, got None"),
         ({"features": np.ones((12, 0)), "W": np.ones((3, 0))}, "dim must be an integer"),
         (
             {"features": np.ones((0, 4)), "labels": np.zeros(0, int)},
@@ -334,6 +352,72 @@ GOOD = clusters(10, (3, 4, 12))
 def test_bad_features_labels_and_classifiers_are_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         computed(GOOD._replace(**changed))
+
+
+INTEGERS = ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", ">i4", ">i8")
+
+
+@pytest.mark.parametrize("x64", [True, False])
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_labels_of_every_integer_type_give_the_same(dtype, x64):
+    with jax.enable_x64(x64):
+        got = computed(GOOD._replace(labels=GOOD.labels.astype(dtype)))
+        chex.assert_trees_all_equal(got, computed(GOOD))
+
+
+@pytest.mark.parametrize("x64", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "one", "shift", "least", "largest"),
+    [
+        ("i8", 2**32, 0, 0, 2**32),
+        ("i8", 2**32 + 1, 0, 0, 2**32 + 1),
+        (">i8", 2**32 + 1, 0, 0, 2**32 + 1),
+        ("u8", 2**63 + 1, 0, 0, 2**63 + 1),
+        ("i8", 1 - 2**32, 0, 1 - 2**32, 2),
+        ("i8", 0, 2**32, 2**32, 2**32 + 2),
+        (list, 2**32 + 1, 0, 0, 2**32 + 1),
+    ],
+)
+def test_labels_out_of_range_are_reported_as_given(dtype, one, shift, least, largest, x64):
+    """Without x64, JAX turns 2^32 + k into k before anyone can see it."""
+    given = [int(label) + shift for label in GOOD.labels]
+    given[0] = one + shift
+    labels = given if dtype is list else np.array(given, dtype)
+    message = rf"labels must lie in \[0, 3\), got {least} to {largest}$"
+    with jax.enable_x64(x64):
+        for function in (
+            lambda: computed(GOOD._replace(labels=labels)),
+            lambda: ncjax.variants.within_class_variation(GOOD.features, labels, 3),
+            lambda: ncjax.last_layer(GOOD.features, labels, GOOD.W),
+            lambda: ncjax.peel(GOOD.features, labels, GOOD.W),
+        ):
+            with pytest.raises(ValueError, match=message):
+                function()
+
+
+@pytest.mark.parametrize("kind", ["f2", ">f4", ">f8", "list", "float16", "bfloat16"])
+def test_features_of_other_kinds_match_their_definitions(kind):
+    """Names in full are types of PyTorch."""
+    features = GOOD.features
+    if kind in ("float16", "bfloat16"):
+        torch = pytest.importorskip("torch")
+        given = torch.tensor(features, requires_grad=True).to(getattr(torch, kind))
+        features = given.detach().double().numpy()
+    elif kind == "list":
+        given = features.tolist()
+    else:
+        given = features.astype(kind)
+        features = given.astype(float)
+    got = computed(GOOD._replace(features=given))
+    assert_matches_definition(got, GOOD._replace(features=features), rtol=2e-5)
+
+
+def test_features_overwritten_after_the_call_do_not_change_the_result():
+    features, labels = np.tile(GOOD.features, (20000, 1)), np.tile(GOOD.labels, 20000)
+    expected = jax.device_get(computed(GOOD._replace(features=features, labels=labels)))
+    got = computed(GOOD._replace(features=features, labels=labels))
+    features[:], labels[:] = np.nan, -1
+    chex.assert_trees_all_equal(got, expected)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Hessian-vector products of a scalar function of a pytree, also on the sphere."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ncjax.arrays import as_array
 from ncjax.curvature.inputs import check_floating, check_fn
 from ncjax.numerics import dot
 from ncjax.types import Array
@@ -41,7 +43,7 @@ def hvp(fn: Callable, params, vector, *, batches=None, sphere: bool = False):
     [6.0, 12.0]
     """
     params = check_floating(params, sphere)
-    vector = jax.tree.map(jnp.asarray, vector)
+    vector = jax.tree.map(partial(as_array, "vector"), vector)
     given, expected = jax.tree.map(jnp.shape, vector), jax.tree.map(jnp.shape, params)
     structures: list[Any] = [jax.tree.structure(tree) for tree in (vector, params)]
     if structures[0] != structures[1] or given != expected:

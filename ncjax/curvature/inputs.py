@@ -1,11 +1,13 @@
 """Check the function, parameters and batches that a caller passes."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.arrays import as_array
 from ncjax.checks import check_finite
 
 
@@ -28,12 +30,12 @@ def concrete(array) -> np.ndarray | None:
 def check_floating(params, sphere: bool):
     """Return `params` as JAX arrays; raise ValueError unless floating and finite."""
     named, treedef = jax.tree_util.tree_flatten_with_path(params)
-    leaves = [jnp.asarray(leaf) for _, leaf in named]
+    names = [f"params{jax.tree_util.keystr(path)}" for path, _ in named]
+    leaves = [as_array(name, leaf) for name, (_, leaf) in zip(names, named, strict=True)]
     if sum(leaf.size for leaf in leaves) == 0:
         raise ValueError("params must hold at least one number, got an empty pytree")
     values = [concrete(leaf) for leaf in leaves]
-    for (path, _), leaf, value in zip(named, leaves, values, strict=True):
-        name = f"params{jax.tree_util.keystr(path)}"
+    for name, leaf, value in zip(names, leaves, values, strict=True):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
                 f"{name} must be real and floating, got {leaf.dtype}: cast it, or "
@@ -54,7 +56,7 @@ def check_fn(fn, params, batches):
     if batches is None:
         value = jax.eval_shape(fn, params)
     else:
-        batches = jax.tree.map(jnp.asarray, batches)
+        batches = jax.tree.map(partial(as_array, "batches"), batches)
         shapes = [leaf.shape for leaf in jax.tree.leaves(batches)]
         counts = {shape[0] if shape else 0 for shape in shapes}
         if len(counts) != 1 or 0 in counts:

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.checks import check_choice, check_installed, check_integer, check_positive
+from ncjax.arrays import as_array
+from ncjax.checks import (
+    check_choice,
+    check_count,
+    check_installed,
+    check_integer,
+    check_positive,
+)
 from ncjax.curvature.hessian import Flat, tangent_operator
 from ncjax.curvature.inputs import check_floating, check_fn, concrete, hashable
 from ncjax.curvature.lanczos import EigenPairs, eigh_ends, gauss_quadrature, rayleigh
@@ -133,7 +140,7 @@ def hessian_eig(
     count = _check_count(k, which, dim, sphere)
     tol = flat.eps ** (2 / 3) if tol is None else tol
     check_positive("tol", tol)
-    check_integer("max_hvps", max_hvps, least=1)
+    check_count("max_hvps", max_hvps, least=1)
     num_vectors = _check_num_vectors(num_vectors, count, dim)
     method = _choose_method(method, which, dim, num_vectors)
     eig = _solve(
@@ -211,9 +218,10 @@ def spectral_density(
         check_integer(name, value, least=1)
     check_integer("num_points", num_points, least=2)
     if width is not None:
-        check_positive("width", width)
+        check_positive("width", width, flat.dtype)
+        width = float(width)
     if grid is not None:
-        grid = jnp.asarray(grid, flat.dtype)
+        grid = as_array("grid", grid).astype(flat.dtype)
         if grid.ndim != 1:
             raise ValueError(f"grid must be a vector (T,), got shape {grid.shape}")
     density = _density(

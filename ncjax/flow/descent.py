@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.arrays import as_array, read_array
 from ncjax.checks import check_integer, check_params, check_positive
 from ncjax.peeled.kernels import cross_entropy, log_cross_entropy
 from ncjax.types import Array, Params
@@ -64,10 +65,10 @@ def gradient_descent(
     check_integer("num_steps", num_steps, least=1)
     if num_steps >= 2**31:
         raise ValueError(f"num_steps must be below 2**31, got {num_steps}")
-    check_positive("step_size", step_size)
+    check_positive("step_size", step_size, params.W.dtype)
     if save_steps is None:
         save_steps = np.unique(np.geomspace(1, num_steps, 200).round().astype(np.int32))
-    steps = np.asarray(save_steps)
+    steps = np.asarray(read_array("save_steps", save_steps))
     increasing = steps.ndim == 1 and steps.size and np.all(steps[1:] > steps[:-1])
     if not increasing or steps.dtype.kind not in "iu":
         raise ValueError(
@@ -80,7 +81,7 @@ def gradient_descent(
     return _descend(
         params,
         jnp.asarray(step_size, params.W.dtype),
-        jnp.asarray(steps, jnp.int32),
+        as_array("save_steps", steps.astype(np.int32)),
         jnp.asarray(num_steps, jnp.int32),
         record,
     )

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from ncjax.arrays import read_array
 from ncjax.checks import check_choice
 from ncjax.flow import settle, steps
 from ncjax.flow.clock import LINEARLY_IMPLICIT
@@ -97,7 +97,7 @@ def find_method(
     if solver == "auto":
         # Not converted to an array: under jit that would trace even known times.
         traced = any(isinstance(t, jax.core.Tracer) for t in jax.tree.leaves(log_times))
-        last = 0.0 if traced else float(np.asarray(log_times)[-1])
+        last = 0.0 if traced else float(read_array("log_times", log_times)[-1])
         tolerance = 0.0 if isinstance(rtol, jax.core.Tracer) else float(rtol)
         num_classes, dim = params.W.shape
         solver = choose_solver(num_classes, dim, last, params.W.dtype, tolerance)

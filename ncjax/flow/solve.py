@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.checks import check_installed, check_integer, check_params, check_positive
+from ncjax.arrays import as_array
+from ncjax.checks import check_count, check_installed, check_params, check_positive
 from ncjax.flow import saving, steps
 from ncjax.flow.clock import clock, field, unscaled
 from ncjax.flow.invariants import InvariantDrift
@@ -118,12 +119,12 @@ def gradient_flow(
     log_times = _check_log_times(requested, start_log_time, dtype)
     if rtol is None:
         rtol = 1e-8 if dtype == jnp.float64 else 1e-6
-    check_positive("rtol", rtol)
+    check_positive("rtol", rtol, dtype)
     if atol is not None:
         check_positive("atol", atol)
     relative = jnp.asarray(rtol, dtype)
     absolute = _absolute_tolerance(params, relative) if atol is None else atol
-    check_integer("max_steps", max_steps, least=1)
+    check_count("max_steps", max_steps, least=1)
     return _integrate(
         params,
         log_times,
@@ -230,7 +231,7 @@ def _result_code(result: diffrax.RESULTS) -> Array:
 
 def _check_log_times(log_times, start_log_time: float, dtype) -> Array:
     """Return `log_times` (T,) in `dtype`; raise ValueError if they do not increase."""
-    times = jnp.asarray(log_times)
+    times = as_array("log_times", log_times)
     if times.ndim != 1 or times.size == 0:
         raise ValueError(
             f"log_times must be a non-empty vector (T,), got shape {times.shape}"

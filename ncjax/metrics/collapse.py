@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.arrays import as_array
 from ncjax.checks import check_integer, check_params
 from ncjax.metrics import measures, statistics
 from ncjax.metrics.inputs import check_classifier, check_features, computing_dtype
@@ -123,8 +124,8 @@ def collapse_metrics_from_features(
     the chunk. If the features do not fit into memory, stream them with `ncjax.statistics`.
 
     Args:
-      features: (N, d) floating, NumPy or JAX: the input of the last layer. Half precision
-        is computed in float32.
+      features: (N, d) floating, the input of the last layer: JAX, NumPy or PyTorch. Half
+        precision is computed in float32.
       labels: (N,) integers in [0, K), of every class one at least if `min_count` is None.
       W: (K, d) weight of the last layer; the logits are `features @ W.T + b`.
       b: (K,) bias; None for a layer without bias.
@@ -162,6 +163,7 @@ def collapse_metrics_from_features(
         # At least as many samples as classes, because each chunk costs a few (K, d).
         chunk_size = max(W.shape[0], _CHUNK_ELEMENTS // (dim + W.shape[0]))
     check_integer("chunk_size", chunk_size, least=1)
+    centres = None if centres is None else as_array("centres", centres)
     return _metrics_in_chunks(
         features, labels, W, b, centres, min(chunk_size, samples), min_count
     )

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.arrays import as_array, narrow_labels, read_array
 from ncjax.checks import check_finite, check_integer, check_sizes
 from ncjax.types import Array
 
@@ -17,12 +18,13 @@ def check_features(features, labels, W, b=None, num_classes=None, min_count=None
     Raises:
       ValueError: as in `collapse_metrics_from_features`.
     """
-    W, shape = jnp.asarray(W), jnp.shape(features)
+    features, W = as_array("features", features), as_array("W", W)
+    shape = features.shape
     if W.ndim != 2 or len(shape) != 2 or shape[1] != W.shape[1]:
         transposed = W.ndim == 2 and len(shape) == 2 and shape[1] == W.shape[0]
         raise ValueError(
             f"expected features (N, d) and W (K, d), got {shape} and {W.shape}"
-            + (": transpose W" if transposed else "")
+            + (": transpose W" if transposed else _advice(shape))
         )
     if num_classes is not None and num_classes != W.shape[0]:
         raise ValueError(f"num_classes is {num_classes} but W has {W.shape[0]} rows")
@@ -43,11 +45,12 @@ def check_samples(
     """
     if min_count is not None:
         check_integer("min_count", min_count, least=1)
-    features = jnp.asarray(features)
-    if features.ndim != 2:
-        raise ValueError(f"expected features (N, d), got {features.shape}")
-    labels = _integers(labels, features.shape[0])
-    check_sizes(num_classes=num_classes, dim=features.shape[1])
+    features = as_array("features", features)
+    shape = features.shape
+    if len(shape) != 2:
+        raise ValueError(f"expected features (N, d), got {shape}{_advice(shape)}")
+    labels = _integers(labels, shape[0])
+    check_sizes(num_classes=num_classes, dim=shape[1])
     features = _floating("features", features, features.dtype)
     _check_labels(labels, num_classes, min_count)
     if min_count is None and features.shape[0] < num_classes:  # labels may have no values
@@ -55,31 +58,40 @@ def check_samples(
             f"expected a sample of each of {num_classes} classes, got features "
             f"{features.shape}"
         )
-    return features, labels.astype(jnp.int32)
+    return features, narrow_labels(labels)
 
 
-def check_batch(features, labels, mask, dim: int) -> tuple[Array, Array, Array | None]:
-    """Return features (B, d), labels (B,) and mask (B,) or None as arrays.
+def check_batch(
+    features, labels, mask=None, dim: int | None = None
+) -> tuple[Array, Array, Array | None]:
+    """Return features (B, d), int32 labels (B,) and mask (B,) or None as arrays.
 
     Only shapes and dtypes are checked, because values would have to wait for the device.
-    A sample with a label outside [0, K) is left out later.
+    A sample with a label outside [0, K) is left out later. A label that int32 does not hold
+    becomes -1, so that it is left out too.
 
     Raises:
       ValueError: a shape or dtype does not fit; the message gives the expected one.
     """
-    features = jnp.asarray(features)
-    if features.ndim != 2 or features.shape[1] != dim:
-        raise ValueError(f"expected features (B, {dim}), got {features.shape}")
-    labels = _integers(labels, features.shape[0])
-    if mask is None:
-        return features, labels, None
-    mask = jnp.asarray(mask)
+    features = as_array("features", features)
+    shape = features.shape
+    if len(shape) != 2 or dim not in (None, shape[1]):
+        expected = "(B, d)" if dim is None else f"(B, {dim})"
+        raise ValueError(f"expected features {expected}, got {shape}{_advice(shape)}")
+    _check_real("features", features)
+    labels = narrow_labels(_integers(labels, shape[0]))
+    return features, labels, None if mask is None else _booleans(mask, labels.shape)
+
+
+def _booleans(mask, shape: tuple[int, ...]) -> Array:
+    """Return `mask` as an array of booleans; raise ValueError if it does not fit."""
+    mask = read_array("mask", mask)
     is_boolean = mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)
-    if mask.shape != labels.shape or not is_boolean:
+    if mask.shape != shape or not is_boolean:
         raise ValueError(
-            f"expected mask of booleans {labels.shape}, got {mask.dtype} {mask.shape}"
+            f"expected mask of booleans {shape}, got {mask.dtype} {mask.shape}"
         )
-    return features, labels, mask.astype(bool)
+    return as_array("mask", mask.astype(bool))
 
 
 def check_classifier(W, b, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
@@ -88,7 +100,7 @@ def check_classifier(W, b, shape: tuple[int, ...]) -> tuple[Array, Array | None]
     Raises:
       ValueError: a shape does not fit; the message gives the expected one.
     """
-    W, b = jnp.asarray(W), None if b is None else jnp.asarray(b)
+    W, b = as_array("W", W), None if b is None else as_array("b", b)
     if W.shape != shape:
         transposed = W.shape == shape[::-1]
         raise ValueError(
@@ -96,6 +108,9 @@ def check_classifier(W, b, shape: tuple[int, ...]) -> tuple[Array, Array | None]
         )
     if b is not None and b.shape != shape[:1]:
         raise ValueError(f"expected b ({shape[0]},), got {b.shape}")
+    for name, array in (("W", W), ("b", b)):
+        if array is not None:
+            _check_real(name, array)
     return W, b
 
 
@@ -105,14 +120,13 @@ def check_rows(*matrices) -> tuple[Array, ...]:
     Raises:
       ValueError: they are not floating, or not of one shape (K, d).
     """
-    arrays = tuple(jnp.asarray(matrix) for matrix in matrices)
+    arrays = tuple(as_array("rows", matrix) for matrix in matrices)
     shapes = [array.shape for array in arrays]
     if len(set(shapes)) != 1 or len(shapes[0]) != 2:
         given = " and ".join(map(str, shapes))
         raise ValueError(f"expected rows of one shape (K, d), got {given}")
     for array in arrays:
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"rows must be floating, got {array.dtype}")
+        _check_floating("rows", array)
     return tuple(array.astype(computing_dtype(array.dtype)) for array in arrays)
 
 
@@ -121,34 +135,60 @@ def computing_dtype(dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def _integers(labels, num_samples: int) -> Array:
-    """Return `labels` as an array of integers (N,); raise ValueError with advice if not."""
-    kind = getattr(getattr(labels, "dtype", None), "kind", "")
-    if kind in ("O", "S", "U"):  # JAX has no arrays of objects or strings
-        raise ValueError(
-            f"expected labels of integers ({num_samples},), got {labels.dtype}: number the "
-            "classes by np.unique(labels, return_inverse=True)[1]"
-        )
-    labels = jnp.asarray(labels)
-    if labels.shape == (num_samples,) and jnp.issubdtype(labels.dtype, jnp.integer):
-        return labels
-    advice = ""
-    if labels.ndim == 2 and labels.shape[0] == num_samples:
-        advice = (
-            ": take labels[:, 0]" if labels.shape[1] == 1 else ": take labels.argmax(1)"
-        )
-    elif labels.shape == (num_samples,):
-        advice = ": cast them"
+def _advice(shape: tuple[int, ...]) -> str:
+    """Return advice on features with more than two axes, else nothing."""
+    return ": reshape them to (-1, d), or join the batches" if len(shape) > 2 else ""
+
+
+def _integers(labels, num_samples: int) -> np.ndarray | Array:
+    """Return `labels` (N,) in the integer type that the caller gave.
+
+    JAX without x64 would turn a label of 2^32 into 0.
+
+    Raises:
+      ValueError: labels are not integers (N,); the message gives advice.
+    """
+    given = read_array("labels", labels)
+    if isinstance(labels, list | tuple) and not labels:  # NumPy reads floats
+        given = given.astype(np.int32)
+    is_integer = jnp.issubdtype(given.dtype, jnp.integer)
+    if given.shape == (num_samples,) and is_integer:
+        return given
     raise ValueError(
-        f"expected labels of integers ({num_samples},), got {labels.dtype} "
-        f"{labels.shape}{advice}"
+        f"expected labels of integers ({num_samples},), got {given.dtype} {given.shape}"
+        + _label_advice(given, num_samples)
     )
+
+
+def _label_advice(labels: np.ndarray | Array, num_samples: int) -> str:
+    """Return advice for common mistakes in labels, else nothing."""
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "OSUM":
+        return ": number the classes by np.unique(labels, return_inverse=True)[1]"
+    if labels.ndim == 2 and labels.shape[0] == num_samples:
+        return ": take labels[:, 0]" if labels.shape[1] == 1 else ": take labels.argmax(1)"
+    if labels.shape != (num_samples,):
+        return ""
+    is_floating = jnp.issubdtype(labels.dtype, jnp.floating)
+    known = is_floating and not isinstance(labels, jax.core.Tracer)
+    if known and np.any(np.asarray(labels) % 1 != 0):
+        return ": they are not whole numbers"
+    return ": cast them"
+
+
+def _check_floating(name: str, array: Array) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        advice = "" if jnp.issubdtype(array.dtype, jnp.complexfloating) else ": cast it"
+        raise ValueError(f"{name} must be floating, got {array.dtype}{advice}")
+
+
+def _check_real(name: str, array: Array) -> None:
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise ValueError(f"{name} must be real, got {array.dtype}")
 
 
 def _floating(name: str, array: Array, dtype) -> Array:
     """Return `array` in `dtype`; raise ValueError unless it is floating and finite."""
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"{name} must be floating, got {array.dtype}")
+    _check_floating(name, array)
     array = array.astype(dtype)
     check_finite(name, array)
     return array

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.checks import check_choice, check_integer
+from ncjax.arrays import as_array
+from ncjax.checks import check_choice, check_integer, check_sizes, float_dtype
 from ncjax.metrics.inputs import check_batch, check_classifier, check_counts
 from ncjax.metrics.inputs import computing_dtype as computing_dtype
 from ncjax.metrics.whitening import whiten
@@ -61,7 +62,13 @@ class Comparison(NamedTuple):
 
 
 def init(num_classes: int, dim: int, dtype=jnp.float32) -> ClassStatistics:
-    """Return `ClassStatistics` of no sample, the neutral element of `merge`."""
+    """Return `ClassStatistics` of no sample, the neutral element of `merge`.
+
+    Raises:
+      ValueError: num_classes is below 2, dim is below 1, or dtype is not floating.
+    """
+    check_sizes(num_classes=num_classes, dim=dim)
+    dtype = float_dtype(dtype)
     return ClassStatistics(
         counts=jnp.zeros(num_classes, jnp.int32),
         anchor=jnp.zeros((num_classes, dim), dtype),
@@ -70,12 +77,22 @@ def init(num_classes: int, dim: int, dtype=jnp.float32) -> ClassStatistics:
     )
 
 
-@partial(jax.jit, static_argnums=2)
 def class_statistics(features: Array, labels: Array, num_classes: int) -> ClassStatistics:
     """Return `ClassStatistics` of a data set in one piece, features (N, d), labels (N,).
 
-    Computed in the dtype of the features, or in float32 for half precision.
+    Computed in the dtype of the features, or in float32 for half precision. Samples with a
+    label outside [0, K) are left out.
+
+    Raises:
+      ValueError: a shape, dtype or size does not fit.
     """
+    check_sizes(num_classes=num_classes)
+    features, labels, _ = check_batch(features, labels)
+    return _class_statistics(features, labels, num_classes)
+
+
+@partial(jax.jit, static_argnums=2)
+def _class_statistics(features, labels, num_classes: int) -> ClassStatistics:
     empty = init(num_classes, features.shape[1], computing_dtype(features.dtype))
     return update(empty, features, labels)
 
@@ -87,19 +104,23 @@ def update(
 
     Args:
       statistics: statistics of the samples before.
-      features: (B, d), cast to the dtype of the statistics.
-      labels: (B,) integers in [0, K); samples with any other label are left out.
+      features: (B, d), cast to the dtype of the statistics. The caller may overwrite the
+        memory of a NumPy array or PyTorch tensor once the call has returned.
+      labels: (B,) integers in [0, K); samples with any other label are left out. Inside
+        `jax.jit` JAX has turned labels beyond int32 into others before, unless x64 is on.
       mask: (B,) booleans; samples at False are left out, even if they hold NaN.
 
     Returns:
       `ClassStatistics` of the samples before and the batch. Any order and grouping of the
-      samples gives the same result to rounding.
+      samples gives the same result to rounding. A batch of no sample changes nothing.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
     """
     (num_classes, dim), dtype = statistics.anchor.shape, statistics.anchor.dtype
     features, labels, mask = check_batch(features, labels, mask, dim)
+    if not features.shape[0]:
+        return statistics
     members, features, labels = _members(features, labels, mask, num_classes, dtype)
     first = jnp.argmax(members, axis=0)
     seen = jnp.any(members, axis=0)
@@ -269,6 +290,7 @@ def class_variances(statistics: ClassStatistics, measured: Array | None) -> Arra
 
 def deviations(statistics: ClassStatistics, features: Array, labels: Array) -> Array:
     r"""Return each sample minus its class mean, $h_i - \bar h_{y_i}$ (N, d)."""
+    features, labels = as_array("features", features), as_array("labels", labels)
     return (features - statistics.anchor[labels]) - statistics.offset[labels]
 
 
@@ -318,7 +340,7 @@ def reference(
 
 def _centres_about_mean(statistics, centring, measured, centres) -> tuple[Array, Array]:
     """Return the mask (K,) of finite rows of `centres`, and these minus the global mean."""
-    centres = jnp.asarray(centres)
+    centres = as_array("centres", centres)
     if centres.shape != statistics.anchor.shape:
         raise ValueError(f"expected centres {statistics.anchor.shape}, got {centres.shape}")
     candidates = jnp.all(jnp.isfinite(centres), axis=1)
@@ -334,7 +356,8 @@ def squared_distances(rows: Array, others: Array | None = None) -> Array:
     None for `others` takes the rows themselves. The Gram form `|a|² + |b|² - 2 a·b` is
     faster but loses the digits of close pairs.
     """
-    targets = rows if others is None else others
+    rows = as_array("rows", rows)
+    targets = rows if others is None else as_array("others", others)
 
     def to_all(row):
         return jnp.sum((targets - row[None]) ** 2, axis=1)
@@ -373,7 +396,8 @@ def compare(
       statistics: statistics of all samples, the result of the first pass.
       against: `reference(statistics)`.
       features: (B, d).
-      labels: (B,) integers in [0, K).
+      labels: (B,) integers in [0, K); samples with any other label are left out, as in
+        `update`.
       W: (K, d) classifier.
       b: (K,) bias; None for a classifier without bias.
       mask: (B,) booleans; samples at False are left out.
@@ -387,6 +411,8 @@ def compare(
     (num_classes, dim), dtype = statistics.anchor.shape, statistics.anchor.dtype
     features, labels, mask = check_batch(features, labels, mask, dim)
     W, b = check_classifier(W, b, (num_classes, dim))
+    if not features.shape[0]:
+        return comparison
     members, features, labels = _members(features, labels, mask, num_classes, dtype)
     if against.measured is not None:
         members = members & against.measured[None]
@@ -466,12 +492,12 @@ def fraction(part: Array, whole: Array, dtype) -> Array:
 def _members(features, labels, mask, num_classes, dtype):
     """Return the membership (B, K), and features and labels with 0 in rows left out.
 
-    Labels are compared as int32, because class numbers would wrap in a narrower type.
+    Labels are int32, because class numbers would wrap in a narrower type.
     """
-    labels = labels.astype(jnp.int32)
     valid = (labels >= 0) & (labels < num_classes)
     if mask is not None:
         valid = valid & mask
     members = labels[:, None] == jnp.arange(num_classes, dtype=jnp.int32)[None]
-    features = jnp.where(valid[:, None], features, 0).astype(dtype)
+    zero = jnp.zeros((), features.dtype)
+    features = jnp.where(valid[:, None], features, zero).astype(dtype)
     return members & valid[:, None], features, jnp.where(valid, labels, 0)

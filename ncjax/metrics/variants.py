@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax.arrays import as_array, read_array
 from ncjax.checks import check_choice
 from ncjax.metrics import measures, statistics
 from ncjax.metrics.classifier import SquaredErrorParts as SquaredErrorParts
@@ -228,7 +229,7 @@ def one_vs_rest_distances(W: Array) -> np.ndarray:
     """
     from scipy.optimize import nnls  # type: ignore[import-untyped]  # half a second
 
-    unit = np.asarray(W, np.float64)
+    unit = np.asarray(read_array("W", W), np.float64)
     if unit.ndim != 2 or len(unit) < 2:
         raise ValueError(f"expected W (K, d) with K at least 2, got {unit.shape}")
     bad = np.flatnonzero(~np.isfinite(unit).all(axis=1) | ~unit.any(axis=1))
@@ -317,7 +318,9 @@ def ncc_agreement(
     scale = power_of_two(features).astype(W.dtype)
     features = features.astype(W.dtype) / scale
     W, b = at_unit_scale((W, None if b is None else b / scale))
-    centres = None if centres is None else jnp.asarray(centres, W.dtype) / scale
+    centres = (
+        None if centres is None else as_array("centres", centres).astype(W.dtype) / scale
+    )
     seen = _compare(features, labels, W.shape[0], "class_mean", min_count, centres, W, b)
     return statistics.fraction(seen.counts - seen.mismatches, seen.counts, W.dtype)
 
@@ -331,10 +334,16 @@ def ood_cosines(means: Array, ood_mean: Array) -> Array:
         `statistics.global_mean` of their statistics weights their classes equally,
         `jnp.mean(features, axis=0)` weights samples equally.
 
+    Raises:
+      ValueError: a shape or dtype does not fit.
+
     Source: Ammar et al. (2024), "NECO: neural collapse based out-of-distribution
     detection", NC5, who report the mean.
     """
     (means,) = check_rows(means)
+    ood_mean = as_array("ood_mean", ood_mean)
+    if ood_mean.shape != means.shape[1:]:
+        raise ValueError(f"expected ood_mean {means.shape[1:]}, got {ood_mean.shape}")
     other = jnp.broadcast_to(ood_mean, means.shape)
     return jnp.abs(measures.row_cosines(means, other))
 
@@ -352,7 +361,7 @@ def _compare_with_means(
 ) -> Comparison:
     features, labels, scale = _samples(features, labels, num_classes, min_count)
     if centres is not None:
-        centres = jnp.asarray(centres, features.dtype) / scale
+        centres = as_array("centres", centres).astype(features.dtype) / scale
     return _compare(features, labels, num_classes, centring, min_count, centres)
 
 
