@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.checks import check_choice, check_installed, check_integer, check_positive
+from ncjax.checks import (
+    check_choice,
+    check_installed,
+    check_integer,
+    check_key,
+    check_positive,
+)
 from ncjax.curvature.hessian import Flat, tangent_operator
 from ncjax.curvature.inputs import check_floating, check_fn, concrete, hashable
 from ncjax.curvature.lanczos import EigenPairs, eigh_ends, gauss_quadrature, rayleigh
@@ -139,7 +145,7 @@ def hessian_eig(
     eig = _solve(
         params,
         batches,
-        jax.random.key(0) if key is None else key,
+        _key(key),
         float(tol),
         max_hvps,
         fn=hashable(fn),
@@ -219,7 +225,7 @@ def spectral_density(
     density = _density(
         params,
         batches,
-        jax.random.key(0) if key is None else key,
+        _key(key),
         grid,
         fn=hashable(fn),
         sphere=sphere,
@@ -336,6 +342,14 @@ def _mixture(grid: Array, nodes: Array, weights: Array, spread: Array) -> Array:
         return jnp.sum(weights * kernel) / (spread * math.sqrt(2 * math.pi))
 
     return jax.lax.map(at, grid)
+
+
+def _key(key: Array | None) -> Array:
+    """Return the PRNG key, `jax.random.key(0)` if None."""
+    if key is None:
+        return jax.random.key(0)
+    check_key("key", key)
+    return key
 
 
 def _dimension(flat: Flat, sphere: bool) -> int:
