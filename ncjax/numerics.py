@@ -4,6 +4,7 @@ from functools import reduce
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 Array = jax.Array
@@ -59,3 +60,13 @@ def at_unit_scale(arrays, axis: int | None = None):
     """Return `arrays` divided by their `power_of_two`."""
     scale = power_of_two(arrays, axis)
     return jax.tree.map(lambda leaf: leaf / scale, arrays)
+
+
+def on_device(value: ArrayLike, dtype) -> Array:
+    """Return `value` as an array; a number or NumPy array is transferred explicitly.
+
+    `jnp.asarray` would transfer implicitly, which `jax.transfer_guard("disallow")` forbids.
+    """
+    if isinstance(value, jax.Array):
+        return value.astype(dtype)
+    return jax.device_put(np.asarray(value, dtype))

@@ -21,10 +21,14 @@ from ncjax.curvature.hessian import Flat, tangent_operator
 from ncjax.curvature.inputs import check_floating, check_fn, concrete, hashable
 from ncjax.curvature.lanczos import EigenPairs, eigh_ends, gauss_quadrature, rayleigh
 from ncjax.curvature.meter import meter
+from ncjax.numerics import on_device
 from ncjax.types import Array
 
 # Up to this dimension method="auto" forms the Hessian and calls LAPACK or cuSOLVER.
 DENSE_LIMIT = 1000
+
+# Products are counted in int32.
+_MOST = 2**31 - 1
 
 # Columns of a dense Hessian that are computed at once.
 _DENSE_BATCH = 16
@@ -140,14 +144,16 @@ def hessian_eig(
     tol = flat.eps ** (2 / 3) if tol is None else tol
     check_positive("tol", tol)
     check_integer("max_hvps", max_hvps, least=1)
+    if key is not None:
+        check_key("key", key)
     num_vectors = _check_num_vectors(num_vectors, count, dim)
     method = _choose_method(method, which, dim, num_vectors)
     eig = _solve(
         params,
         batches,
-        _key(key),
-        float(tol),
-        max_hvps,
+        key,
+        on_device(float(tol), flat.dtype),
+        on_device(min(max_hvps, _MOST), np.int32),
         fn=hashable(fn),
         count=count,
         which=which,
@@ -216,16 +222,18 @@ def spectral_density(
     for name, value in (("num_probes", num_probes), ("num_steps", num_steps)):
         check_integer(name, value, least=1)
     check_integer("num_points", num_points, least=2)
+    if key is not None:
+        check_key("key", key)
     if width is not None:
         check_positive("width", width)
     if grid is not None:
-        grid = jnp.asarray(grid, flat.dtype)
+        grid = on_device(grid, flat.dtype)
         if grid.ndim != 1:
             raise ValueError(f"grid must be a vector (T,), got shape {grid.shape}")
     density = _density(
         params,
         batches,
-        _key(key),
+        key,
         grid,
         fn=hashable(fn),
         sphere=sphere,
@@ -265,7 +273,7 @@ def _solve(
         pairs = eigh_ends(
             matvec,
             dim,
-            key,
+            _start_key(key),
             count=count,
             which=which,
             tol=tol,
@@ -314,7 +322,7 @@ def _density(
             matvec, dim, key, num_steps=num_steps, eps=flat.eps, dtype=flat.dtype
         )
 
-    nodes, weights = jax.lax.map(probe, jax.random.split(key, num_probes))
+    nodes, weights = jax.lax.map(probe, jax.random.split(_start_key(key), num_probes))
     weights = weights / num_probes
     low, high = jnp.min(nodes), jnp.max(nodes)
     if width is None:
@@ -344,12 +352,12 @@ def _mixture(grid: Array, nodes: Array, weights: Array, spread: Array) -> Array:
     return jax.lax.map(at, grid)
 
 
-def _key(key: Array | None) -> Array:
-    """Return the PRNG key, `jax.random.key(0)` if None."""
-    if key is None:
-        return jax.random.key(0)
-    check_key("key", key)
-    return key
+def _start_key(key: Array | None) -> Array:
+    """Return the PRNG key, `jax.random.key(0)` if None.
+
+    Compiled programs call this, so that no transfer is implicit.
+    """
+    return jax.random.key(0) if key is None else key
 
 
 def _dimension(flat: Flat, sphere: bool) -> int:

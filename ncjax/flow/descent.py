@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_integer, check_params, check_positive
+from ncjax.numerics import on_device
 from ncjax.peeled.kernels import cross_entropy, log_cross_entropy
 from ncjax.types import Array, Params
 
@@ -79,9 +80,9 @@ def gradient_descent(
         )
     return _descend(
         params,
-        jnp.asarray(step_size, params.W.dtype),
-        jnp.asarray(steps, jnp.int32),
-        jnp.asarray(num_steps, jnp.int32),
+        on_device(step_size, params.W.dtype),
+        on_device(steps, jnp.int32),
+        on_device(num_steps, jnp.int32),
         record,
     )
 
