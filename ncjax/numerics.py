@@ -33,6 +33,16 @@ def tensordot(left: ArrayLike, right: ArrayLike, axes) -> Array:
     return jnp.tensordot(left, right, axes, precision="highest")
 
 
+def on_device(value: ArrayLike, dtype) -> Array:
+    """Return `value` as an array; a number or NumPy array is transferred explicitly.
+
+    `jnp.asarray` would transfer implicitly, which `jax.transfer_guard("disallow")` forbids.
+    """
+    if isinstance(value, jax.Array):
+        return value.astype(dtype)
+    return jax.device_put(np.asarray(value, dtype))
+
+
 def power_of_two(arrays, axis: int | None = None) -> Array:
     """Return the largest power of two that is at most max |entry|; 1/2 for zeros.
 
@@ -60,13 +70,3 @@ def at_unit_scale(arrays, axis: int | None = None):
     """Return `arrays` divided by their `power_of_two`."""
     scale = power_of_two(arrays, axis)
     return jax.tree.map(lambda leaf: leaf / scale, arrays)
-
-
-def on_device(value: ArrayLike, dtype) -> Array:
-    """Return `value` as an array; a number or NumPy array is transferred explicitly.
-
-    `jnp.asarray` would transfer implicitly, which `jax.transfer_guard("disallow")` forbids.
-    """
-    if isinstance(value, jax.Array):
-        return value.astype(dtype)
-    return jax.device_put(np.asarray(value, dtype))
