@@ -227,7 +227,7 @@ def spectral_density(
     if width is not None:
         check_positive("width", width)
     if grid is not None:
-        grid = on_device(grid, flat.dtype)
+        grid = jnp.asarray(grid, flat.dtype)
         if grid.ndim != 1:
             raise ValueError(f"grid must be a vector (T,), got shape {grid.shape}")
     density = _density(
