@@ -239,6 +239,22 @@ CALLS = {
     ),
 }
 
+# Compiled by themselves: these need no `jax.jit` to transfer nothing implicitly.
+COMPILED = (
+    "collapse.collapse_metrics",
+    "collapse.collapse_metrics_from_features",
+    "descent.gradient_descent",
+    "landscape.hessian_eig",
+    "landscape.spectral_density",
+    "peeling.last_layer",
+    "statistics.class_statistics",
+    "statistics.squared_distances",
+    "variants.ncc_agreement",
+    "variants.nearest_centre_accuracy",
+    "variants.within_class_variation",
+)
+OUTSIDE_JAX = "variants.one_vs_rest_distances"
+
 
 def public_names():
     """Return the function names of the public modules, `wing.function`."""
@@ -263,6 +279,19 @@ def evaluate(inputs, names=CALLS):
             errors.append(f"{name}: {error!r}")
     assert errors == [], "\n".join(errors)
     return jax.device_get(results)
+
+
+def compiled(inputs):
+    """Return the results of all calls in one program, except of the call outside JAX."""
+    names = [name for name in CALLS if name != OUTSIDE_JAX]
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def all_calls(inputs):
+        known = inputs._replace(labels=labels)  # ncjax.peel needs them
+        return {name: CALLS[name](known) for name in names}
+
+    labels = inputs.labels
+    return jax.device_get(all_calls(inputs._replace(labels=None)))
 
 
 @functools.cache

@@ -6,22 +6,6 @@ import numpy as np
 import pytest
 import subprocesses
 
-# Compiled by themselves, so that they need no `jax.jit` for explicit transfers alone.
-COMPILED = (
-    "collapse.collapse_metrics",
-    "collapse.collapse_metrics_from_features",
-    "descent.gradient_descent",
-    "landscape.hessian_eig",
-    "landscape.spectral_density",
-    "peeling.last_layer",
-    "statistics.class_statistics",
-    "statistics.squared_distances",
-    "variants.ncc_agreement",
-    "variants.nearest_centre_accuracy",
-    "variants.within_class_variation",
-)
-OUTSIDE_JAX = "variants.one_vs_rest_distances"
-
 
 def test_every_public_function_has_a_call():
     assert interface.public_names() == interface.CALLS.keys()
@@ -37,23 +21,16 @@ def test_no_result_is_nan_or_infinite_on_the_way():
 def test_compiled_functions_transfer_nothing_implicitly():
     inputs = interface.points()
     with jax.transfer_guard("disallow"):
-        results = interface.evaluate(inputs, COMPILED)
+        results = interface.evaluate(inputs, interface.COMPILED)
     interface.assert_as_expected(results)
 
 
 def test_under_jit_no_function_transfers_anything_implicitly():
     inputs = interface.points()
-    names = interface.CALLS.keys() - {OUTSIDE_JAX}
-
-    @jax.jit
-    def all_of(inputs, key):
-        inputs = inputs._replace(labels=labels, key=key)
-        return {name: interface.CALLS[name](inputs) for name in names}
-
-    labels = inputs.labels  # known, because ncjax.peel needs them
     with jax.transfer_guard("disallow"):
-        results = jax.device_get(all_of(inputs._replace(labels=None), inputs.key))
-        results |= interface.evaluate(inputs, [OUTSIDE_JAX])
+        results = interface.compiled(inputs)
+        results |= interface.evaluate(inputs, [interface.OUTSIDE_JAX])
+    assert results.keys() == interface.CALLS.keys()
     interface.assert_as_expected(results)
 
 

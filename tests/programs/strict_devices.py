@@ -34,4 +34,5 @@ def placed(array, sharding):
 inputs = interface.points()
 for sharding in (copied, split):
     on_devices = jax.tree.map(partial(placed, sharding=sharding), inputs)
-    interface.assert_as_expected(interface.evaluate(on_devices))
+    interface.assert_as_expected(interface.compiled(on_devices))
+    interface.assert_as_expected(interface.evaluate(on_devices, interface.COMPILED))
