@@ -171,7 +171,10 @@ def peel(features, labels, W, b=None, *, per_class: int | None = None) -> Params
     >>> ncjax.peel(jnp.tile(etf, (5, 1)), jnp.arange(15) % 3, etf).H.shape
     (3, 5, 4)
     """
+    given = labels
     features, labels, W, b = check_features(features, labels, W, b)
+    if isinstance(labels, jax.core.Tracer):
+        labels = given  # known, if a traced function only closes over them
     if isinstance(labels, jax.core.Tracer):
         raise ValueError(
             "labels must be known, because the sizes of the classes decide which samples "
