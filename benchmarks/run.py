@@ -58,7 +58,7 @@ _DASH = "-"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(cli.Settings):
     """Time ncjax against its peers.
 
     Example: python -m benchmarks.run --only=training_step,metrics
@@ -74,7 +74,7 @@ class Config:
     cpu_devices: int = cli.flag(
         0, "JAX devices to split the CPU into; 0: one per core", cli.MACHINE
     )
-    out: str = cli.flag(
+    out: str = cli.path_flag(
         "benchmarks/results.json",
         "JSON file of the numbers; the tables go beside it",
         cli.OUTPUT,

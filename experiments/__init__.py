@@ -1,8 +1,13 @@
 """Experiments of ncjax: `python -m experiments` lists them."""
 
+from experiments import _start
+
 # Modules with a `Config` and a `run`, in the order of the report.
 EXPERIMENTS = (
     *("ulpm_flow", "animation", "saddle_analysis", "theorems"),
     *("train_resnet", "train_vgg", "train_small", "peel"),
 )
 COMMANDS = (*EXPERIMENTS, "report")
+
+if _start.is_command():
+    _start.shorten_errors()

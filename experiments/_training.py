@@ -46,7 +46,7 @@ _POLL_SECONDS = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(cli.Settings):
     """Flags that all training experiments share."""
 
     dataset: str = cli.flag("digits", "digits (no download), or a set of TFDS", cli.DATA)
@@ -56,7 +56,7 @@ class Config:
     test_split: str = cli.flag(
         "test", "measured, never trained on; empty for none", cli.DATA
     )
-    data_dir: str = cli.flag(
+    data_dir: str = cli.path_flag(
         "", "folder of TFDS; if empty, TFDS_DATA_DIR or its default", cli.DATA
     )
     per_class: int = cli.flag(
@@ -94,7 +94,9 @@ class Config:
         30, "number of epochs measured, at most; even in log log epoch", cli.TIME
     )
     checkpoint_every: int = cli.flag(10, "epochs between checkpoints, at most", cli.FOLDER)
-    workdir: str = cli.flag("", "run folder; if empty, a new one under runs/", cli.FOLDER)
+    workdir: str = cli.path_flag(
+        "", "run folder; if empty, a new one under runs/", cli.FOLDER
+    )
     overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)
     resume: bool = cli.flag(False, "resume the run in workdir", cli.FOLDER)
     cpu_devices: int = cli.flag(

@@ -41,7 +41,7 @@ _PANELS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(cli.Settings):
     """Animate the collapse of 4 classes in 3 dimensions, in half a minute.
 
     Example: python -m experiments.animation --workdir=results/animation
@@ -54,7 +54,7 @@ class Config:
     )
     frames: int = cli.flag(120, "pictures, 20 a second", cli.OUTPUT)
     width: int = cli.flag(800, "width in pixels; the height is 0.6 times it", cli.OUTPUT)
-    workdir: str = cli.flag(
+    workdir: str = cli.path_flag(
         "", f"run folder; if empty, a new one under runs/{NAME}", cli.FOLDER
     )
     overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)

@@ -23,13 +23,13 @@ OUTPUTS = ("metrics.csv", "peel.csv", "peel.md", "flow.png", "flow.pdf")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(cli.Settings):
     """Compute certificate, curvature and flow of the last layer of a trained network.
 
     Example: python -m experiments.peel --run=runs/train_resnet/20261124-120000
     """
 
-    run: str = cli.flag(
+    run: str = cli.path_flag(
         "", "run folder of a network, with its checkpoints; required", cli.DATA
     )
     index: int = cli.flag(0, "number of the network, for a run of several seeds", cli.DATA)
@@ -45,13 +45,13 @@ class Config:
     num_times: int = cli.flag(
         100, f"times measured, rounded up to a multiple of {_legs.LEGS}", cli.TIME
     )
-    data_dir: str = cli.flag(
+    data_dir: str = cli.path_flag(
         "", "folder of TFDS; if empty, TFDS_DATA_DIR or its default", cli.DATA
     )
     cpu_devices: int = cli.flag(
         1, "JAX devices that a CPU is split into; 1 is fastest", cli.MACHINE
     )
-    workdir: str = cli.flag(
+    workdir: str = cli.path_flag(
         "", f"run folder; if empty, a new one under runs/{NAME}", cli.FOLDER
     )
     overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)

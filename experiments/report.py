@@ -16,16 +16,19 @@ _PAGE_MODULES = {"peel": "_peel_page"} | dict.fromkeys(
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(cli.Settings):
     """One self-contained HTML page on any set of runs, to read, print or send.
 
     Example: python -m experiments.report --runs=results --output=report.html
     """
 
-    runs: str = cli.flag(
-        "runs", "run folders, or folders that hold some, separated by commas", cli.DATA
+    runs: str = cli.path_flag(
+        "runs",
+        "run folders, or folders that hold some, separated by commas",
+        cli.DATA,
+        separator=",",
     )
-    output: str = cli.flag("report.html", "HTML file to write", cli.OUTPUT)
+    output: str = cli.path_flag("report.html", "HTML file to write", cli.OUTPUT)
     title: str = cli.flag(
         "Neural collapse: report of runs", "title of the page", cli.OUTPUT
     )
@@ -147,4 +150,4 @@ def page_of(kind: str) -> page.Page:
 
 
 if __name__ == "__main__":
-    cli.main(Config, run, f"experiments.{NAME}")
+    cli.main(Config, run, f"experiments.{NAME}", computes=False)

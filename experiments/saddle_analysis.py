@@ -35,7 +35,7 @@ FIT_WINDOW = (1e3, 1e4)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(cli.Settings):
     """Compute curvature, certificates and escapes at the critical directions of the flow.
 
     Example: python -m experiments.saddle_analysis --max_classes=12
@@ -50,7 +50,7 @@ class Config:
     num_classes: int = cli.flag(4, "K, number of classes of the random starts", cli.MODEL)
     per_class: int = cli.flag(2, "n, samples of each class of the random starts", cli.MODEL)
     dim: int = cli.flag(6, "d, feature dimension of the random starts", cli.MODEL)
-    workdir: str = cli.flag(
+    workdir: str = cli.path_flag(
         "", f"run folder; if empty, a new one under runs/{NAME}", cli.FOLDER
     )
     overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)

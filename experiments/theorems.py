@@ -33,7 +33,7 @@ SCALE = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(cli.Settings):
     """Check every statement of the theory, in less than two minutes on two cores.
 
     Example: python -m experiments.theorems
@@ -41,7 +41,7 @@ class Config:
 
     seeds: int = cli.flag(8, "random starts of the flow", cli.SEEDS)
     seed: int = cli.flag(0, "seed of all random starts", cli.SEEDS)
-    workdir: str = cli.flag(
+    workdir: str = cli.path_flag(
         "", f"run folder; if empty, a new one under runs/{NAME}", cli.FOLDER
     )
     overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)

@@ -40,7 +40,7 @@ _PRINTED_METRICS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(cli.Settings):
     """Solve the gradient flow of the layer-peeled model from many starts: does it collapse?
 
     Example: python -m experiments.ulpm_flow --seeds=32 --log_t_max=1000
@@ -66,7 +66,7 @@ class Config:
         "explicit, stabilised (log t from 2e3), implicit (from 5e4), or auto",
         cli.TIME,
     )
-    workdir: str = cli.flag(
+    workdir: str = cli.path_flag(
         "", f"run folder; if empty, a new one under runs/{NAME}", cli.FOLDER
     )
     overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)

@@ -68,6 +68,39 @@ def check_nonnegative(name: str, value) -> None:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
 
 
+def check_key(name: str, key) -> None:
+    """Raise ValueError unless `key` is one PRNG key, of `jax.random.key` or `PRNGKey`."""
+    batch = _key_batch(key)
+    if batch is None:
+        seed = key if isinstance(key, int | np.integer) else 0
+        given = (
+            f"{key.dtype} of shape {key.shape}"
+            if isinstance(key, jax.Array | np.ndarray)
+            else repr(key)
+        )
+        raise ValueError(
+            f"{name} must be a PRNG key, such as jax.random.key({seed}), got {given}"
+        )
+    if batch:
+        raise ValueError(
+            f"{name} must be one PRNG key, got keys of shape {batch}: use jax.vmap for them"
+        )
+
+
+def _key_batch(key) -> tuple[int, ...] | None:
+    """Return the shape of an array of keys, () for one key; None if it holds no keys."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        return None
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.shape
+    if key.dtype != np.uint32:
+        return None
+    try:
+        return jax.eval_shape(jax.random.wrap_key_data, key).shape
+    except (TypeError, ValueError):  # not the shape of the key data
+        return None
+
+
 def check_params(params: Params, *, finite: bool = False) -> Params:
     """Return `params` as JAX arrays, or raise ValueError if they do not fit.
 

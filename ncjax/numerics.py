@@ -4,6 +4,7 @@ from functools import reduce
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 Array = jax.Array
@@ -36,6 +37,16 @@ def root(x: Array) -> Array:
     """Return the square root of `x` >= 0, with slope 0 at 0 instead of infinity."""
     zero = x == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
+
+
+def on_device(value: ArrayLike, dtype) -> Array:
+    """Return `value` as an array; a number or NumPy array is transferred explicitly.
+
+    `jnp.asarray` would transfer implicitly, which `jax.transfer_guard("disallow")` forbids.
+    """
+    if isinstance(value, jax.Array):
+        return value.astype(dtype)
+    return jax.device_put(np.asarray(value, dtype))
 
 
 def power_of_two(arrays, axis: int | None = None) -> Array:

@@ -1,5 +1,6 @@
 """The command line: grouped help, one-line errors, exit codes, the run folder last."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -23,12 +24,14 @@ from experiments import (
     _legs,
     _training,
     peel,
+    report,
     saddle_analysis,
     theorems,
     train_small,
     ulpm_flow,
 )
 from experiments._runs import cli, folders
+from experiments._runs.errors import BadUse
 
 COMMANDS = {f"experiments.{module.NAME}": module for module in MODULES} | {
     "benchmarks.run": benchmarks_run
@@ -113,6 +116,25 @@ def test_the_example_in_the_help_parses(config, page):
     (example,) = re.findall(r"^Example: python -m (\S+)(.*)$", page, re.MULTILINE)
     assert COMMANDS[example[0]].Config is config
     cli.parse(config, ["", *shlex.split(example[1])])
+
+
+@pytest.mark.parametrize(("config", "page"), pages())
+def test_the_help_keeps_its_text_without_docstrings(monkeypatch, config, page):
+    """As under `python -OO`, where a dataclass shows its signature instead."""
+    monkeypatch.setattr(config, "__doc__", "Config(seeds: int = 8)")
+    name = next(name for name, module in COMMANDS.items() if module.Config is config)
+    assert cli.usage(config, name) == page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ulpm_flow", "train_small", "report"])
+def test_optimised_python_shows_the_same_help(name):
+    program = [sys.executable, "-OO", "-m", f"experiments.{name}", "--help"]
+    done = subprocess.run(program, text=True, capture_output=True)
+    assert (
+        done.stdout
+        == cli.usage(COMMANDS[f"experiments.{name}"].Config, f"experiments.{name}") + "\n"
+    )
 
 
 def test_flags_are_parsed_by_type():
@@ -288,10 +310,11 @@ def test_the_experiments_name_the_extra_that_they_miss(tmp_path, installed):
     assert (tmp_path / "page.html").exists() == (installed == "experiments")
 
 
-def command(*flags, module="report", **streams):
+def command(*flags, module="report", env=None, **streams):
     arguments = [sys.executable, "-m", f"experiments.{module}", *flags]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
-    return subprocess.run(arguments, text=True, **streams)
+    env = os.environ | (env or {})
+    return subprocess.run(arguments, text=True, env=env, **streams)
 
 
 def test_the_command_runs_and_prints_its_folder_last(run_here, capsys, tmp_path):
@@ -329,3 +352,62 @@ def test_a_full_output_device_is_one_error_line():
         done = command("--help", stdout=full)
     assert done.returncode == 1
     assert only_line(done.stderr) == "error: [Errno 28] No space left on device"
+
+
+def test_letters_that_a_terminal_lacks_do_not_stop_a_command(tmp_path):
+    folder = tmp_path / "Θ" / "page.html"
+    folder.parent.mkdir()
+    runs = Path(report.__file__).parents[1] / "results" / "animation"
+    done = command(
+        f"--runs={runs}", f"--output={folder}", env={"PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(folder).replace("Θ", r"\u0398")
+    assert folder.is_file()
+
+
+# What libraries read while they are imported, and JAX when it starts.
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("JAX_PLATFORMS", "JAX finds no such device here, only "),
+        ("JAX_ENABLE_X64", "invalid truth value"),
+        ("JAX_NUMPY_DTYPE_PROMOTION", "Invalid value"),
+        ("MPLBACKEND", "not a valid value for backend"),
+    ],
+)
+def test_an_impossible_environment_variable_is_one_line(tmp_path, name, message):
+    folder = tmp_path / "run"
+    done = command(f"--workdir={folder}", module="ulpm_flow", env={name: "nonsense"})
+    assert (done.returncode, done.stdout) == (2, "")
+    line = only_line(done.stderr)
+    assert line.startswith(f"error: {name}=nonsense: ")
+    assert message in line
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError(), RuntimeError("no libtpu.so")], ids=type
+)
+def test_a_platform_without_a_device_is_a_usage_error(monkeypatch, error):
+    """However JAX says it: JAX_PLATFORMS=cuda without CUDA is an AssertionError."""
+    requested = jax.config.jax_platforms
+
+    def devices():
+        if jax.config.jax_platforms is not None:
+            raise error
+        return [argparse.Namespace(platform="cpu")]
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "devices", devices)
+    jax.config.update("jax_platforms", "cuda")
+    try:
+        with pytest.raises(BadUse, match=r"JAX_PLATFORMS=cuda: .* only cpu; unset"):
+            cli._check_platforms()
+    finally:
+        jax.config.update("jax_platforms", requested)
+
+
+def test_the_report_needs_no_device(tmp_path):
+    done = command("--runs=nowhere", env={"JAX_PLATFORMS": "nonsense"})
+    assert only_line(done.stderr) == "error: --runs: there is no folder 'nowhere'"

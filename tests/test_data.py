@@ -166,6 +166,11 @@ def test_a_data_directory_may_start_with_a_tilde(prepared, monkeypatch, offline)
     assert_holds(data.load("mnist", "test", f"~/{prepared.name}"), TEST)
 
 
+def test_a_data_directory_of_an_unknown_user_is_refused(offline):
+    with pytest.raises(ValueError, match=r"data_dir=~nobody-here/x: .* '~nobody-here'"):
+        data.load("mnist", "test", "~nobody-here/x")
+
+
 # Splits of either
 
 

@@ -48,6 +48,7 @@ def accepted(*_args, **_kwargs):
 def nothing_done(monkeypatch, tmp_path):
     """End runs where they would make their folder, and download nothing."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     monkeypatch.setattr("ncjax.networks.data._has_network", lambda: False)
     monkeypatch.setattr(folders, "open_config", accepted)

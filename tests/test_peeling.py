@@ -206,3 +206,17 @@ def test_balanced_norms_are_equal_and_keep_the_margins(seed, shape, p, q):
     )
     with pytest.raises(ValueError, match="expected W and H that are not zero, got W = 0"):
         ncjax.balance_norms(params._replace(W=0 * params.W))
+
+
+@pytest.mark.parametrize("per_class", [None, 2])
+def test_peel_says_that_it_needs_the_labels(per_class):
+    etf, labels = ncjax.simplex_etf(3, 4), jnp.arange(9) % 3
+
+    def squared_norm(features, labels):
+        return ncjax.squared_norm(ncjax.peel(features, labels, etf, per_class=per_class))
+
+    features = jnp.tile(etf, (3, 1))
+    with pytest.raises(ValueError, match=r"labels must be known.* outside jax.jit"):
+        jax.jit(squared_norm)(features, labels)
+    known = jax.jit(lambda features: squared_norm(features, labels))(features)
+    np.testing.assert_allclose(known, squared_norm(features, labels))

@@ -3,12 +3,14 @@
 No other module sets `jax.config`.
 """
 
+import ast
 import dataclasses
 import difflib
 import inspect
 import os
 import shlex
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +34,7 @@ Exit codes: 0 done, 1 failed, 2 bad use, 130 interrupted."""
 _FLAG_COLUMNS = 26  # columns that hold a flag and its default
 _INTERRUPTION, _NO_READER = 130, 141  # exit codes of a shell for SIGINT and SIGPIPE
 _MESSAGE_LIMIT = 300  # characters of a message of another library
+_PATH = "path"  # in the metadata of a field: the separator of its paths, None for one path
 _DEFINE: dict[Any, Callable[..., Any]] = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
@@ -44,6 +47,43 @@ _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false"}
 def flag(default: Any, text: str, group: str) -> Any:
     """Return a dataclass field for a flag: default, line of help with its unit, group."""
     return dataclasses.field(default=default, metadata={"help": text, "group": group})
+
+
+def path_flag(default: str, text: str, group: str, *, separator: str | None = None) -> Any:
+    """Return a field for the flag of a path, or of several with `separator` between."""
+    kind = {"help": text, "group": group, _PATH: separator}
+    return dataclasses.field(default=default, metadata=kind)
+
+
+class Settings:
+    """Base of every `Config`: its paths hold the home directory in place of ~ and ~user."""
+
+    def __post_init__(self):
+        """Replace ~ and ~user at the start of each path.
+
+        Raises:
+          BadUse: there is no such user, or the home directory is unknown.
+        """
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if _PATH in field.metadata:
+                paths = _expanded(field, getattr(self, field.name))
+                object.__setattr__(self, field.name, paths)
+
+
+def _expanded(field: dataclasses.Field, text: str) -> str:
+    """Return the path in `text`, or the paths, with every home directory written out."""
+    separator = field.metadata[_PATH]
+    paths = (
+        [text] if separator is None else [part.strip() for part in text.split(separator)]
+    )
+    full = [os.path.expanduser(path) for path in paths]
+    for path in full:
+        if path.startswith("~"):
+            raise BadUse(
+                f"--{field.name}={text}: no home directory is known for "
+                f"{path.partition('/')[0]!r}; a folder of that name is './{path}'"
+            )
+    return (separator or "").join(full)
 
 
 def parse(config_class: type, argv: Sequence[str]):
@@ -103,7 +143,7 @@ def _with_suggestion(
 
 def usage(config_class: type, name: str) -> str:
     """Return the help: a summary, an example, the flags of each group with defaults."""
-    summary, _, example = (inspect.getdoc(config_class) or "").partition("\n\n")
+    summary, _, example = _docstring(config_class).partition("\n\n")
     lines = [summary, "", f"Usage:   python -m {name} [--flag=value ...]", example]
     fields = dataclasses.fields(config_class)
     for group in GROUPS:
@@ -114,6 +154,12 @@ def usage(config_class: type, name: str) -> str:
             lines += _flag_lines(field.name, field.default, field.metadata["help"])
     lines += ["", "Any experiment", *_line("--help", "show this and do nothing else")]
     return "\n".join([*lines, *_line("--traceback", _TRACEBACK), "", _NOTES])
+
+
+def _docstring(config_class: type) -> str:
+    """Return the docstring as its source shows it: `python -OO` removes it elsewhere."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(config_class)))
+    return ast.get_docstring(tree.body[0]) or ""  # type: ignore[arg-type]
 
 
 def _flag_lines(name: str, default: Any, text: str) -> list[str]:
@@ -132,14 +178,19 @@ def _line(left: str, text: str) -> list[str]:
     return [f"  {left}", f"  {'':<{_FLAG_COLUMNS}}{text}"]
 
 
-def main(config_class: type, run: Callable[[Any], Any], name: str) -> None:
+def main(
+    config_class: type, run: Callable[[Any], Any], name: str, *, computes: bool = True
+) -> None:
     """Parse `sys.argv`, run, and exit: 0 done, 1 failed, 2 bad use, 130 interrupted.
 
+    With `computes=False` JAX is not set up, so that a run works without its devices.
     If the reader of stdout has gone, as in `| head`, exit with 141 and print nothing.
     """
     code = 0
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack a letter of the output
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        code = _main(config_class, run, name, sys.argv)
+        code = _main(config_class, run, name, sys.argv, computes)
         print(end="", flush=True)
     except OSError as error:
         # Otherwise Python flushes stdout once more at exit, and prints an error.
@@ -151,7 +202,7 @@ def main(config_class: type, run: Callable[[Any], Any], name: str) -> None:
     sys.exit(code)
 
 
-def _main(config_class, run, name, argv) -> int:
+def _main(config_class, run, name, argv, computes=True) -> int:
     if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
         print(usage(config_class, name))
         return 0
@@ -162,12 +213,13 @@ def _main(config_class, run, name, argv) -> int:
     values = _flags(config_class)
     try:
         config = _config(config_class, values, argv)
-        set_up_jax(
-            getattr(config, "cpu_devices", 0),
-            getattr(config, "coordinator", ""),
-            getattr(config, "num_processes", 1),
-            getattr(config, "process_id", 0),
-        )
+        if computes:
+            set_up_jax(
+                getattr(config, "cpu_devices", 0),
+                getattr(config, "coordinator", ""),
+                getattr(config, "num_processes", 1),
+                getattr(config, "process_id", 0),
+            )
         run(config)
     except BrokenPipeError:
         raise
@@ -222,6 +274,23 @@ def set_up_jax(
     jax.config.update("jax_num_cpu_devices", cpu_devices or cores())
     if num_processes > 1:
         jax.distributed.initialize(coordinator, num_processes, process_id)
+    _check_platforms()
+
+
+def _check_platforms() -> None:
+    """Raise BadUse if JAX cannot start on the platforms that JAX_PLATFORMS names."""
+    requested = os.environ.get("JAX_PLATFORMS")
+    if not requested:
+        return
+    try:
+        jax.devices()
+    except Exception as error:
+        jax.config.update("jax_platforms", None)
+        found = ", ".join(sorted({device.platform for device in jax.devices()}))
+        raise BadUse(
+            f"JAX_PLATFORMS={requested}: JAX finds no such device here, only {found}; "
+            f"unset the variable, or set it to {found}"
+        ) from error
 
 
 def cores() -> int:

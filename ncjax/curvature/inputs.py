@@ -24,7 +24,7 @@ def concrete(array) -> np.ndarray | None:
     """Return the value of `array`, or None if it is unknown here, as under `jax.jit`."""
     if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
         return None
-    return np.asarray(array)
+    return jax.device_get(array)
 
 
 def check_floating(params, sphere: bool):

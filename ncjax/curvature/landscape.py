@@ -16,16 +16,21 @@ from ncjax.checks import (
     check_count,
     check_installed,
     check_integer,
+    check_key,
     check_positive,
 )
 from ncjax.curvature.hessian import Flat, tangent_operator
 from ncjax.curvature.inputs import check_floating, check_fn, concrete, hashable
 from ncjax.curvature.lanczos import EigenPairs, eigh_ends, gauss_quadrature, rayleigh
 from ncjax.curvature.meter import meter
+from ncjax.numerics import on_device
 from ncjax.types import Array
 
 # Up to this dimension method="auto" forms the Hessian and calls LAPACK or cuSOLVER.
 DENSE_LIMIT = 1000
+
+# Products are counted in int32.
+_MOST = 2**31 - 1
 
 # Columns of a dense Hessian that are computed at once.
 _DENSE_BATCH = 16
@@ -141,14 +146,16 @@ def hessian_eig(
     tol = flat.eps ** (2 / 3) if tol is None else tol
     check_positive("tol", tol)
     check_count("max_hvps", max_hvps, least=1)
+    if key is not None:
+        check_key("key", key)
     num_vectors = _check_num_vectors(num_vectors, count, dim)
     method = _choose_method(method, which, dim, num_vectors)
     eig = _solve(
         params,
         batches,
-        jax.random.key(0) if key is None else key,
-        float(tol),
-        max_hvps,
+        key,
+        on_device(float(tol), flat.dtype),
+        on_device(min(max_hvps, _MOST), np.int32),
         fn=hashable(fn),
         count=count,
         which=which,
@@ -217,6 +224,8 @@ def spectral_density(
     for name, value in (("num_probes", num_probes), ("num_steps", num_steps)):
         check_integer(name, value, least=1)
     check_integer("num_points", num_points, least=2)
+    if key is not None:
+        check_key("key", key)
     if width is not None:
         check_positive("width", width, flat.dtype)
         width = float(width)
@@ -227,7 +236,7 @@ def spectral_density(
     density = _density(
         params,
         batches,
-        jax.random.key(0) if key is None else key,
+        key,
         grid,
         fn=hashable(fn),
         sphere=sphere,
@@ -267,7 +276,7 @@ def _solve(
         pairs = eigh_ends(
             matvec,
             dim,
-            key,
+            _start_key(key),
             count=count,
             which=which,
             tol=tol,
@@ -316,7 +325,7 @@ def _density(
             matvec, dim, key, num_steps=num_steps, eps=flat.eps, dtype=flat.dtype
         )
 
-    nodes, weights = jax.lax.map(probe, jax.random.split(key, num_probes))
+    nodes, weights = jax.lax.map(probe, jax.random.split(_start_key(key), num_probes))
     weights = weights / num_probes
     low, high = jnp.min(nodes), jnp.max(nodes)
     if width is None:
@@ -344,6 +353,14 @@ def _mixture(grid: Array, nodes: Array, weights: Array, spread: Array) -> Array:
         return jnp.sum(weights * kernel) / (spread * math.sqrt(2 * math.pi))
 
     return jax.lax.map(at, grid)
+
+
+def _start_key(key: Array | None) -> Array:
+    """Return the PRNG key, `jax.random.key(0)` if None.
+
+    Compiled programs call this, so that no transfer is implicit.
+    """
+    return jax.random.key(0) if key is None else key
 
 
 def _dimension(flat: Flat, sphere: bool) -> int:

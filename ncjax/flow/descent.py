@@ -10,6 +10,7 @@ import numpy as np
 
 from ncjax.arrays import as_array, read_array
 from ncjax.checks import check_integer, check_params, check_positive
+from ncjax.numerics import on_device
 from ncjax.peeled.kernels import cross_entropy, log_cross_entropy
 from ncjax.types import Array, Params
 
@@ -80,9 +81,9 @@ def gradient_descent(
         )
     return _descend(
         params,
-        jnp.asarray(step_size, params.W.dtype),
+        on_device(step_size, params.W.dtype),
         as_array("save_steps", steps.astype(np.int32)),
-        jnp.asarray(num_steps, jnp.int32),
+        on_device(num_steps, np.int32),
         record,
     )
 

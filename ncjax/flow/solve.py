@@ -16,7 +16,7 @@ from ncjax.flow import saving, steps
 from ncjax.flow.clock import clock, field, unscaled
 from ncjax.flow.invariants import InvariantDrift
 from ncjax.flow.methods import find_method
-from ncjax.numerics import at_unit_scale, power_of_two
+from ncjax.numerics import at_unit_scale, on_device, power_of_two
 from ncjax.peeled.kernels import log_cross_entropy, squared_norm
 from ncjax.types import Array, Params
 
@@ -128,7 +128,7 @@ def gradient_flow(
     return _integrate(
         params,
         log_times,
-        jnp.asarray(start_log_time, dtype),
+        on_device(start_log_time, dtype),  # JAX checks no -inf that is only transferred
         relative,
         jnp.asarray(absolute, dtype),
         method=find_method(solver, params, requested, rtol),

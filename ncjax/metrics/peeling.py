@@ -163,15 +163,23 @@ def peel(features, labels, W, b=None, *, per_class: int | None = None) -> Params
       `Params` with `W` (K, d) and `H` (K, n, d), where d is one larger with a bias.
 
     Raises:
-      ValueError: as in `ncjax.collapse_metrics_from_features`, or a class has fewer than
-        `per_class` samples.
+      ValueError: as in `ncjax.collapse_metrics_from_features`, a class has fewer than
+        `per_class` samples, or the labels are unknown, as under `jax.jit`.
 
     >>> import jax.numpy as jnp, ncjax
     >>> etf = ncjax.simplex_etf(3, 4)
     >>> ncjax.peel(jnp.tile(etf, (5, 1)), jnp.arange(15) % 3, etf).H.shape
     (3, 5, 4)
     """
+    given = labels
     features, labels, W, b = check_features(features, labels, W, b)
+    if isinstance(labels, jax.core.Tracer):
+        labels = given  # known, if a traced function only closes over them
+    if isinstance(labels, jax.core.Tracer):
+        raise ValueError(
+            "labels must be known, because the sizes of the classes decide which samples "
+            "are taken: call peel outside jax.jit and jax.vmap, or close over the labels"
+        )
     features, W = _with_bias(features.astype(W.dtype), W, b)
     counts = np.bincount(np.asarray(labels), minlength=W.shape[0])
     if per_class is None:

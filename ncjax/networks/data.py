@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ncjax.checks import check_integer
+from ncjax.checks import check_integer, check_key
 from ncjax.types import Array
 
 DIGITS = "digits"
@@ -162,7 +162,7 @@ def overlap(first: Dataset, second: Dataset) -> bool:
 
 def _tfds(name: str, split: str, data_dir: str | None) -> Dataset:
     """Load a set of TensorFlow Datasets; prepare it first if needed."""
-    builder = _builder(name, os.path.expanduser(data_dir) if data_dir else None)
+    builder = _builder(name, _expanded(data_dir) if data_dir else None)
     features = _image_features(builder)
     if not builder.is_prepared():
         _prepare(builder)
@@ -200,6 +200,19 @@ def _tfds(name: str, split: str, data_dir: str | None) -> Dataset:
             f"split {split!r} of {name} is not labelled: it has label {min(labels)}"
         )
     return Dataset(np.stack(images), np.asarray(labels, np.int32), num_classes, parts)
+
+
+def _expanded(data_dir: str) -> str:
+    """Return the folder with the home directory in place of ~ or ~user.
+
+    Raises:
+      ValueError: there is no such user, or the home directory is unknown.
+    """
+    folder = os.path.expanduser(data_dir)
+    if folder.startswith("~"):
+        user = folder.partition("/")[0]
+        raise ValueError(f"data_dir={data_dir}: no home directory is known for {user!r}")
+    return folder
 
 
 def _builder(name: str, data_dir: str | None) -> Any:
@@ -397,7 +410,11 @@ def augment(key: Array, images: Array) -> Array:
 
     Returns:
       Images of the same shape and dtype.
+
+    Raises:
+      ValueError: `key` is not one PRNG key.
     """
+    check_key("key", key)
     key_shift, key_flip = jax.random.split(key)
     batch, height, width, channels = images.shape
     shift = jax.random.randint(key_shift, (batch, 2), 0, 2 * _CROP + 1, jnp.int32)

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ncjax.checks import check_key
 from ncjax.metrics import statistics
 from ncjax.metrics.collapse import collapse_metrics_from_features
 from ncjax.metrics.peeling import last_layer
@@ -94,7 +95,12 @@ def init_state(
     image_shape: tuple[int, ...],
     key: Array,
 ) -> TrainState:
-    """Draw the first state of a network for images (height, width, C)."""
+    """Draw the first state of a network for images (height, width, C).
+
+    Raises:
+      ValueError: `key` is not one PRNG key.
+    """
+    check_key("key", key)
     variables = model.init(key, jnp.zeros((1, *image_shape), jnp.float32))
     params = variables["params"]
     return TrainState(params, variables.get("batch_stats", {}), optimiser.init(params))
@@ -145,6 +151,7 @@ def make_epoch(
         return TrainState(params, batch_stats, opt_state), log
 
     def epoch(state, dataset, key):
+        check_key("key", key)
         key_order, key_augment = jax.random.split(key)
         size = dataset.labels.shape[0]
         steps = size // batch_size

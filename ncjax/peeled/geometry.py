@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.checks import check_integer, check_params, check_sizes, float_dtype
+from ncjax.checks import check_integer, check_key, check_params, check_sizes, float_dtype
 from ncjax.numerics import at_unit_scale, matmul
 from ncjax.peeled import kernels
 from ncjax.types import Array, Params
@@ -35,16 +35,15 @@ def init_params(
       `Params` with `W` (K, d) and `H` (K, n, d).
 
     Raises:
-      ValueError: a size or the scale is out of range, dtype is not floating, or key is a
-        plain integer.
+      ValueError: a size or the scale is out of range, dtype is not floating, or `key` is
+        not one PRNG key.
 
     Warns:
       UserWarning: `dim < num_classes - 1`. No simplex ETF fits then, so the flow cannot
         reach neural collapse.
     """
     check_sizes(num_classes=num_classes, per_class=per_class, dim=dim)
-    if isinstance(key, int | np.integer):
-        raise ValueError(f"key must be a PRNG key, such as jax.random.key({key})")
+    check_key("key", key)
     dtype = float_dtype(dtype)
     if not 0 <= scale <= float(jnp.finfo(dtype).max):
         raise ValueError(f"scale must be finite and not negative in {dtype}, got {scale}")
@@ -81,7 +80,8 @@ def simplex_etf(num_classes: int, dim: int, key: Array | None = None, dtype=None
       (K, d) array.
 
     Raises:
-      ValueError: a size is out of range, or `dim < num_classes - 1`.
+      ValueError: a size is out of range, `dim < num_classes - 1`, or `key` is not one
+        PRNG key.
 
     Source: Ji et al. (ICLR 2022), Definition 2.1, with `alpha = 1`.
 
@@ -98,6 +98,7 @@ def simplex_etf(num_classes: int, dim: int, key: Array | None = None, dtype=None
         )
     dtype = float_dtype(dtype)
     if key is not None:
+        check_key("key", key)
         # JAX draws no orthogonal matrix in half precision.
         wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
         frame = jax.random.orthogonal(key, dim, dtype=wide, m=num_classes - 1)
