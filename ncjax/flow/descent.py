@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_integer, check_params, check_positive
+from ncjax.numerics import widen
 from ncjax.peeled.kernels import cross_entropy, log_cross_entropy
 from ncjax.types import Array, Params
 
@@ -60,7 +61,7 @@ def gradient_descent(
     >>> ncjax.gradient_descent(start, 0.1, 1000).params.H.shape[1:]
     (3, 2, 4)
     """
-    params = check_params(params, finite=True)
+    params = widen(check_params(params, finite=True))
     check_integer("num_steps", num_steps, least=1)
     if num_steps >= 2**31:
         raise ValueError(f"num_steps must be below 2**31, got {num_steps}")

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_integer, check_params, check_sizes, float_dtype
-from ncjax.numerics import at_unit_scale, matmul
+from ncjax.numerics import at_unit_scale, matmul, widen
 from ncjax.peeled import kernels
+from ncjax.peeled.logits import margins_of_params
 from ncjax.types import Array, Params
 
 
@@ -124,12 +125,17 @@ def helmert(size: int) -> np.ndarray:
 
 
 def squared_norm(params: Params) -> Array:
-    r"""$|Z|^2 = |W|_F^2 + |H|_F^2$, a scalar."""
-    return kernels.squared_norm(check_params(params))
+    r"""$|Z|^2 = |W|_F^2 + |H|_F^2$, a scalar.
+
+    Entries whose square is not a normal number of the dtype count as 0 or infinity.
+    """
+    return kernels.squared_norm(widen(check_params(params)))
 
 
 def margins(params: Params) -> Array:
     r"""Pairwise margins $m_{kij} = (w_k - w_j)^\top h_{k,i}$, with `+inf` where j = k.
+
+    The infinite entries make `jax_debug_infs` raise an error.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
@@ -143,7 +149,8 @@ def margins(params: Params) -> Array:
 
     Source: Ji et al. (ICLR 2022), Section 3.1.
     """
-    return kernels.margins(check_params(params))
+    all_margins, others = margins_of_params(widen(check_params(params)))
+    return jnp.where(others, all_margins, jnp.inf)
 
 
 def margin_ratio(params: Params) -> Array:
@@ -166,14 +173,16 @@ def margin_ratio(params: Params) -> Array:
 
     Source: Ji et al. (ICLR 2022), Theorem 3.1.
     """
-    params = at_unit_scale(check_params(params))
+    params = at_unit_scale(widen(check_params(params)))
     num_classes, per_class, _ = params.H.shape
     bound = kernels.squared_norm(params) / (2 * (num_classes - 1) * math.sqrt(per_class))
-    return jnp.min(kernels.margins(params)) / bound
+    return kernels.least_margin(params) / bound
 
 
 def balance(params: Params) -> Array:
     r"""$W^\top W - \sum_{k,i} h_{k,i} h_{k,i}^\top$, conserved by the gradient flow.
+
+    Products that are not normal numbers of the dtype count as 0 or infinity.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
@@ -184,7 +193,7 @@ def balance(params: Params) -> Array:
     Raises:
       ValueError: shapes or dtypes do not fit.
     """
-    return kernels.balance(check_params(params))
+    return kernels.balance(widen(check_params(params)))
 
 
 def block_saddle(

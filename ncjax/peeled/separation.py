@@ -7,6 +7,7 @@ The gradient flow converges in direction to KKT points of this problem. `kkt` me
 near a point is, `certificate` tells the global optimum from a saddle.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -16,10 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_choice, check_params, check_sizes
-from ncjax.numerics import at_unit_scale, dot, matmul
+from ncjax.numerics import (
+    at_unit_scale,
+    dot,
+    matmul,
+    power_of_two,
+    root_of_scale,
+    widen,
+)
 from ncjax.peeled.geometry import block_saddle
-from ncjax.peeled.kernels import log_cross_entropy, margins, squared_norm
-from ncjax.peeled.logits import margins_of_params
+from ncjax.peeled.kernels import least_margin, log_cross_entropy, squared_norm
+from ncjax.peeled.logits import log_odds_of_error, margins_of_params
 from ncjax.types import Array, Params
 
 # Values of `Certificate.verdict`, and their meanings.
@@ -136,7 +144,7 @@ def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
     True
     """
     check_choice("multipliers", multipliers, MULTIPLIERS)
-    params = check_params(params, finite=True)
+    params = widen(check_params(params, finite=True))
     _check_separated(params)
     return _kkt(params, multipliers)
 
@@ -150,16 +158,21 @@ def _kkt(params: Params, multipliers: str) -> KKT:
         weights = weights * _fitted_scale(scaled, weights)
     else:
         weights = _least_squares_multipliers(scaled)
-    gradient = jax.grad(log_cross_entropy)(params)
+    gradient = at_unit_scale(jax.grad(log_cross_entropy)(params))
+    params = at_unit_scale(params)
     lengths = jnp.sqrt(squared_norm(gradient) * squared_norm(params))
-    rest = jax.tree.map(jnp.subtract, scaled, _combination(weights, scaled))
+    scale = power_of_two(scaled)
+    unit, rest = jax.tree.map(
+        lambda leaf: leaf / scale,
+        (scaled, jax.tree.map(jnp.subtract, scaled, _combination(weights, scaled))),
+    )
     scaled_margins = _finite_margins(scaled)
     slack = jnp.sum(weights * (scaled_margins - 1)) / jnp.sum(weights * scaled_margins)
     return KKT(
         multipliers=weights,
-        stationarity=jnp.sqrt(squared_norm(rest) / squared_norm(scaled)),
+        stationarity=jnp.sqrt(squared_norm(rest) / squared_norm(unit)),
         complementarity=slack,
-        infeasibility=1 - jnp.min(margins(scaled)),
+        infeasibility=1 - least_margin(scaled),
         beta=-_inner(gradient, params) / lengths,
     )
 
@@ -211,9 +224,7 @@ def certificate(
     if tol is not None and not tol >= 0:
         raise ValueError(f"tol must not be negative, got {tol}")
     check_choice("multipliers", multipliers, MULTIPLIERS)
-    params = check_params(params, finite=True)
-    if jnp.finfo(params.W.dtype).bits < 32:  # JAX has no SVD there
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    params = widen(check_params(params, finite=True))
     _check_separated(params)
     return _certificate(params, multipliers, tol)
 
@@ -231,7 +242,8 @@ def _certificate(params: Params, multipliers: str, tol: float | None) -> Certifi
     residual = jnp.maximum(conditions.stationarity, jnp.abs(conditions.complementarity))
     tolerance = _tolerance(params, tol)
     direction = _descent_direction(params, left[:, 0], right[0], tolerance)
-    within = jnp.linalg.norm(matmul(left[:, 0], params.W)) / jnp.linalg.norm(params.W, 2)
+    W = at_unit_scale(params.W)
+    within = jnp.linalg.norm(matmul(left[:, 0], W)) / jnp.linalg.norm(W, 2)
     return Certificate(
         dual=dual,
         sigma_max=sigma_max,
@@ -264,19 +276,27 @@ def kkt_angle(params: Params) -> Array:
 
     Source: Ji et al. (ICLR 2022), Theorem 3.2, by which beta tends to 1 along the flow.
     """
-    params = check_params(params)
-    gradient = at_unit_scale(jax.grad(log_cross_entropy)(params))
+    params = widen(check_params(params))
+    gradient = at_unit_scale(_slope_of_log_loss(params))
     params = at_unit_scale(params)
     radial = _inner(gradient, params) / squared_norm(params)
     tangent = jax.tree.map(lambda g, z: g - radial * z, gradient, params)
     return jnp.sqrt(squared_norm(tangent) / squared_norm(gradient))
 
 
+def _slope_of_log_loss(params: Params) -> Params:
+    """`∇log L` times a power of two near L, if L is above 1: 1/L may be too small."""
+    log_loss, pull_back = jax.vjp(log_cross_entropy, params)
+    powers = jnp.clip(log_loss / math.log(2), 0, jnp.finfo(log_loss.dtype).maxexp - 8)
+    return pull_back(jnp.ldexp(jnp.ones_like(log_loss), powers.astype(jnp.int32)))[0]
+
+
 def _tolerance(params: Params, tol: float | None) -> Array:
     dtype = params.W.dtype
     if tol is not None:
         return jnp.asarray(tol, dtype)
-    least = jnp.min(margins(params))
+    least, root = _unit_least_margin(params)
+    least = jnp.where(least > 0, jnp.maximum(least * root * root, 1), least)
     return jnp.clip(1 / jnp.sqrt(least), 100 * float(jnp.finfo(dtype).eps), _LOOSEST)
 
 
@@ -286,26 +306,34 @@ def _verdict(params, direction, residual, sigma_max, tolerance, within) -> Array
     saddle = jnp.where(within <= _WITHIN, saddle, NOT_KKT)
     code = jnp.where(sigma_max <= 1 + tolerance, GLOBAL_OPTIMUM, saddle)
     code = jnp.where(residual <= tolerance, code, NOT_KKT)
-    separated = jnp.min(margins(params)) > 0
+    least, _ = _unit_least_margin(params)
+    separated = least > 0
     return jnp.where(separated, code, NOT_SEPARATED).astype(jnp.int32)
 
 
 def _check_separated(params: Params) -> None:
     """Raise ValueError if a margin is known and not positive."""
-    least = jnp.min(margins(params))
+    least, root = _unit_least_margin(params)
     if not isinstance(least, jax.core.Tracer) and not least > 0:
         raise ValueError(
-            f"every margin must be positive, got q_min = {float(least):.3g}: multipliers "
-            "are not defined where a sample is misclassified; follow the flow until the "
-            "loss is below log 2"
+            f"every margin must be positive, got q_min = {float(least * root * root):.3g}: "
+            "multipliers are not defined where a sample is misclassified; follow the flow "
+            "until the loss is below log 2"
         )
+
+
+def _unit_least_margin(params: Params) -> tuple[Array, Array]:
+    """`q_min` at W and H of unit scale, and the r with `q_min = r² ·` that number."""
+    roots = [root_of_scale(leaf) for leaf in params]
+    unit = [leaf / root / root for leaf, root in zip(params, roots, strict=True)]
+    return least_margin(Params(*unit)), roots[0] * roots[1]
 
 
 def _normalise(params: Params) -> Params:
     """`Z / sqrt(q_min)`, whose least margin is 1; NaN if q_min is not positive."""
-    least = jnp.min(margins(params))
-    root = jnp.sqrt(jnp.where(least > 0, least, jnp.nan))
-    return Params(params.W / root, params.H / root)
+    least, root = _unit_least_margin(params)
+    least = jnp.sqrt(jnp.where(least > 0, least, -1))
+    return jax.tree.map(lambda leaf: leaf / root / least, params)
 
 
 def _finite_margins(params: Params) -> Array:
@@ -316,15 +344,19 @@ def _finite_margins(params: Params) -> Array:
 
 def _softmax_weights(params: Params) -> Array:
     """`p_kij / L`, (K, n, K), p the probability of class j at sample (k, i)."""
-    negative = -margins(params)
-    log_normaliser = jax.nn.softplus(jax.nn.logsumexp(negative, axis=-1, keepdims=True))
-    return jnp.exp(negative - log_normaliser - log_cross_entropy(params))
+    margins, others = margins_of_params(params)
+    log_normaliser = jax.nn.softplus(log_odds_of_error(margins, others))[..., None]
+    exponents = -margins - log_normaliser - log_cross_entropy(params)
+    return jnp.where(others, jnp.exp(jnp.where(others, exponents, 0)), 0)
 
 
 def _fitted_scale(scaled: Params, weights: Array) -> Array:
     """The s that minimises `|s Σ weights ∇m - Z̃|`."""
     combined = _combination(weights, scaled)
-    return _inner(combined, scaled) / squared_norm(combined)
+    scale, scale_combined = power_of_two(scaled), power_of_two(combined)
+    scaled = jax.tree.map(lambda leaf: leaf / scale, scaled)
+    combined = jax.tree.map(lambda leaf: leaf / scale_combined, combined)
+    return _inner(combined, scaled) / squared_norm(combined) * (scale / scale_combined)
 
 
 def _inner(first: Params, second: Params) -> Array:
@@ -356,12 +388,12 @@ def _combination(multipliers: Array, params: Params) -> Params:
 
 def _descent_direction(params: Params, u: Array, v: Array, tolerance: Array) -> Params:
     """`(u aᵀ, v aᵀ) / √2`, with a unit vector a orthogonal to all rows up to tolerance."""
-    W, H = params
+    W, H = at_unit_scale(params)
     rows = jnp.concatenate([W, H.reshape(-1, H.shape[-1])])
     chex.assert_shape([u, v], [(len(W),), (len(rows) - len(W),)])
     values, vectors = jnp.linalg.eigh(matmul(rows.T, rows))
     room = values[0] <= tolerance**2 * values[-1]
-    a = jnp.where(room, vectors[:, 0], jnp.nan) / 2**0.5
+    a = vectors[:, 0] / jnp.sqrt(jnp.where(room, 2.0, -1.0).astype(vectors.dtype))
     return Params(W=jnp.outer(u, a), H=jnp.outer(v, a).reshape(H.shape))
 
 
