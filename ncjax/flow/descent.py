@@ -40,7 +40,7 @@ def gradient_descent(
     log t = 20.
 
     Args:
-      params: start, `W` (K, d) and `H` (K, n, d).
+      params: start, `W` (K, d) and `H` (K, n, d). Half precision is descended in float32.
       step_size: eta, positive.
       num_steps: number of steps, at least 1.
       save_steps: (T,) strictly increasing step counts in [0, num_steps] at which the state
@@ -48,7 +48,8 @@ def gradient_descent(
       record: function of the state; its value is saved instead of the state.
 
     Returns:
-      `DescentSolution`.
+      `DescentSolution`, float32 for half precision. The log time of step 0 is `-inf`, which
+      `jax_debug_infs` reports.
 
     Raises:
       ValueError: shapes or dtypes do not fit, a number is out of range, save_steps do not

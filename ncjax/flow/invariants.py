@@ -37,8 +37,8 @@ def invariant_drift(params: Params, start: Params) -> InvariantDrift:
       start: earlier state `Z_0` of the same shapes.
 
     Returns:
-      `InvariantDrift` of scalars, in units of `|Z|²` and `|Z|`; 0 if nothing has moved,
-      also at the origin.
+      `InvariantDrift` of scalars, in units of `|Z|²` and `|Z|`, float32 for half precision;
+      0 if nothing has moved, also at the origin.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
@@ -90,7 +90,7 @@ def restore_invariants(params: Params, start: Params) -> Params:
       start: earlier state of the same trajectory.
 
     Returns:
-      `Params`.
+      `Params`, float32 for half precision.
 
     Raises:
       ValueError: shapes or dtypes do not fit.

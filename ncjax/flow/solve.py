@@ -127,7 +127,7 @@ def gradient_flow(
     return _integrate(
         params,
         log_times,
-        jnp.asarray(start_log_time, dtype),
+        _start(start_log_time, dtype),
         relative,
         jnp.asarray(absolute, dtype),
         method=find_method(solver, params, requested, rtol),
@@ -192,6 +192,13 @@ def _observe(record, state: Params):
     """Return the reported values of a state: `record(Z)`, or Z itself, and log L."""
     recorded = state if record is None else record(state)
     return jax.tree.map(jnp.asarray, (recorded, log_cross_entropy(state)))
+
+
+def _start(start_log_time, dtype) -> Array:
+    """Return the start time in `dtype`. A cast by JAX of -inf trips `jax_debug_infs`."""
+    if isinstance(start_log_time, jax.Array):
+        return start_log_time.astype(dtype)
+    return jax.device_put(np.asarray(start_log_time, dtype))
 
 
 def _on_clock(start: Array, log_times: Array) -> tuple[Array, Array, Array]:

@@ -67,7 +67,8 @@ def last_layer(features, labels, W, b=None) -> LastLayer:
 
     Returns:
       `LastLayer` of scalars, in the dtype of the features, float32 for half precision.
-      NaN if a ratio or an angle is not defined (W = 0, or all features 0).
+      NaN if a ratio or an angle is not defined (W = 0, or all features 0). W and the
+      features may have any scales at which the logits are finite.
 
     Raises:
       ValueError: as in `ncjax.collapse_metrics_from_features`.
@@ -161,6 +162,9 @@ def balance_norms(params: Params) -> Params:
     Args:
       params: `W` (K, d) and `H` (K, n, d), neither zero.
 
+    Returns:
+      `Params`, float32 for half precision.
+
     Raises:
       ValueError: shapes or dtypes do not fit, or (outside jit) W or H is zero.
     """
@@ -187,7 +191,8 @@ def peel(features, labels, W, b=None, *, per_class: int | None = None) -> Params
         the smallest class.
 
     Returns:
-      `Params` with `W` (K, d) and `H` (K, n, d), where d is one larger with a bias.
+      `Params` with `W` (K, d) and `H` (K, n, d), where d is one larger with a bias; float32
+      for half precision.
 
     Raises:
       ValueError: as in `ncjax.collapse_metrics_from_features`, or a class has fewer than

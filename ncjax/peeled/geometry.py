@@ -127,7 +127,8 @@ def helmert(size: int) -> np.ndarray:
 def squared_norm(params: Params) -> Array:
     r"""$|Z|^2 = |W|_F^2 + |H|_F^2$, a scalar.
 
-    Entries whose square is not a normal number of the dtype count as 0 or infinity.
+    Half precision is computed in float32, which the result has. A square beyond the range
+    of the dtype counts as 0 or infinity.
     """
     return kernels.squared_norm(widen(check_params(params)))
 
@@ -141,8 +142,8 @@ def margins(params: Params) -> Array:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
-      (K, n, K) array. `margins(params).min()` is the dataset margin `q_min`;
-      `margins(params).min(axis=-1)` holds the sample margins `q_ki`.
+      (K, n, K) array, float32 for half precision. `margins(params).min()` is the dataset
+      margin `q_min`; `margins(params).min(axis=-1)` holds the sample margins `q_ki`.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
@@ -160,13 +161,13 @@ def margin_ratio(params: Params) -> Array:
     q_{\min} = \min_{k,i} \min_{j \ne k} (w_k - w_j)^\top h_{k,i}$$
 
     The ratio is 1 if and only if `Z` is a neural collapse with `|W|_F = |H|_F`. It does
-    not depend on the norm of `Z`, and is NaN at the origin.
+    not depend on the norm of `Z`, and is NaN at the origin. No scale of `Z` overflows.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
-      Scalar.
+      Scalar, float32 for half precision.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
@@ -182,13 +183,14 @@ def margin_ratio(params: Params) -> Array:
 def balance(params: Params) -> Array:
     r"""$W^\top W - \sum_{k,i} h_{k,i} h_{k,i}^\top$, conserved by the gradient flow.
 
-    Products that are not normal numbers of the dtype count as 0 or infinity.
+    A product below the range of the dtype counts as 0; one above it gives infinity or NaN.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
-      (d, d) symmetric array, zero at a neural collapse that is a global optimum.
+      (d, d) symmetric array, zero at a neural collapse that is a global optimum; float32
+      for half precision.
 
     Raises:
       ValueError: shapes or dtypes do not fit.

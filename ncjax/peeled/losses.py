@@ -27,7 +27,7 @@ def cross_entropy(params: Params) -> Array:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
-      Scalar, `(K n) log K` at the origin.
+      Scalar, `(K n) log K` at the origin; float32 for half precision.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
@@ -57,7 +57,7 @@ def log_cross_entropy(params: Params) -> Array:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
-      Scalar, `log(K n log K)` at the origin.
+      Scalar, `log(K n log K)` at the origin; float32 for half precision.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
@@ -74,7 +74,10 @@ def log_cross_entropy(params: Params) -> Array:
 
 
 def log_softplus(a: Array) -> Array:
-    r"""$\log\log(1 + e^a)$, elementwise, without underflow: `a` for very negative `a`."""
+    r"""$\log\log(1 + e^a)$, elementwise, without underflow: `a` for very negative `a`.
+
+    Half precision is computed in float32, which the result has.
+    """
     return kernels.log_softplus(widen(a))
 
 
@@ -101,7 +104,7 @@ def error_slopes(params: Params) -> ErrorSlopes:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
-      `ErrorSlopes`.
+      `ErrorSlopes`, float32 for half precision.
 
     Raises:
       ValueError: shapes or dtypes do not fit.

@@ -121,6 +121,10 @@ def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
     Along the flow the softmax weights $p_{kij} / \mathcal L$ tend to the multipliers, up to
     a scale that is fitted by least squares. Stationarity then equals `kkt_angle`.
 
+    W and H may have any common scale at which the logits are finite. If their scales differ
+    by more than 1e15 in float32, or 1e120 in float64, multipliers underflow: balance the
+    norms first, by `ncjax.balance_norms`.
+
     Args:
       params: `W` (K, d) and `H` (K, n, d) with every sample classified correctly.
       multipliers: "softmax" takes the weights of the loss at this norm, computed in the
@@ -130,7 +134,7 @@ def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
         finds it on the host (K n (K-1) unknowns).
 
     Returns:
-      `KKT`; NaN under jit if a sample is misclassified.
+      `KKT`, float32 for half precision; NaN under jit if a sample is misclassified.
 
     Raises:
       ValueError: shapes or dtypes do not fit, multipliers has another value, or (outside
@@ -198,7 +202,8 @@ def certificate(
     multipliers are in error, and the verdict is "not a KKT point".
 
     Args:
-      params: `W` (K, d) and `H` (K, n, d) with every sample classified correctly.
+      params: `W` (K, d) and `H` (K, n, d) with every sample classified correctly, at a scale
+        for which `kkt` is right.
       multipliers: as in `kkt`. Softmax weights describe the direction only at a large
         norm: scale the direction up, or use "nnls".
       tol: largest residual, and largest `sigma_max - 1`, that count as zero. None takes
@@ -208,7 +213,7 @@ def certificate(
     Returns:
       `Certificate`, float32 for half precision. `VERDICTS[int(verdict)]` is the verdict in
       words. The direction is NaN if the rows of W and H span the whole space, so that no a
-      exists.
+      exists; `jax_debug_nans` reports it.
 
     Raises:
       ValueError: as `kkt`, or tol is negative.
@@ -269,7 +274,8 @@ def kkt_angle(params: Params) -> Array:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
-      Scalar in [0, 1].
+      Scalar in [0, 1], float32 for half precision. It is right at any scale at which the
+      logits are finite.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
