@@ -202,8 +202,8 @@ def certificate(
     multipliers are in error, and the verdict is "not a KKT point".
 
     Args:
-      params: `W` (K, d) and `H` (K, n, d) with every sample classified correctly, at a scale
-        for which `kkt` is right.
+      params: `W` (K, d) and `H` (K, n, d) with every sample classified correctly, at
+        a scale for which `kkt` is right.
       multipliers: as in `kkt`. Softmax weights describe the direction only at a large
         norm: scale the direction up, or use "nnls".
       tol: largest residual, and largest `sigma_max - 1`, that count as zero. None takes
