@@ -41,11 +41,12 @@ def widen(arrays):
     Args:
       arrays: a floating array, or a pytree of arrays.
     """
+    return jax.tree.map(lambda leaf: leaf.astype(wide_dtype(leaf.dtype)), arrays)
 
-    def widened(leaf):
-        return leaf.astype(jnp.float32) if jnp.finfo(leaf.dtype).bits < 32 else leaf
 
-    return jax.tree.map(widened, arrays)
+def wide_dtype(dtype) -> jnp.dtype:
+    """Return the dtype of the computation: float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def power_of_two(arrays, axis: int | None = None) -> Array:

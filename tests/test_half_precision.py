@@ -11,7 +11,10 @@ import ncjax
 from ncjax import losses
 
 HALF = (jnp.float16, jnp.bfloat16)
-pytestmark = pytest.mark.parametrize("dtype", HALF)
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    pytest.mark.parametrize("dtype", HALF),
+]
 
 
 def signs(dtype, num_classes=2, per_class=100, dim=1000):
@@ -23,6 +26,22 @@ def signs(dtype, num_classes=2, per_class=100, dim=1000):
 
 def in_float64(params):
     return ncjax.Params(*(np.asarray(leaf, np.float64) for leaf in params))
+
+
+def test_points_with_a_dtype_are_rounded_once(dtype):
+    rounded = {
+        "etf": (ncjax.simplex_etf(3, 2, dtype=dtype), ncjax.simplex_etf(3, 2)),
+        "saddle": (ncjax.block_saddle(2, 3, 3, 7, dtype), ncjax.block_saddle(2, 3, 3, 7)),
+        "optimum": (
+            ncjax.solve_separation(3, 3, 4, dtype),
+            ncjax.solve_separation(3, 3, 4),
+        ),
+    }
+    for got, exact in rounded.values():
+        eps = float(jnp.finfo(dtype).eps)
+        for leaf, other in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True):
+            assert leaf.dtype == dtype
+            np.testing.assert_allclose(np.asarray(leaf, float), other, eps / 1.9, 1e-7)
 
 
 def test_losses_of_many_samples_and_classes(dtype):

@@ -12,6 +12,8 @@ import ncjax
 from experiments._saddles import Block
 from ncjax import losses, variants
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 POINTS = {"near": separating(0), "far": jax.tree.map(lambda leaf: 40 * leaf, separating(0))}
 LABELS = np.repeat(np.arange(3), 2)
 

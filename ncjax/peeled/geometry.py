@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_integer, check_params, check_sizes, float_dtype
-from ncjax.numerics import at_unit_scale, matmul, widen
+from ncjax.numerics import at_unit_scale, matmul, wide_dtype, widen
 from ncjax.peeled import kernels
 from ncjax.peeled.logits import margins_of_params
 from ncjax.types import Array, Params
@@ -98,18 +98,17 @@ def simplex_etf(num_classes: int, dim: int, key: Array | None = None, dtype=None
             f"ETF, got {dim}"
         )
     dtype = float_dtype(dtype)
+    wide = wide_dtype(dtype)
     if key is not None:
-        # JAX draws no orthogonal matrix in half precision.
-        wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
         frame = jax.random.orthogonal(key, dim, dtype=wide, m=num_classes - 1)
         rows = jnp.asarray(helmert(num_classes).T, wide)
-        unit = matmul(rows, frame.T).astype(dtype)
+        unit = matmul(rows, frame.T)
     elif dim >= num_classes:
         centring = np.eye(num_classes) - 1 / num_classes
-        unit = jnp.asarray(np.pad(centring, ((0, 0), (0, dim - num_classes))), dtype)
+        unit = jnp.asarray(np.pad(centring, ((0, 0), (0, dim - num_classes))), wide)
     else:
-        unit = jnp.asarray(helmert(num_classes).T, dtype)
-    return math.sqrt(num_classes / (num_classes - 1)) * unit
+        unit = jnp.asarray(helmert(num_classes).T, wide)
+    return (math.sqrt(num_classes / (num_classes - 1)) * unit).astype(dtype)
 
 
 def helmert(size: int) -> np.ndarray:
@@ -234,9 +233,10 @@ def block_saddle(
             f"{num_blocks * (block_size - 1)}, got {dim}"
         )
     width = block_size if dim >= num_blocks * block_size else block_size - 1
-    etf = simplex_etf(block_size, width, dtype=dtype)
+    dtype = float_dtype(dtype)
+    etf = simplex_etf(block_size, width, dtype=wide_dtype(dtype))
     W = jnp.kron(jnp.eye(num_blocks, dtype=etf.dtype), etf)
     W = jnp.pad(W, ((0, 0), (0, dim - num_blocks * width)))
     H = jnp.broadcast_to(W[:, None], (W.shape[0], per_class, dim))
     spread = per_class**0.25
-    return Params(W=spread * W, H=H / spread)
+    return Params(W=(spread * W).astype(dtype), H=(H / spread).astype(dtype))

@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.checks import check_choice, check_params, check_sizes
+from ncjax.checks import check_choice, check_params, check_sizes, float_dtype
 from ncjax.numerics import (
     at_unit_scale,
     dot,
     matmul,
     power_of_two,
     root_of_scale,
+    wide_dtype,
     widen,
 )
 from ncjax.peeled.geometry import block_saddle
@@ -105,9 +106,10 @@ def solve_separation(num_classes: int, per_class: int, dim: int, dtype=None) -> 
     9.0
     """
     check_sizes(num_classes=num_classes, per_class=per_class, dim=dim)
-    collapse = block_saddle(1, num_classes, per_class, dim, dtype)
+    dtype = float_dtype(dtype)
+    collapse = block_saddle(1, num_classes, per_class, dim, wide_dtype(dtype))
     scale = ((num_classes - 1) / num_classes) ** 0.5  # its margins are K/(K-1)
-    return Params(W=scale * collapse.W, H=scale * collapse.H)
+    return jax.tree.map(lambda leaf: (scale * leaf).astype(dtype), collapse)
 
 
 def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
