@@ -67,10 +67,11 @@ def _log_softplus_jvp(primals, tangents):
 def error_slopes(params: Params) -> tuple[Array, Array, Array]:
     """`log L` (), slopes `P` (K, n, K) and `right` (K, n), the fields of `ErrorSlopes`."""
     all_margins, others = margins_of_params(params)
-    highest = -least_of_others(all_margins, others)
-    exponents = jnp.where(others, -all_margins - highest[..., None], 0)
-    weights = jnp.where(others, jnp.exp(exponents), 0)
+    # Infinities stay within compiled programs. Other forms round the flow differently.
+    highest = jnp.max(jnp.where(others, -all_margins, -jnp.inf), axis=-1, keepdims=True)
+    weights = jnp.where(others, jnp.exp(-all_margins - highest), 0)
     total = jnp.sum(weights, axis=-1)
+    highest = highest[..., 0]
     log_odds = highest + jnp.log(total)
     log_loss = jax.nn.logsumexp(log_softplus(log_odds))
     log_any = jax.nn.softplus(log_odds)

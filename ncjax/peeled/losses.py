@@ -109,7 +109,11 @@ def error_slopes(params: Params) -> ErrorSlopes:
     Raises:
       ValueError: shapes or dtypes do not fit.
     """
-    return ErrorSlopes(*kernels.error_slopes(widen(check_params(params))))
+    return ErrorSlopes(*_error_slopes(widen(check_params(params))))
+
+
+# Compiled, so that `jax_debug_infs` does not report its placeholders.
+_error_slopes = jax.jit(kernels.error_slopes)
 
 
 def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
