@@ -1,4 +1,4 @@
-"""Products in full precision, and the scale of arrays as a power of two."""
+"""Products in full precision, half precision, and the scale of arrays as a power of two."""
 
 from functools import reduce
 
@@ -49,10 +49,28 @@ def on_device(value: ArrayLike, dtype) -> Array:
     return jax.device_put(np.asarray(value, dtype))
 
 
+def widen(arrays):
+    """Return floating arrays in float32 if they are in half precision, else as they are.
+
+    Half precision (float16, bfloat16 and narrower) only stores numbers: its sums overflow
+    at 65504 or keep three digits. Derivatives come back in the dtype of `arrays`.
+
+    Args:
+      arrays: a floating array, or a pytree of arrays.
+    """
+    return jax.tree.map(lambda leaf: leaf.astype(wide_dtype(leaf.dtype)), arrays)
+
+
+def wide_dtype(dtype) -> jnp.dtype:
+    """Return the dtype of the computation: float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
 def power_of_two(arrays, axis: int | None = None) -> Array:
     """Return the largest power of two that is at most max |entry|; 1/2 for zeros.
 
     Division by it is exact, and squares of the quotients neither overflow nor underflow.
+    It is at least the least normal number, because XLA reads smaller numbers as 0.
 
     Args:
       arrays: a floating array, or a pytree of arrays that get one common scale.
@@ -62,17 +80,40 @@ def power_of_two(arrays, axis: int | None = None) -> Array:
     Returns:
       Scalar, or with `axis` an array of length 1 along it. A constant to derivatives.
     """
-    leaves = [jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(arrays)]
-    kept = axis is not None
-    # max and min instead of max |x|: jaxlib before 0.10.2 stored |x| as an array.
-    ends = [x.max(axis=axis, keepdims=kept) for x in leaves]
-    ends += [-x.min(axis=axis, keepdims=kept) for x in leaves]
-    largest = reduce(jnp.maximum, ends)
+    largest = _largest(arrays, axis)
     _, exponent = jnp.frexp(largest)
-    return jnp.ldexp(jnp.ones((), largest.dtype), exponent - 1)
+    least = jnp.finfo(largest.dtype).minexp
+    return jnp.ldexp(jnp.ones((), largest.dtype), jnp.maximum(exponent - 1, least))
 
 
 def at_unit_scale(arrays, axis: int | None = None):
     """Return `arrays` divided by their `power_of_two`."""
     scale = power_of_two(arrays, axis)
     return jax.tree.map(lambda leaf: leaf / scale, arrays)
+
+
+def root_of_scale(array: ArrayLike) -> Array:
+    """Return the largest power of two whose square is at most max |entry|.
+
+    Two divisions by it are exact and leave entries below 4. The square of `r` scales a
+    product of two arrays, and `r` itself its square root, without rounding.
+
+    Returns:
+      Scalar; the root of the least normal number if all entries are 0. A constant to
+      derivatives.
+    """
+    largest = _largest(array, None)
+    _, exponent = jnp.frexp(largest)
+    least = jnp.finfo(largest.dtype).minexp
+    exponent = jnp.where(largest > 0, jnp.maximum(exponent - 1, least), least)
+    return jnp.ldexp(jnp.ones((), largest.dtype), exponent // 2)
+
+
+def _largest(arrays, axis: int | None) -> Array:
+    """Return max |entry|."""
+    leaves = [jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(arrays)]
+    kept = axis is not None
+    # max and min instead of max |x|: jaxlib before 0.10.2 stored |x| as an array.
+    ends = [x.max(axis=axis, keepdims=kept) for x in leaves]
+    ends += [-x.min(axis=axis, keepdims=kept) for x in leaves]
+    return reduce(jnp.maximum, ends)

@@ -539,3 +539,48 @@ def tangent_and_slack(params, multipliers):
             total += weight * margin
     rest = np.sum(rest_W**2) + np.sum(rest_H**2)
     return np.sqrt(rest / (np.sum(W**2) + np.sum(H**2))), slack / total
+
+
+def last_layer(features, labels, W):
+    """Fields of ncjax.LastLayer by loops in extended precision.
+
+    Its range of 1e±4932 holds the squares of all numbers of float32 and float64.
+    """
+    H, W = (np.asarray(leaf, np.longdouble) for leaf in (features, W))
+    K, optimum = len(W), (len(W) - 1) * np.sqrt(np.bincount(labels).min())
+    least, log_losses, slopes = [], [], []
+    for h, y in zip(H, labels, strict=True):
+        margins = {j: (W[y] - W[j]) @ h for j in range(K) if j != y}
+        least.append(min(margins.values()))
+        exponentials = {j: np.exp(least[-1] - m) for j, m in margins.items()}
+        total = sum(exponentials.values())
+        log_loss, slope = log_softplus(np.log(total) - least[-1])
+        log_losses.append(log_loss)
+        slopes.append({j: slope * e / total for j, e in exponentials.items()})
+    highest = max(log_losses)
+    log_loss = highest + np.log(sum(np.exp(each - highest) for each in log_losses))
+    gradient_W, gradient_H = np.zeros_like(W), np.zeros_like(H)
+    for a, y in enumerate(labels):
+        for j, slope in slopes[a].items():
+            weight = np.exp(log_losses[a] - log_loss) * slope
+            gradient_H[a] += weight * (W[j] - W[y])
+            gradient_W[j] += weight * H[a]
+            gradient_W[y] -= weight * H[a]
+    norm_W, norm_H = (np.sqrt(np.sum(leaf**2)) for leaf in (W, H))
+
+    def angle(c):
+        z = np.concatenate([(c * W).ravel(), (H / c).ravel()])
+        g = np.concatenate([(gradient_W / c).ravel(), (c * gradient_H).ravel()])
+        z, g = z / np.sqrt(z @ z), g / np.sqrt(g @ g)
+        rest = z - (z @ g) * g
+        return np.sqrt(rest @ rest)
+
+    return {
+        "loss": np.exp(log_loss) / len(H),
+        "log_loss": log_loss,
+        "least_margin": min(least),
+        "margin_ratio": 2 * optimum * min(least) / (norm_W**2 + norm_H**2),
+        "balanced_margin_ratio": optimum * min(least) / (norm_W * norm_H),
+        "kkt_angle": angle(np.longdouble(1)),
+        "balanced_kkt_angle": angle(np.sqrt(norm_H / norm_W)),
+    }

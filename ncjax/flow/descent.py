@@ -10,7 +10,7 @@ import numpy as np
 
 from ncjax.arrays import as_array, read_array
 from ncjax.checks import check_integer, check_params, check_positive
-from ncjax.numerics import on_device
+from ncjax.numerics import on_device, widen
 from ncjax.peeled.kernels import cross_entropy, log_cross_entropy
 from ncjax.types import Array, Params
 
@@ -41,7 +41,7 @@ def gradient_descent(
     log t = 20.
 
     Args:
-      params: start, `W` (K, d) and `H` (K, n, d).
+      params: start, `W` (K, d) and `H` (K, n, d). Half precision is descended in float32.
       step_size: eta, positive.
       num_steps: number of steps, at least 1.
       save_steps: (T,) strictly increasing step counts in [0, num_steps] at which the state
@@ -49,7 +49,8 @@ def gradient_descent(
       record: function of the state; its value is saved instead of the state.
 
     Returns:
-      `DescentSolution`.
+      `DescentSolution`, float32 for half precision. The log time of step 0 is `-inf`, which
+      `jax_debug_infs` reports.
 
     Raises:
       ValueError: shapes or dtypes do not fit, a number is out of range, save_steps do not
@@ -62,7 +63,7 @@ def gradient_descent(
     >>> ncjax.gradient_descent(start, 0.1, 1000).params.H.shape[1:]
     (3, 2, 4)
     """
-    params = check_params(params, finite=True)
+    params = widen(check_params(params, finite=True))
     check_integer("num_steps", num_steps, least=1)
     if num_steps >= 2**31:
         raise ValueError(f"num_steps must be below 2**31, got {num_steps}")

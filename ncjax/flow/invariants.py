@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ncjax.checks import check_params
-from ncjax.numerics import matmul, power_of_two
+from ncjax.numerics import at_unit_scale, matmul, power_of_two, widen
 from ncjax.peeled.kernels import balance, squared_norm
 from ncjax.types import Array, Params
 
@@ -37,8 +37,8 @@ def invariant_drift(params: Params, start: Params) -> InvariantDrift:
       start: earlier state `Z_0` of the same shapes.
 
     Returns:
-      `InvariantDrift` of scalars, in units of `|Z|²` and `|Z|`; 0 if nothing has moved,
-      also at the origin.
+      `InvariantDrift` of scalars, in units of `|Z|²` and `|Z|`, float32 for half precision;
+      0 if nothing has moved, also at the origin.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
@@ -61,7 +61,8 @@ def drift(params: Params, start: Params) -> InvariantDrift:
 def _relative(moved: Array, size: Array) -> Array:
     """Return `|moved| / size`; 0 with slope 0 if nothing has moved."""
     still = ~jnp.any(moved != 0)
-    length = jnp.linalg.norm(jnp.where(still, 1, moved))
+    moved = jnp.where(still, 1, moved)
+    length = power_of_two(moved) * jnp.linalg.norm(at_unit_scale(moved))
     return jnp.where(still, 0, length / jnp.where(still, 1, size))
 
 
@@ -73,7 +74,7 @@ def _check_alike(params: Params, start: Params) -> tuple[Params, Params]:
             f"expected a start like params, with H {params.H.dtype} {params.H.shape}, got "
             f"{start.H.dtype} {start.H.shape}"
         )
-    return params, start
+    return widen((params, start))
 
 
 def restore_invariants(params: Params, start: Params) -> Params:
@@ -89,12 +90,15 @@ def restore_invariants(params: Params, start: Params) -> Params:
       start: earlier state of the same trajectory.
 
     Returns:
-      `Params`.
+      `Params`, float32 for half precision.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
     """
-    return restore(*_check_alike(params, start))
+    params, start = _check_alike(params, start)
+    scale = power_of_two(params)
+    params, start = jax.tree.map(lambda leaf: leaf / scale, (params, start))
+    return jax.tree.map(lambda leaf: leaf * scale, restore(params, start))
 
 
 def restore(params: Params, start: Params) -> Params:

@@ -14,8 +14,8 @@ from ncjax.checks import check_nonnegative
 from ncjax.metrics import measures, statistics
 from ncjax.metrics.inputs import check_features
 from ncjax.metrics.whitening import whiten
-from ncjax.numerics import matmul
-from ncjax.peeled.logits import margins_of_samples
+from ncjax.numerics import matmul, power_of_two
+from ncjax.peeled.logits import least_of_others, margins_of_samples
 from ncjax.peeled.losses import softmax_cross_entropy
 from ncjax.types import Array
 
@@ -59,7 +59,13 @@ def cosine_margins(
     means = statistics.centred_means(first_pass, centring)
     centred = statistics.deviations(first_pass, features, labels) + means[labels]
     centred_W = measures.centre_rows(W)
-    product = _logits(centred, centred_W) if centred_product else _logits(features, W)
+    # No cosine depends on the scale of a row, whose square may overflow.
+    scale, scale_W = power_of_two(centred, axis=1), power_of_two(centred_W, axis=1)
+    centred, centred_W = centred / scale, centred_W / scale_W
+    if centred_product:
+        product = _logits(centred, centred_W)
+    else:
+        product = _logits(features / scale, W / scale_W)
     norms = jnp.linalg.norm(centred, axis=1, keepdims=True)
     scores = product / norms / jnp.linalg.norm(centred_W, axis=1)[None]
     return _least_margin(scores, labels)
@@ -166,5 +172,4 @@ def _logits(features, W, b=None):
 
 def _least_margin(scores: Array, labels: Array) -> Array:
     """Own score minus the best other one (N,), of scores (N, K)."""
-    margins, others = margins_of_samples(scores, labels)
-    return jnp.min(jnp.where(others, margins, jnp.inf), axis=1)
+    return least_of_others(*margins_of_samples(scores, labels))

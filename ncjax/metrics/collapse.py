@@ -17,9 +17,9 @@ import numpy as np
 from ncjax.arrays import as_array
 from ncjax.checks import check_integer, check_params
 from ncjax.metrics import measures, statistics
-from ncjax.metrics.inputs import check_classifier, check_features, computing_dtype
+from ncjax.metrics.inputs import check_classifier, check_features
 from ncjax.metrics.statistics import ClassStatistics, Comparison
-from ncjax.numerics import at_unit_scale, power_of_two
+from ncjax.numerics import at_unit_scale, power_of_two, widen
 from ncjax.types import Array, Params
 
 # Elements of one chunk of features with its distances to the centres: 2 MB of float32.
@@ -77,9 +77,7 @@ def collapse_metrics(params: Params) -> CollapseMetrics:
     >>> bool(ncjax.collapse_metrics(collapsed).self_duality < 1e-6)
     True
     """
-    W, H = check_params(params)
-    dtype = computing_dtype(W.dtype)
-    return _metrics_of_params(Params(W.astype(dtype), H.astype(dtype)))
+    return _metrics_of_params(widen(check_params(params)))
 
 
 @jax.jit

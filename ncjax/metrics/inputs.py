@@ -6,6 +6,7 @@ import numpy as np
 
 from ncjax.arrays import as_array, narrow_labels, read_array
 from ncjax.checks import check_finite, check_integer, check_sizes
+from ncjax.numerics import wide_dtype
 from ncjax.types import Array
 
 
@@ -30,7 +31,7 @@ def check_features(features, labels, W, b=None, num_classes=None, min_count=None
         raise ValueError(f"num_classes is {num_classes} but W has {W.shape[0]} rows")
     features, labels = check_samples(features, labels, W.shape[0], min_count)
     W, b = check_classifier(W, b, W.shape)
-    dtype = computing_dtype(features.dtype)
+    dtype = wide_dtype(features.dtype)
     W = _floating("W", W, dtype)
     return features, labels, W, None if b is None else _floating("b", b, dtype)
 
@@ -127,12 +128,7 @@ def check_rows(*matrices) -> tuple[Array, ...]:
         raise ValueError(f"expected rows of one shape (K, d), got {given}")
     for array in arrays:
         _check_floating("rows", array)
-    return tuple(array.astype(computing_dtype(array.dtype)) for array in arrays)
-
-
-def computing_dtype(dtype) -> jnp.dtype:
-    """Return the dtype of the computation: float64 for float64, else float32."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    return tuple(array.astype(wide_dtype(array.dtype)) for array in arrays)
 
 
 def _advice(shape: tuple[int, ...]) -> str:

@@ -15,10 +15,18 @@ import numpy as np
 
 from ncjax.checks import check_integer, check_params
 from ncjax.metrics.inputs import check_features
-from ncjax.numerics import at_unit_scale, matmul, power_of_two
+from ncjax.numerics import at_unit_scale, matmul, power_of_two, root_of_scale, widen
 from ncjax.peeled.kernels import log_softplus
-from ncjax.peeled.logits import margins_of_samples, without_offset
+from ncjax.peeled.logits import (
+    least_of_others,
+    log_odds_of_error,
+    margins_of_samples,
+    without_offset,
+)
 from ncjax.types import Array, Params
+
+# Below this log L the slopes of the loss are divided by L: float32 holds the quotients.
+_LARGE_LOG_LOSS = 60.0
 
 
 class LastLayer(NamedTuple):
@@ -59,7 +67,8 @@ def last_layer(features, labels, W, b=None) -> LastLayer:
 
     Returns:
       `LastLayer` of scalars, in the dtype of the features, float32 for half precision.
-      NaN if a ratio or an angle is not defined (W = 0, or all features 0).
+      NaN if a ratio or an angle is not defined (W = 0, or all features 0). W and the
+      features may have any scales at which the logits are finite.
 
     Raises:
       ValueError: as in `ncjax.collapse_metrics_from_features`.
@@ -77,41 +86,56 @@ def last_layer(features, labels, W, b=None) -> LastLayer:
 
 @jax.jit
 def _last_layer(features, labels, W, b) -> LastLayer:
-    features, W = _with_bias(features.astype(W.dtype), W, b)
-    num_classes, (samples, dim) = W.shape[0], features.shape
+    H, W = _with_bias(features.astype(W.dtype), W, b)
+    num_classes, (samples, dim) = W.shape[0], H.shape
     chex.assert_shape([labels, W], [(samples,), (num_classes, dim)])
-    margins, others = margins_of_samples(matmul(features, without_offset(W).T), labels)
-    log_odds = jax.nn.logsumexp(-margins, axis=1, where=others)
-    log_losses = log_softplus(log_odds)
-    log_loss = jax.nn.logsumexp(log_losses)
-    # Slopes ∇ℓ_a / L in the logits, from logarithms: L may underflow.
-    log_weights = -margins - jax.nn.softplus(log_odds)[:, None] - log_loss
-    weights = jnp.where(others, jnp.exp(log_weights), 0)
-    inner = 2 * jnp.sum(weights * margins)  # <Z, -∇L/L>
+    # Squares and products are taken at unit scale: W = r_W² U and H = r_H² V.
+    r_W, r_H = root_of_scale(W), root_of_scale(H)
+    U, V = W / r_W / r_W, H / r_H / r_H
+    root = r_W * r_H
+    unit_margins, others = margins_of_samples(matmul(V, without_offset(U).T), labels)
+    log_loss, weights = _slopes(unit_margins * root * root, others)
+    inner = 2 * jnp.sum(weights * unit_margins)  # <Z, -∇L>
     total = jnp.sum(weights, axis=1, keepdims=True)
     by_logits = jnp.where(others, weights, -total)
     chex.assert_shape(by_logits, (samples, num_classes))
-    gradient = (
-        matmul(by_logits.T, features),
-        matmul(by_logits, W),
-    )
-    norm_W, norm_H = jnp.linalg.norm(W), jnp.linalg.norm(features)
-    norm = jnp.hypot(norm_W, norm_H)
+    gradient = matmul(by_logits.T, V), matmul(by_logits, U)
+    norm_W, norm_H = jnp.linalg.norm(U), jnp.linalg.norm(V)
     scale = jnp.sqrt(norm_H / norm_W)
+    # Shares of the two scales in the larger one.
+    larger = jnp.maximum(r_W, r_H)
+    s_W, s_H = (r_W / larger) ** 2, (r_H / larger) ** 2
+    norm = jnp.hypot(s_W * norm_W, s_H * norm_H)
     counts = jnp.bincount(labels, length=num_classes)
-    least = jnp.min(jnp.where(others, margins, jnp.inf))
+    least = jnp.min(least_of_others(unit_margins, others))
     factor = (num_classes - 1) * jnp.sqrt(jnp.min(counts).astype(W.dtype))
     return LastLayer(
         loss=jnp.exp(log_loss - math.log(samples)),
         log_loss=log_loss,
-        least_margin=least,
-        margin_ratio=2 * factor * least / norm**2,
+        least_margin=least * root * root,
+        margin_ratio=2 * factor * (least * s_W * s_H) / norm**2,
         balanced_margin_ratio=factor * least / (norm_W * norm_H),
-        kkt_angle=_angle(W, features, *gradient, inner),
+        kkt_angle=_angle(
+            s_W * U, s_H * V, s_H * gradient[0], s_W * gradient[1], inner * s_W * s_H
+        ),
         balanced_kkt_angle=_angle(
-            scale * W, features / scale, gradient[0] / scale, scale * gradient[1], inner
+            scale * U, V / scale, gradient[0] / scale, scale * gradient[1], inner
         ),
     )
+
+
+def _slopes(margins: Array, others: Array) -> tuple[Array, Array]:
+    """Return log L and the slopes (N, K) of L in the other logits, up to a factor.
+
+    They come from logarithms, because L may underflow.
+    """
+    log_odds = log_odds_of_error(margins, others)
+    log_loss = jax.nn.logsumexp(log_softplus(log_odds))
+    # No slope exceeds 1: at a large L the quotients by L would underflow.
+    divisor = jnp.minimum(log_loss, _LARGE_LOG_LOSS)
+    exponents = -margins - jax.nn.softplus(log_odds)[:, None] - divisor
+    weights = jnp.where(others, jnp.exp(jnp.where(others, exponents, 0)), 0)
+    return log_loss, at_unit_scale(weights)
 
 
 def _angle(W, H, gradient_W, gradient_H, inner) -> Array:
@@ -119,6 +143,8 @@ def _angle(W, H, gradient_W, gradient_H, inner) -> Array:
 
     √(1-β²) would lose all digits near β = 1.
     """
+    unit = power_of_two((gradient_W, gradient_H))
+    gradient_W, gradient_H, inner = gradient_W / unit, gradient_H / unit, inner / unit
     gradient_norm = jnp.hypot(jnp.linalg.norm(gradient_W), jnp.linalg.norm(gradient_H))
     norm = jnp.hypot(jnp.linalg.norm(W), jnp.linalg.norm(H))
     along = inner / gradient_norm / norm
@@ -136,16 +162,21 @@ def balance_norms(params: Params) -> Params:
     Args:
       params: `W` (K, d) and `H` (K, n, d), neither zero.
 
+    Returns:
+      `Params`, float32 for half precision.
+
     Raises:
       ValueError: shapes or dtypes do not fit, or (outside jit) W or H is zero.
     """
-    W, H = check_params(params)
-    norms = [power_of_two(leaf) * jnp.linalg.norm(at_unit_scale(leaf)) for leaf in (W, H)]
+    params = widen(check_params(params))
+    roots = [root_of_scale(leaf) for leaf in params]
+    W, H = (leaf / root / root for leaf, root in zip(params, roots, strict=True))
+    norms = jnp.linalg.norm(W), jnp.linalg.norm(H)
     for name, norm in zip("WH", norms, strict=True):
         if not isinstance(norm, jax.core.Tracer) and norm == 0:
             raise ValueError(f"expected W and H that are not zero, got {name} = 0")
-    scale = jnp.sqrt(norms[1] / norms[0])
-    return Params(W=scale * W, H=H / scale)
+    scale, root = jnp.sqrt(norms[1] / norms[0]), roots[0] * roots[1]
+    return Params(W=scale * W * root, H=H / scale * root)
 
 
 def peel(features, labels, W, b=None, *, per_class: int | None = None) -> Params:
@@ -160,7 +191,8 @@ def peel(features, labels, W, b=None, *, per_class: int | None = None) -> Params
         the smallest class.
 
     Returns:
-      `Params` with `W` (K, d) and `H` (K, n, d), where d is one larger with a bias.
+      `Params` with `W` (K, d) and `H` (K, n, d), where d is one larger with a bias; float32
+      for half precision.
 
     Raises:
       ValueError: as in `ncjax.collapse_metrics_from_features`, a class has fewer than

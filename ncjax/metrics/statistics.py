@@ -22,9 +22,8 @@ import numpy as np
 from ncjax.arrays import as_array
 from ncjax.checks import check_choice, check_integer, check_sizes, float_dtype
 from ncjax.metrics.inputs import check_batch, check_classifier, check_counts
-from ncjax.metrics.inputs import computing_dtype as computing_dtype
 from ncjax.metrics.whitening import whiten
-from ncjax.numerics import matmul
+from ncjax.numerics import matmul, wide_dtype
 from ncjax.types import Array
 
 CENTRINGS = ("class_mean", "sample_mean")
@@ -93,7 +92,7 @@ def class_statistics(features: Array, labels: Array, num_classes: int) -> ClassS
 
 @partial(jax.jit, static_argnums=2)
 def _class_statistics(features, labels, num_classes: int) -> ClassStatistics:
-    empty = init(num_classes, features.shape[1], computing_dtype(features.dtype))
+    empty = init(num_classes, features.shape[1], wide_dtype(features.dtype))
     return update(empty, features, labels)
 
 

@@ -33,11 +33,10 @@ from ncjax.metrics.inputs import (
     check_features,
     check_rows,
     check_samples,
-    computing_dtype,
 )
 from ncjax.metrics.statistics import ClassStatistics, Comparison
 from ncjax.metrics.whitening import whiten
-from ncjax.numerics import at_unit_scale, matmul, power_of_two
+from ncjax.numerics import at_unit_scale, matmul, power_of_two, widen
 from ncjax.types import Array
 
 WEIGHTINGS = ("sample", "class")
@@ -351,7 +350,7 @@ def ood_cosines(means: Array, ood_mean: Array) -> Array:
 def _samples(features, labels, num_classes, min_count=None):
     """Return checked features divided by their scale, checked labels, and the scale."""
     features, labels = check_samples(features, labels, num_classes, min_count)
-    features = features.astype(computing_dtype(features.dtype))
+    features = widen(features)
     scale = power_of_two(features)
     return features / scale, labels, scale
 

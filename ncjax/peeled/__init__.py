@@ -3,6 +3,9 @@
 `geometry` draws starts and holds simplex ETF, block saddles, margins and balance. `losses`
 holds the cross entropy in margin form and its logarithm. `separation` holds the
 minimum-norm separation problem: solution, multipliers, KKT residuals and certificate.
+
+Half precision (float16, bfloat16) is computed in float32. Results are float32; only
+derivatives keep the dtype of the params.
 """
 
 from ncjax.peeled.geometry import balance as balance

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_integer, check_key, check_params, check_sizes, float_dtype
-from ncjax.numerics import at_unit_scale, matmul
+from ncjax.numerics import at_unit_scale, matmul, wide_dtype, widen
 from ncjax.peeled import kernels
+from ncjax.peeled.logits import margins_of_params
 from ncjax.types import Array, Params
 
 
@@ -97,19 +98,18 @@ def simplex_etf(num_classes: int, dim: int, key: Array | None = None, dtype=None
             f"ETF, got {dim}"
         )
     dtype = float_dtype(dtype)
+    wide = wide_dtype(dtype)
     if key is not None:
         check_key("key", key)
-        # JAX draws no orthogonal matrix in half precision.
-        wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
         frame = jax.random.orthogonal(key, dim, dtype=wide, m=num_classes - 1)
         rows = jnp.asarray(helmert(num_classes).T, wide)
-        unit = matmul(rows, frame.T).astype(dtype)
+        unit = matmul(rows, frame.T)
     elif dim >= num_classes:
         centring = np.eye(num_classes) - 1 / num_classes
-        unit = jnp.asarray(np.pad(centring, ((0, 0), (0, dim - num_classes))), dtype)
+        unit = jnp.asarray(np.pad(centring, ((0, 0), (0, dim - num_classes))), wide)
     else:
-        unit = jnp.asarray(helmert(num_classes).T, dtype)
-    return math.sqrt(num_classes / (num_classes - 1)) * unit
+        unit = jnp.asarray(helmert(num_classes).T, wide)
+    return (math.sqrt(num_classes / (num_classes - 1)) * unit).astype(dtype)
 
 
 def helmert(size: int) -> np.ndarray:
@@ -125,26 +125,33 @@ def helmert(size: int) -> np.ndarray:
 
 
 def squared_norm(params: Params) -> Array:
-    r"""$|Z|^2 = |W|_F^2 + |H|_F^2$, a scalar."""
-    return kernels.squared_norm(check_params(params))
+    r"""$|Z|^2 = |W|_F^2 + |H|_F^2$, a scalar.
+
+    Half precision is computed in float32, which the result has. A square beyond the range
+    of the dtype counts as 0 or infinity.
+    """
+    return kernels.squared_norm(widen(check_params(params)))
 
 
 def margins(params: Params) -> Array:
     r"""Pairwise margins $m_{kij} = (w_k - w_j)^\top h_{k,i}$, with `+inf` where j = k.
 
+    The infinite entries make `jax_debug_infs` raise an error.
+
     Args:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
-      (K, n, K) array. `margins(params).min()` is the dataset margin `q_min`;
-      `margins(params).min(axis=-1)` holds the sample margins `q_ki`.
+      (K, n, K) array, float32 for half precision. `margins(params).min()` is the dataset
+      margin `q_min`; `margins(params).min(axis=-1)` holds the sample margins `q_ki`.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
 
     Source: Ji et al. (ICLR 2022), Section 3.1.
     """
-    return kernels.margins(check_params(params))
+    all_margins, others = margins_of_params(widen(check_params(params)))
+    return jnp.where(others, all_margins, jnp.inf)
 
 
 def margin_ratio(params: Params) -> Array:
@@ -154,38 +161,41 @@ def margin_ratio(params: Params) -> Array:
     q_{\min} = \min_{k,i} \min_{j \ne k} (w_k - w_j)^\top h_{k,i}$$
 
     The ratio is 1 if and only if `Z` is a neural collapse with `|W|_F = |H|_F`. It does
-    not depend on the norm of `Z`, and is NaN at the origin.
+    not depend on the norm of `Z`, and is NaN at the origin. No scale of `Z` overflows.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
-      Scalar.
+      Scalar, float32 for half precision.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
 
     Source: Ji et al. (ICLR 2022), Theorem 3.1.
     """
-    params = at_unit_scale(check_params(params))
+    params = at_unit_scale(widen(check_params(params)))
     num_classes, per_class, _ = params.H.shape
     bound = kernels.squared_norm(params) / (2 * (num_classes - 1) * math.sqrt(per_class))
-    return jnp.min(kernels.margins(params)) / bound
+    return kernels.least_margin(params) / bound
 
 
 def balance(params: Params) -> Array:
     r"""$W^\top W - \sum_{k,i} h_{k,i} h_{k,i}^\top$, conserved by the gradient flow.
 
+    A product below the range of the dtype counts as 0; one above it gives infinity or NaN.
+
     Args:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
-      (d, d) symmetric array, zero at a neural collapse that is a global optimum.
+      (d, d) symmetric array, zero at a neural collapse that is a global optimum; float32
+      for half precision.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
     """
-    return kernels.balance(check_params(params))
+    return kernels.balance(widen(check_params(params)))
 
 
 def block_saddle(
@@ -224,9 +234,10 @@ def block_saddle(
             f"{num_blocks * (block_size - 1)}, got {dim}"
         )
     width = block_size if dim >= num_blocks * block_size else block_size - 1
-    etf = simplex_etf(block_size, width, dtype=dtype)
+    dtype = float_dtype(dtype)
+    etf = simplex_etf(block_size, width, dtype=wide_dtype(dtype))
     W = jnp.kron(jnp.eye(num_blocks, dtype=etf.dtype), etf)
     W = jnp.pad(W, ((0, 0), (0, dim - num_blocks * width)))
     H = jnp.broadcast_to(W[:, None], (W.shape[0], per_class, dim))
     spread = per_class**0.25
-    return Params(W=spread * W, H=H / spread)
+    return Params(W=(spread * W).astype(dtype), H=(H / spread).astype(dtype))

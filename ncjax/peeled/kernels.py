@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from ncjax.numerics import einsum, matmul
-from ncjax.peeled.logits import margins_of_params
+from ncjax.peeled.logits import least_of_others, log_odds_of_error, margins_of_params
 from ncjax.types import Array, Params
 
 # Below _SMALL the next term of log log1p(e^a) = a - e^a/2 + ... is less than one rounding
-# of `a` in float32 and float64, and e^a is far from underflow. In float16 e^-30 would
-# underflow, and one rounding of `a` is larger.
-_SMALL, _SMALL_FLOAT16 = -30.0, -8.0
+# of `a` in float32 and float64, and e^a is far from underflow.
+_SMALL = -30.0
 
 
 def squared_norm(params: Params) -> Array:
@@ -29,10 +28,9 @@ def balance(params: Params) -> Array:
     return matmul(W.T, W) - gram
 
 
-def margins(params: Params) -> Array:
-    """`(w_k - w_j)·h_ki` (K, n, K), `+inf` where j = k."""
-    all_margins, others = margins_of_params(params)
-    return jnp.where(others, all_margins, jnp.inf)
+def least_margin(params: Params) -> Array:
+    """`q_min`, a scalar."""
+    return jnp.min(least_of_others(*margins_of_params(params)))
 
 
 def cross_entropy(params: Params) -> Array:
@@ -47,14 +45,13 @@ def log_cross_entropy(params: Params) -> Array:
 
 def _log_odds_of_error(params: Params) -> Array:
     """`a_ki = logsumexp over j != k of (w_j - w_k)·h_ki`, (K, n)."""
-    all_margins, others = margins_of_params(params)
-    return jax.nn.logsumexp(-all_margins, axis=-1, where=others)
+    return log_odds_of_error(*margins_of_params(params))
 
 
 @jax.custom_jvp
 def log_softplus(a: Array) -> Array:
     """`log log(1 + e^a)`, elementwise."""
-    small = a < (_SMALL_FLOAT16 if a.dtype == jnp.float16 else _SMALL)
+    small = a < _SMALL
     safe = jnp.where(small, 0.0, a)
     return jnp.where(small, a - jnp.exp(a) / 2, jnp.log(jax.nn.softplus(safe)))
 
@@ -70,6 +67,7 @@ def _log_softplus_jvp(primals, tangents):
 def error_slopes(params: Params) -> tuple[Array, Array, Array]:
     """`log L` (), slopes `P` (K, n, K) and `right` (K, n), the fields of `ErrorSlopes`."""
     all_margins, others = margins_of_params(params)
+    # Infinities stay within compiled programs. Other forms round the flow differently.
     highest = jnp.max(jnp.where(others, -all_margins, -jnp.inf), axis=-1, keepdims=True)
     weights = jnp.where(others, jnp.exp(-all_margins - highest), 0)
     total = jnp.sum(weights, axis=-1)

@@ -1,4 +1,8 @@
-"""Differences of logits, which are the margins, of params and of a network's samples."""
+"""Differences of logits, which are the margins, of params and of a network's samples.
+
+The functions that reduce margins over the classes j != k use no infinity as a placeholder,
+because `jax_debug_infs` and `jax_debug_nans` would report it at healthy points.
+"""
 
 import chex
 import jax
@@ -34,7 +38,26 @@ def margins_of_params(params: Params) -> tuple[Array, Array]:
 
 def margins_of_samples(logits: Array, labels: Array) -> tuple[Array, Array]:
     """`z_{a y_a} - z_aj` (N, K) of logits (N, K), and the mask (N, K) of j != y_a."""
-    labels = labels.astype(jnp.int32)  # K may exceed the range of a narrow type
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    others = labels[:, None] != jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
+    own, others = own_and_others(logits, labels)
     return own - logits, others
+
+
+def own_and_others(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """`z_{a y_a}` (N, 1) of logits (N, K), NaN for label K, and the mask of j != y_a."""
+    labels = labels.astype(jnp.int32)  # K may exceed the range of a narrow type
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1, mode="fill")
+    return own, labels[:, None] != jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
+
+
+def least_of_others(margins: Array, others: Array) -> Array:
+    """Return the least margin over the classes j != k, the last axis, which is dropped."""
+    # The margin of the next class stands in for j = k.
+    return jnp.min(jnp.where(others, margins, jnp.roll(margins, -1, axis=-1)), axis=-1)
+
+
+def log_odds_of_error(margins: Array, others: Array) -> Array:
+    """`logsumexp over j != k of -margins` along the last axis, which is dropped."""
+    highest = -jax.lax.stop_gradient(least_of_others(margins, others))
+    highest = jnp.where(jnp.isfinite(highest), highest, 0)
+    exponents = jnp.where(others, -margins - highest[..., None], 0)
+    return jnp.log(jnp.sum(jnp.exp(exponents), axis=-1, where=others)) + highest

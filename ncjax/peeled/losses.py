@@ -3,10 +3,13 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from ncjax.checks import check_params
+from ncjax.numerics import widen
 from ncjax.peeled import kernels
-from ncjax.peeled.logits import margins_of_samples
+from ncjax.peeled.logits import log_odds_of_error, own_and_others
 from ncjax.types import Array, Params
 
 
@@ -24,7 +27,7 @@ def cross_entropy(params: Params) -> Array:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
-      Scalar, `(K n) log K` at the origin.
+      Scalar, `(K n) log K` at the origin; float32 for half precision.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
@@ -36,7 +39,7 @@ def cross_entropy(params: Params) -> Array:
     >>> round(float(ncjax.cross_entropy(params)), 4)  # 12 log 3
     13.1833
     """
-    return kernels.cross_entropy(check_params(params))
+    return kernels.cross_entropy(widen(check_params(params)))
 
 
 def log_cross_entropy(params: Params) -> Array:
@@ -54,7 +57,7 @@ def log_cross_entropy(params: Params) -> Array:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
-      Scalar, `log(K n log K)` at the origin.
+      Scalar, `log(K n log K)` at the origin; float32 for half precision.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
@@ -67,12 +70,15 @@ def log_cross_entropy(params: Params) -> Array:
     >>> round(float(ncjax.log_cross_entropy(far)) / 1e6, 4)
     -1.5
     """
-    return kernels.log_cross_entropy(check_params(params))
+    return kernels.log_cross_entropy(widen(check_params(params)))
 
 
 def log_softplus(a: Array) -> Array:
-    r"""$\log\log(1 + e^a)$, elementwise, without underflow: `a` for very negative `a`."""
-    return kernels.log_softplus(a)
+    r"""$\log\log(1 + e^a)$, elementwise, without underflow: `a` for very negative `a`.
+
+    Half precision is computed in float32, which the result has.
+    """
+    return kernels.log_softplus(widen(a))
 
 
 class ErrorSlopes(NamedTuple):
@@ -98,12 +104,16 @@ def error_slopes(params: Params) -> ErrorSlopes:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
-      `ErrorSlopes`.
+      `ErrorSlopes`, float32 for half precision.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
     """
-    return ErrorSlopes(*kernels.error_slopes(check_params(params)))
+    return ErrorSlopes(*_error_slopes(widen(check_params(params))))
+
+
+# Compiled, so that `jax_debug_infs` does not report its placeholders.
+_error_slopes = jax.jit(kernels.error_slopes)
 
 
 def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
@@ -114,12 +124,19 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
     In margin form the value and its gradient keep their digits at large margins, which a
     network reaches long after its training error is zero.
 
+    A logit of `-inf` masks its class: the class adds nothing, and its derivative is 0. The
+    loss is `+inf` if the own class is masked.
+
     Args:
-      logits: (N, K) floating.
+      logits: (N, K) floating, K at least 2.
       labels: (N,) integers in [0, K).
 
     Returns:
-      (N,) array.
+      (N,) array, float32 for half precision. Under jit, where labels have no values to
+      check, it is NaN for a label out of range.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit, or (outside jit) a label is out of range.
 
     >>> import jax.numpy as jnp
     >>> from ncjax import losses
@@ -127,5 +144,45 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
     >>> bool(abs(far[0] / jnp.exp(-40.0) - 1) < 1e-5)
     True
     """
-    margins, others = margins_of_samples(logits, labels)
-    return jax.nn.softplus(jax.nn.logsumexp(-margins, axis=1, where=others))
+    logits, labels = _check_logits(logits, labels)
+    own, others = own_and_others(logits, labels)
+    # The largest finite number stands in for the margin over a masked class: its
+    # exponential is 0 as well, and its derivatives are 0 instead of NaN.
+    limits = jnp.finfo(logits.dtype)
+    lowest, largest = float(limits.min), float(limits.max)
+    margins = own - jnp.where(logits < lowest, lowest, logits)
+    margins = jnp.where(margins > largest, largest, margins)
+    return jax.nn.softplus(log_odds_of_error(margins, others))
+
+
+def _check_logits(logits, labels) -> tuple[Array, Array]:
+    """Return logits, in float32 at least, and int32 labels, K for a label out of range.
+
+    Raises:
+      ValueError: as `softmax_cross_entropy`.
+    """
+    logits = jnp.asarray(logits)
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f"expected logits (N, K) with K >= 2, got {logits.shape}")
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(f"logits must be floating, got {logits.dtype}")
+    samples, num_classes = logits.shape
+    if not isinstance(labels, jax.Array):
+        labels = np.asarray(labels)
+    if labels.shape != (samples,) or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"expected labels of integers ({samples},), got {labels.dtype} {labels.shape}"
+        )
+    if not isinstance(labels, jax.core.Tracer) and samples:
+        # Before a cast: without x64 JAX reads 2^32 + k as k.
+        values = jax.device_get(labels)
+        if values.min() < 0 or values.max() >= num_classes:
+            raise ValueError(
+                f"labels must lie in [0, {num_classes}), got {values.min()} to "
+                f"{values.max()}"
+            )
+    labels = jnp.asarray(labels)
+    if labels.dtype.itemsize < 8:
+        labels = labels.astype(jnp.int32)  # K may exceed the range of a narrow type
+    inside = (labels >= 0) & (labels < num_classes)
+    return widen(logits), jnp.where(inside, labels, num_classes).astype(jnp.int32)

@@ -7,6 +7,7 @@ The gradient flow converges in direction to KKT points of this problem. `kkt` me
 near a point is, `certificate` tells the global optimum from a saddle.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -15,11 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.checks import check_choice, check_params, check_sizes
-from ncjax.numerics import at_unit_scale, dot, matmul
+from ncjax.checks import check_choice, check_params, check_sizes, float_dtype
+from ncjax.numerics import (
+    at_unit_scale,
+    dot,
+    matmul,
+    power_of_two,
+    root_of_scale,
+    wide_dtype,
+    widen,
+)
 from ncjax.peeled.geometry import block_saddle
-from ncjax.peeled.kernels import log_cross_entropy, margins, squared_norm
-from ncjax.peeled.logits import margins_of_params
+from ncjax.peeled.kernels import least_margin, log_cross_entropy, squared_norm
+from ncjax.peeled.logits import log_odds_of_error, margins_of_params
 from ncjax.types import Array, Params
 
 # Values of `Certificate.verdict`, and their meanings.
@@ -97,9 +106,10 @@ def solve_separation(num_classes: int, per_class: int, dim: int, dtype=None) -> 
     9.0
     """
     check_sizes(num_classes=num_classes, per_class=per_class, dim=dim)
-    collapse = block_saddle(1, num_classes, per_class, dim, dtype)
+    dtype = float_dtype(dtype)
+    collapse = block_saddle(1, num_classes, per_class, dim, wide_dtype(dtype))
     scale = ((num_classes - 1) / num_classes) ** 0.5  # its margins are K/(K-1)
-    return Params(W=scale * collapse.W, H=scale * collapse.H)
+    return jax.tree.map(lambda leaf: (scale * leaf).astype(dtype), collapse)
 
 
 def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
@@ -113,6 +123,10 @@ def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
     Along the flow the softmax weights $p_{kij} / \mathcal L$ tend to the multipliers, up to
     a scale that is fitted by least squares. Stationarity then equals `kkt_angle`.
 
+    W and H may have any common scale at which the logits are finite. If their scales differ
+    by more than 1e15 in float32, or 1e120 in float64, multipliers underflow: balance the
+    norms first, by `ncjax.balance_norms`.
+
     Args:
       params: `W` (K, d) and `H` (K, n, d) with every sample classified correctly.
       multipliers: "softmax" takes the weights of the loss at this norm, computed in the
@@ -122,7 +136,7 @@ def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
         finds it on the host (K n (K-1) unknowns).
 
     Returns:
-      `KKT`; NaN under jit if a sample is misclassified.
+      `KKT`, float32 for half precision; NaN under jit if a sample is misclassified.
 
     Raises:
       ValueError: shapes or dtypes do not fit, multipliers has another value, or (outside
@@ -136,7 +150,7 @@ def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
     True
     """
     check_choice("multipliers", multipliers, MULTIPLIERS)
-    params = check_params(params, finite=True)
+    params = widen(check_params(params, finite=True))
     _check_separated(params)
     return _kkt(params, multipliers)
 
@@ -150,16 +164,21 @@ def _kkt(params: Params, multipliers: str) -> KKT:
         weights = weights * _fitted_scale(scaled, weights)
     else:
         weights = _least_squares_multipliers(scaled)
-    gradient = jax.grad(log_cross_entropy)(params)
+    gradient = at_unit_scale(jax.grad(log_cross_entropy)(params))
+    params = at_unit_scale(params)
     lengths = jnp.sqrt(squared_norm(gradient) * squared_norm(params))
-    rest = jax.tree.map(jnp.subtract, scaled, _combination(weights, scaled))
+    scale = power_of_two(scaled)
+    unit, rest = jax.tree.map(
+        lambda leaf: leaf / scale,
+        (scaled, jax.tree.map(jnp.subtract, scaled, _combination(weights, scaled))),
+    )
     scaled_margins = _finite_margins(scaled)
     slack = jnp.sum(weights * (scaled_margins - 1)) / jnp.sum(weights * scaled_margins)
     return KKT(
         multipliers=weights,
-        stationarity=jnp.sqrt(squared_norm(rest) / squared_norm(scaled)),
+        stationarity=jnp.sqrt(squared_norm(rest) / squared_norm(unit)),
         complementarity=slack,
-        infeasibility=1 - jnp.min(margins(scaled)),
+        infeasibility=1 - least_margin(scaled),
         beta=-_inner(gradient, params) / lengths,
     )
 
@@ -185,7 +204,8 @@ def certificate(
     multipliers are in error, and the verdict is "not a KKT point".
 
     Args:
-      params: `W` (K, d) and `H` (K, n, d) with every sample classified correctly.
+      params: `W` (K, d) and `H` (K, n, d) with every sample classified correctly, at
+        a scale for which `kkt` is right.
       multipliers: as in `kkt`. Softmax weights describe the direction only at a large
         norm: scale the direction up, or use "nnls".
       tol: largest residual, and largest `sigma_max - 1`, that count as zero. None takes
@@ -195,7 +215,7 @@ def certificate(
     Returns:
       `Certificate`, float32 for half precision. `VERDICTS[int(verdict)]` is the verdict in
       words. The direction is NaN if the rows of W and H span the whole space, so that no a
-      exists.
+      exists; `jax_debug_nans` reports it.
 
     Raises:
       ValueError: as `kkt`, or tol is negative.
@@ -211,9 +231,7 @@ def certificate(
     if tol is not None and not tol >= 0:
         raise ValueError(f"tol must not be negative, got {tol}")
     check_choice("multipliers", multipliers, MULTIPLIERS)
-    params = check_params(params, finite=True)
-    if jnp.finfo(params.W.dtype).bits < 32:  # JAX has no SVD there
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    params = widen(check_params(params, finite=True))
     _check_separated(params)
     return _certificate(params, multipliers, tol)
 
@@ -231,7 +249,8 @@ def _certificate(params: Params, multipliers: str, tol: float | None) -> Certifi
     residual = jnp.maximum(conditions.stationarity, jnp.abs(conditions.complementarity))
     tolerance = _tolerance(params, tol)
     direction = _descent_direction(params, left[:, 0], right[0], tolerance)
-    within = jnp.linalg.norm(matmul(left[:, 0], params.W)) / jnp.linalg.norm(params.W, 2)
+    W = at_unit_scale(params.W)
+    within = jnp.linalg.norm(matmul(left[:, 0], W)) / jnp.linalg.norm(W, 2)
     return Certificate(
         dual=dual,
         sigma_max=sigma_max,
@@ -257,26 +276,35 @@ def kkt_angle(params: Params) -> Array:
       params: `W` (K, d) and `H` (K, n, d).
 
     Returns:
-      Scalar in [0, 1].
+      Scalar in [0, 1], float32 for half precision. It is right at any scale at which the
+      logits are finite.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
 
     Source: Ji et al. (ICLR 2022), Theorem 3.2, by which beta tends to 1 along the flow.
     """
-    params = check_params(params)
-    gradient = at_unit_scale(jax.grad(log_cross_entropy)(params))
+    params = widen(check_params(params))
+    gradient = at_unit_scale(_slope_of_log_loss(params))
     params = at_unit_scale(params)
     radial = _inner(gradient, params) / squared_norm(params)
     tangent = jax.tree.map(lambda g, z: g - radial * z, gradient, params)
     return jnp.sqrt(squared_norm(tangent) / squared_norm(gradient))
 
 
+def _slope_of_log_loss(params: Params) -> Params:
+    """`∇log L` times a power of two near L, if L is above 1: 1/L may be too small."""
+    log_loss, pull_back = jax.vjp(log_cross_entropy, params)
+    powers = jnp.clip(log_loss / math.log(2), 0, jnp.finfo(log_loss.dtype).maxexp - 8)
+    return pull_back(jnp.ldexp(jnp.ones_like(log_loss), powers.astype(jnp.int32)))[0]
+
+
 def _tolerance(params: Params, tol: float | None) -> Array:
     dtype = params.W.dtype
     if tol is not None:
         return jnp.asarray(tol, dtype)
-    least = jnp.min(margins(params))
+    least, root = _unit_least_margin(params)
+    least = jnp.where(least > 0, jnp.maximum(least * root * root, 1), least)
     return jnp.clip(1 / jnp.sqrt(least), 100 * float(jnp.finfo(dtype).eps), _LOOSEST)
 
 
@@ -286,26 +314,34 @@ def _verdict(params, direction, residual, sigma_max, tolerance, within) -> Array
     saddle = jnp.where(within <= _WITHIN, saddle, NOT_KKT)
     code = jnp.where(sigma_max <= 1 + tolerance, GLOBAL_OPTIMUM, saddle)
     code = jnp.where(residual <= tolerance, code, NOT_KKT)
-    separated = jnp.min(margins(params)) > 0
+    least, _ = _unit_least_margin(params)
+    separated = least > 0
     return jnp.where(separated, code, NOT_SEPARATED).astype(jnp.int32)
 
 
 def _check_separated(params: Params) -> None:
     """Raise ValueError if a margin is known and not positive."""
-    least = jnp.min(margins(params))
+    least, root = _unit_least_margin(params)
     if not isinstance(least, jax.core.Tracer) and not least > 0:
         raise ValueError(
-            f"every margin must be positive, got q_min = {float(least):.3g}: multipliers "
-            "are not defined where a sample is misclassified; follow the flow until the "
-            "loss is below log 2"
+            f"every margin must be positive, got q_min = {float(least * root * root):.3g}: "
+            "multipliers are not defined where a sample is misclassified; follow the flow "
+            "until the loss is below log 2"
         )
+
+
+def _unit_least_margin(params: Params) -> tuple[Array, Array]:
+    """`q_min` at W and H of unit scale, and the r with `q_min = r² ·` that number."""
+    roots = [root_of_scale(leaf) for leaf in params]
+    unit = [leaf / root / root for leaf, root in zip(params, roots, strict=True)]
+    return least_margin(Params(*unit)), roots[0] * roots[1]
 
 
 def _normalise(params: Params) -> Params:
     """`Z / sqrt(q_min)`, whose least margin is 1; NaN if q_min is not positive."""
-    least = jnp.min(margins(params))
-    root = jnp.sqrt(jnp.where(least > 0, least, jnp.nan))
-    return Params(params.W / root, params.H / root)
+    least, root = _unit_least_margin(params)
+    least = jnp.sqrt(jnp.where(least > 0, least, -1))
+    return jax.tree.map(lambda leaf: leaf / root / least, params)
 
 
 def _finite_margins(params: Params) -> Array:
@@ -316,15 +352,19 @@ def _finite_margins(params: Params) -> Array:
 
 def _softmax_weights(params: Params) -> Array:
     """`p_kij / L`, (K, n, K), p the probability of class j at sample (k, i)."""
-    negative = -margins(params)
-    log_normaliser = jax.nn.softplus(jax.nn.logsumexp(negative, axis=-1, keepdims=True))
-    return jnp.exp(negative - log_normaliser - log_cross_entropy(params))
+    margins, others = margins_of_params(params)
+    log_normaliser = jax.nn.softplus(log_odds_of_error(margins, others))[..., None]
+    exponents = -margins - log_normaliser - log_cross_entropy(params)
+    return jnp.where(others, jnp.exp(jnp.where(others, exponents, 0)), 0)
 
 
 def _fitted_scale(scaled: Params, weights: Array) -> Array:
     """The s that minimises `|s Σ weights ∇m - Z̃|`."""
     combined = _combination(weights, scaled)
-    return _inner(combined, scaled) / squared_norm(combined)
+    scale, scale_combined = power_of_two(scaled), power_of_two(combined)
+    scaled = jax.tree.map(lambda leaf: leaf / scale, scaled)
+    combined = jax.tree.map(lambda leaf: leaf / scale_combined, combined)
+    return _inner(combined, scaled) / squared_norm(combined) * (scale / scale_combined)
 
 
 def _inner(first: Params, second: Params) -> Array:
@@ -356,12 +396,12 @@ def _combination(multipliers: Array, params: Params) -> Params:
 
 def _descent_direction(params: Params, u: Array, v: Array, tolerance: Array) -> Params:
     """`(u aᵀ, v aᵀ) / √2`, with a unit vector a orthogonal to all rows up to tolerance."""
-    W, H = params
+    W, H = at_unit_scale(params)
     rows = jnp.concatenate([W, H.reshape(-1, H.shape[-1])])
     chex.assert_shape([u, v], [(len(W),), (len(rows) - len(W),)])
     values, vectors = jnp.linalg.eigh(matmul(rows.T, rows))
     room = values[0] <= tolerance**2 * values[-1]
-    a = jnp.where(room, vectors[:, 0], jnp.nan) / 2**0.5
+    a = vectors[:, 0] / jnp.sqrt(jnp.where(room, 2.0, -1.0).astype(vectors.dtype))
     return Params(W=jnp.outer(u, a), H=jnp.outer(v, a).reshape(H.shape))
 
 
