@@ -68,7 +68,7 @@ def _first_pass(p):
 
 
 def _second_pass(p):
-    first = _first_pass(p)
+    first = _streamed(p)
     empty = statistics.init_comparison(K, first.anchor.dtype)
     against = statistics.reference(first)
     return statistics.compare(empty, first, against, p.features, p.labels, p.W, p.b, p.mask)
@@ -154,7 +154,7 @@ CALLS = {
         ncjax.collapse_metrics_from_features(p.features, p.labels, p.W, chunk_size=5),
     ),
     "collapse.metrics_from_statistics": lambda p: collapse.metrics_from_statistics(
-        _first_pass(p), _second_pass(p), p.W
+        _streamed(p), _second_pass(p), p.W
     ),
     "collapse.within_class_quotient": lambda p: collapse.within_class_quotient(
         _first_pass(p)
@@ -185,6 +185,16 @@ CALLS = {
     "statistics.global_mean": lambda p: statistics.global_mean(_first_pass(p)),
     "statistics.centred_means": lambda p: statistics.centred_means(
         _first_pass(p), "sample_mean"
+    ),
+    "statistics.measured_classes": lambda p: statistics.measured_classes(_first_pass(p), 2),
+    "statistics.about_mean": lambda p: statistics.about_mean(
+        _first_pass(p), "class_mean", jnp.arange(K) > 0
+    ),
+    "statistics.class_variances": lambda p: statistics.class_variances(
+        _first_pass(p), jnp.arange(K) > 0
+    ),
+    "statistics.same_samples": lambda p: statistics.same_samples(
+        _streamed(p), _second_pass(p), None
     ),
     "statistics.deviations": lambda p: statistics.deviations(
         _first_pass(p), p.features, p.labels

@@ -8,22 +8,12 @@ import numpy as np
 import oracles
 import pytest
 from scipy.integrate import solve_ivp
-from strategies import random_params
+from strategies import random_params, sine_params
 
 import ncjax
 from ncjax import checks
 from ncjax.flow.methods import METHODS, choose_solver, find_method
 from ncjax.flow.solve import BAD_TIMES, STEP_LIMIT, STEP_TOO_SMALL, SUCCESS
-
-
-def sine_params(dtype=np.float64):
-    """The start of the reference run: K = 4, n = 3, d = 6."""
-    k, j = np.arange(4)[:, None], np.arange(6)[None]
-    W = 0.3 * np.sin(1 + 3 * k + 7 * j)
-    k, i, j = np.arange(4)[:, None, None], np.arange(3)[None, :, None], np.arange(6)
-    H = 0.3 * np.cos(2 + 5 * k + 11 * i + 13 * j)
-    return ncjax.Params(jnp.asarray(W, dtype), jnp.asarray(H, dtype))
-
 
 # t: L, q_min, |Z|², W[0, 0], H[0, 0, 0]; raw equation in t, DOP853 at rtol 1e-12.
 EARLY = {

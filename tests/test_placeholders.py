@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from state_functions import compiled
-from strategies import random_params, separating
-from test_flow import sine_params
+from strategies import random_params, separating, sine_params
 
 import ncjax
 from experiments._saddles import Block

@@ -15,7 +15,8 @@ def test_no_result_is_nan_or_infinite_on_the_way():
     """`ncjax.margins` is infinite by definition where no other class is compared."""
     names = interface.CALLS.keys() - {"geometry.margins"}
     with jax.debug_nans(True), jax.debug_infs(True):
-        interface.assert_as_expected(interface.evaluate(interface.points(), names))
+        results = interface.evaluate(interface.points(), names)
+    interface.assert_as_expected(results)
 
 
 def test_compiled_functions_transfer_nothing_implicitly():

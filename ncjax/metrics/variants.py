@@ -76,19 +76,25 @@ def within_class_variation(
     """
     check_choice("weighting", weighting, WEIGHTINGS)
     seen = _compare_with_means(features, labels, num_classes, centring, min_count)
-    dtype = seen.whitened_scatter.dtype
-    measured = None if min_count is None else seen.counts > 0
+    return _variation(seen, weighting, per_class, min_count)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _variation(seen: Comparison, weighting, per_class, min_count) -> Array:
+    """Return the trace of `within_class_variation` from the second pass."""
+    dtype, counts = seen.whitened_scatter.dtype, seen.counts
+    measured = None if min_count is None else counts > 0
     if weighting == "sample":
-        samples = jnp.sum(seen.counts, dtype=jnp.int32).astype(dtype)
+        samples = jnp.sum(counts, dtype=jnp.int32).astype(dtype)
         over_classes = jnp.sum(seen.whitened_scatter) / samples
     else:
-        counts = seen.counts if measured is None else jnp.maximum(seen.counts, 1)
+        counts = counts if measured is None else jnp.maximum(counts, 1)
         by_class = seen.whitened_scatter / counts.astype(dtype)
         over_classes = jnp.mean(by_class, where=measured)
     if per_class:
         return over_classes
-    size = num_classes if measured is None else jnp.sum(measured, dtype=jnp.int32)
-    return jnp.asarray(size, dtype) * over_classes
+    size = jnp.sum(jnp.ones_like(counts), dtype=jnp.int32, where=measured)
+    return size.astype(dtype) * over_classes
 
 
 def variability_collapse_index(
@@ -109,7 +115,8 @@ def variability_collapse_index(
 
     Source: Xu, Liu (2023), "Quantifying the variability collapse of neural networks".
     """
-    features, labels, _ = _samples(features, labels, num_classes, min_count)
+    features, labels = _samples(features, labels, num_classes, min_count)
+    features = at_unit_scale(features)
     first_pass = statistics.class_statistics(features, labels, num_classes)
     measured = statistics.measured_classes(first_pass, min_count)
     deviation = statistics.deviations(first_pass, features, labels)
@@ -139,7 +146,8 @@ def nuclear_over_frobenius(
     they fix the shapes of the K decompositions. With `min_count`, classes of fewer samples
     are NaN.
     """
-    features, labels, _ = _samples(features, labels, num_classes, min_count)
+    features, labels = _samples(features, labels, num_classes, min_count)
+    features = at_unit_scale(features)
     targets = np.asarray(labels)
     counts = np.bincount(targets, minlength=num_classes)
     order = np.argsort(targets, kind="stable")
@@ -291,6 +299,11 @@ def nearest_centre_accuracy(
     seen = _compare_with_means(
         features, labels, num_classes, "class_mean", min_count, centres
     )
+    return _nearest_centre_share(seen, min_count)
+
+
+@partial(jax.jit, static_argnums=1)
+def _nearest_centre_share(seen: Comparison, min_count: int | None) -> Array:
     right = jnp.sum(seen.counts - seen.ncc_errors, dtype=jnp.int32)
     samples = jnp.sum(seen.counts, dtype=jnp.int32)
     share = statistics.fraction(right, samples, seen.whitened_scatter.dtype)
@@ -314,12 +327,7 @@ def ncc_agreement(
     `1 - CollapseMetrics.ncc_mismatch` weights samples equally.
     """
     features, labels, W, b = check_features(features, labels, W, b, min_count=min_count)
-    scale = power_of_two(features).astype(W.dtype)
-    features = features.astype(W.dtype) / scale
-    W, b = at_unit_scale((W, None if b is None else b / scale))
-    centres = (
-        None if centres is None else as_array("centres", centres).astype(W.dtype) / scale
-    )
+    centres = None if centres is None else as_array("centres", centres)
     seen = _compare(features, labels, W.shape[0], "class_mean", min_count, centres, W, b)
     return statistics.fraction(seen.counts - seen.mismatches, seen.counts, W.dtype)
 
@@ -348,19 +356,16 @@ def ood_cosines(means: Array, ood_mean: Array) -> Array:
 
 
 def _samples(features, labels, num_classes, min_count=None):
-    """Return checked features divided by their scale, checked labels, and the scale."""
+    """Return checked features, in the dtype of the computation, and checked labels."""
     features, labels = check_samples(features, labels, num_classes, min_count)
-    features = widen(features)
-    scale = power_of_two(features)
-    return features / scale, labels, scale
+    return widen(features), labels
 
 
 def _compare_with_means(
     features, labels, num_classes, centring, min_count, centres=None
 ) -> Comparison:
-    features, labels, scale = _samples(features, labels, num_classes, min_count)
-    if centres is not None:
-        centres = as_array("centres", centres).astype(features.dtype) / scale
+    features, labels = _samples(features, labels, num_classes, min_count)
+    centres = None if centres is None else as_array("centres", centres)
     return _compare(features, labels, num_classes, centring, min_count, centres)
 
 
@@ -369,6 +374,14 @@ def _compare(
     features, labels, num_classes, centring, min_count, centres=None, W=None, b=None
 ) -> Comparison:
     """Run both passes on the whole data; centred means replace a missing classifier."""
+    # No result depends on the scale of features and b, or of W and b; squares may overflow.
+    features = widen(features)
+    scale = power_of_two(features)
+    features = features / scale
+    if W is not None:
+        W, b = at_unit_scale((W, None if b is None else b / scale))
+    if centres is not None:
+        centres = centres.astype(features.dtype) / scale
     first_pass = statistics.class_statistics(features, labels, num_classes)
     against = statistics.reference(
         first_pass, centring, centres=centres, min_count=min_count
