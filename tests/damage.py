@@ -116,7 +116,7 @@ def _for_training(patch):
 
         self.epoch = epoch
 
-    def measure_one(self, features, dataset, params, seed):
+    def measure_one(features, params, labels, centres):
         total = float(np.asarray(features)[0, 0])
         names = (*ncjax.CollapseMetrics._fields, *LastLayer._fields)
         values = {name: total * (i + 1) % 1.0 for i, name in enumerate(names)}
@@ -128,7 +128,8 @@ def _for_training(patch):
 
     patch.setattr(_training._Loop, "_compile", compile_loop)
     patch.setattr(_training._Loop, "start", lambda self: start)
-    patch.setattr(_training._Loop, "_measure_one", measure_one)
+    patch.setattr(_training, "_measure_one", measure_one)
+    patch.setattr(train, "class_means", lambda features, labels, params: None)
     patch.setattr(train, "extract_features", extract_features)
     patch.setattr(data, "load", functools.cache(data.load))
     patch.setattr(models, "count_parameters", lambda *_: 80)

@@ -26,6 +26,7 @@ def test_compiled_functions_transfer_nothing_implicitly():
     interface.assert_as_expected(results)
 
 
+@pytest.mark.slow
 def test_under_jit_no_function_transfers_anything_implicitly():
     inputs = interface.points()
     with jax.transfer_guard("disallow"):

@@ -200,9 +200,10 @@ def test_a_second_interrupt_stops_within_the_epoch():
 
 
 def test_the_resume_command_repeats_all_settings(tmp_path):
-    config = small(tmp_path / "run", data_dir="~/my data", cpu_devices=2)
+    data_dir = str(tmp_path / "my data")
+    config = small(tmp_path / "run", data_dir=data_dir, cpu_devices=2)
     line = folders.resume_command(config, tmp_path / "run")
-    assert "'--data_dir=~/my data'" in line
+    assert f"'--data_dir={data_dir}'" in line
     assert "--cpu_devices=2" in line
     assert "'--train_split=train[:200]'" in line
     flags = ["", *(flag for flag in shlex.split(line) if flag.startswith("--"))]
