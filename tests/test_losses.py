@@ -299,3 +299,36 @@ def test_error_slopes_sum_to_zero_and_give_the_gradient(seed, scale, dtype):
 
 
 _slopes = jax.jit(error_slopes)
+
+
+def test_logits_and_labels_of_any_origin_give_the_same_losses():
+    logits = np.array([[0.5, -1.0, 2.0], [3.0, 0.0, -2.0]])
+    labels = np.array([2, 0])
+    exact = np.log(np.exp(logits).sum(1)) - logits[[0, 1], labels]
+    pairs = [
+        (logits.tolist(), labels.tolist()),
+        (logits.astype(">f4"), labels.astype(">i8")),
+        (list(jnp.asarray(logits)), tuple(labels)),
+    ]
+    for rows, classes in pairs:
+        np.testing.assert_allclose(softmax_cross_entropy(rows, classes), exact, rtol=1e-6)
+        value = log_softplus(rows)
+        np.testing.assert_allclose(value, oracles.log_softplus(logits)[0], rtol=1e-6)
+
+
+def test_logits_and_labels_that_are_no_arrays_get_advice():
+    with pytest.raises(ValueError, match="logits must be an array of numbers, got None"):
+        softmax_cross_entropy(None, [0])
+    with pytest.raises(ValueError, match="a must be an array of numbers, got None"):
+        log_softplus(None)
+    with pytest.raises(ValueError, match="labels must be an array of numbers, got None"):
+        softmax_cross_entropy(np.zeros((1, 2)), None)
+
+
+def test_logits_and_labels_of_pytorch_give_the_same_losses():
+    torch = pytest.importorskip("torch")
+    logits = torch.tensor([[0.5, -1.0], [3.0, 0.0]], requires_grad=True)
+    for tensor in (logits, logits.bfloat16()):
+        losses = softmax_cross_entropy(tensor, torch.tensor([1, 0]))
+        np.testing.assert_allclose(losses, np.log1p(np.exp([1.5, -3.0])), rtol=1e-6)
+    np.testing.assert_allclose(log_softplus(logits[1, 1]), np.log(np.log(2)), rtol=1e-6)

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from ncjax.arrays import as_array, narrow_labels, read_array
 from ncjax.checks import check_params
 from ncjax.numerics import widen
 from ncjax.peeled import kernels
@@ -77,8 +77,11 @@ def log_softplus(a: Array) -> Array:
     r"""$\log\log(1 + e^a)$, elementwise, without underflow: `a` for very negative `a`.
 
     Half precision is computed in float32, which the result has.
+
+    Raises:
+      ValueError: `a` is not an array of numbers.
     """
-    return kernels.log_softplus(widen(a))
+    return kernels.log_softplus(widen(as_array("a", a)))
 
 
 class ErrorSlopes(NamedTuple):
@@ -161,14 +164,12 @@ def _check_logits(logits, labels) -> tuple[Array, Array]:
     Raises:
       ValueError: as `softmax_cross_entropy`.
     """
-    logits = jnp.asarray(logits)
+    logits, labels = as_array("logits", logits), read_array("labels", labels)
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f"expected logits (N, K) with K >= 2, got {logits.shape}")
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(f"logits must be floating, got {logits.dtype}")
     samples, num_classes = logits.shape
-    if not isinstance(labels, jax.Array):
-        labels = np.asarray(labels)
     if labels.shape != (samples,) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"expected labels of integers ({samples},), got {labels.dtype} {labels.shape}"
@@ -181,8 +182,6 @@ def _check_logits(logits, labels) -> tuple[Array, Array]:
                 f"labels must lie in [0, {num_classes}), got {values.min()} to "
                 f"{values.max()}"
             )
-    labels = jnp.asarray(labels)
-    if labels.dtype.itemsize < 8:
-        labels = labels.astype(jnp.int32)  # K may exceed the range of a narrow type
+    labels = narrow_labels(labels)
     inside = (labels >= 0) & (labels < num_classes)
-    return widen(logits), jnp.where(inside, labels, num_classes).astype(jnp.int32)
+    return widen(logits), jnp.where(inside, labels, num_classes)
