@@ -186,6 +186,19 @@ def test_a_second_pass_over_as_many_other_samples_is_refused():
     np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
+def test_a_second_pass_over_more_classes_than_are_measured_is_refused():
+    data = of_counts(0, [5, 1, 4, 2, 0])
+    first = statistics.class_statistics(data.features, data.labels, K)
+    empty, reference = statistics.init_comparison(K, float), statistics.reference
+    against = reference(first, min_count=1)
+    second = statistics.compare(empty, first, against, *data[:3])
+    with pytest.raises(ValueError, match=r"got class counts \[5 1 4 2 0\].* one min_count"):
+        collapse.metrics_from_statistics(first, second, data.W, min_count=2)
+    traced = jax.jit(collapse.metrics_from_statistics, static_argnames="min_count")
+    got = traced(first, second, data.W, min_count=2)
+    assert np.isnan([got.within_class_variation, got.ncc_mismatch, got.accuracy]).all()
+
+
 def test_a_second_pass_over_other_samples_gives_nan_under_jit():
     data = of_counts(2, [9, 8, 7, 6, 5])
 

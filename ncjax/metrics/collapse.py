@@ -229,7 +229,7 @@ def metrics_from_statistics(
         raise ValueError(
             "the second pass must read the samples of the first, got class counts "
             f"{np.asarray(second_pass.counts)} after {np.asarray(first_pass.counts)}: read "
-            "both in full, without a dropped batch"
+            "both in full, without a dropped batch, and with one min_count"
         )
     metrics = _metrics(first_pass, second_pass, W, min_count)
     return metrics._replace(

@@ -448,17 +448,22 @@ def compare(
 def same_samples(
     statistics: ClassStatistics, comparison: Comparison, measured: Array | None
 ) -> Array:
-    """Return whether both passes read the same samples of the measured classes.
+    """Return whether the second pass read the samples of the measured classes alone.
 
-    Their counts must be equal, and their scatters up to the square root of a rounding.
+    Counts must be equal, and scatters up to the square root of a rounding.
     """
-    counts = comparison.counts == statistics.counts
+    expected = statistics.counts
+    if measured is not None:
+        expected = jnp.where(measured, expected, 0)
+    counts = comparison.counts == expected
     first, second = statistics.scatter, comparison.scatter
     limits = jnp.finfo(first.dtype)
     smallest = float(limits.tiny) * statistics.counts.astype(first.dtype)
     allowed = float(limits.eps) ** 0.5 * jnp.maximum(first, second) + smallest
-    same = counts & ~(jnp.abs(first - second) > allowed)
-    return jnp.all(same if measured is None else same | ~measured)
+    differ = jnp.abs(first - second) > allowed
+    if measured is not None:
+        differ = differ & measured
+    return jnp.all(counts & ~differ)
 
 
 def _shares(statistics: ClassStatistics, centring: str, measured: Array | None) -> Array:
