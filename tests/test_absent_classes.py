@@ -270,3 +270,12 @@ def test_centres_of_another_shape_are_refused():
     data = of_counts(0, [3] * K)
     with pytest.raises(ValueError, match=r"expected centres \(5, 4\), got \(4, 5\)"):
         ncjax.collapse_metrics_from_features(*data[:4], centres=np.ones((D, K)))
+
+
+def test_complex_centres_and_a_reference_without_any_centre_are_refused():
+    data = of_counts(0, [3] * K)
+    with pytest.raises(ValueError, match="centres must be real, got complex"):
+        ncjax.collapse_metrics_from_features(*data[:4], centres=np.ones((K, D)) + 1j)
+    first = statistics.class_statistics(data.features, data.labels, K)
+    with pytest.raises(ValueError, match="expected a centre, got NaN"):
+        statistics.reference(first, centres=np.full((K, D), np.nan))

@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.arrays import as_array
 from ncjax.checks import check_integer, check_params
 from ncjax.metrics import measures, statistics
-from ncjax.metrics.inputs import check_classifier, check_features
+from ncjax.metrics.inputs import check_centres, check_classifier, check_features
 from ncjax.metrics.statistics import ClassStatistics, Comparison
 from ncjax.numerics import at_unit_scale, power_of_two, widen
 from ncjax.types import Array, Params
@@ -161,7 +160,7 @@ def collapse_metrics_from_features(
         # At least as many samples as classes, because each chunk costs a few (K, d).
         chunk_size = max(W.shape[0], _CHUNK_ELEMENTS // (dim + W.shape[0]))
     check_integer("chunk_size", chunk_size, least=1)
-    centres = None if centres is None else as_array("centres", centres)
+    centres = None if centres is None else check_centres(centres, W.shape)
     return _metrics_in_chunks(
         features, labels, W, b, centres, min(chunk_size, samples), min_count
     )

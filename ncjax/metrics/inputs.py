@@ -115,6 +115,22 @@ def check_classifier(W, b, shape: tuple[int, ...]) -> tuple[Array, Array | None]
     return W, b
 
 
+def check_centres(centres, shape: tuple[int, ...]) -> Array:
+    """Return class centres (K, d) as an array.
+
+    Raises:
+      ValueError: centres are complex or of another shape, or no known row is finite.
+    """
+    centres = as_array("centres", centres)
+    if centres.shape != shape:
+        raise ValueError(f"expected centres {shape}, got {centres.shape}")
+    _check_real("centres", centres)
+    known = not isinstance(centres, jax.core.Tracer)
+    if known and not np.isfinite(np.asarray(centres)).all(axis=1).any():
+        raise ValueError("expected a centre, got NaN or infinity in every row of centres")
+    return centres
+
+
 def check_rows(*matrices) -> tuple[Array, ...]:
     """Return matrices in the dtype of the computation.
 

@@ -21,7 +21,12 @@ import numpy as np
 
 from ncjax.arrays import as_array
 from ncjax.checks import check_choice, check_integer, check_sizes, float_dtype
-from ncjax.metrics.inputs import check_batch, check_classifier, check_counts
+from ncjax.metrics.inputs import (
+    check_batch,
+    check_centres,
+    check_classifier,
+    check_counts,
+)
 from ncjax.metrics.whitening import whiten
 from ncjax.numerics import matmul, wide_dtype
 from ncjax.types import Array
@@ -339,9 +344,7 @@ def reference(
 
 def _centres_about_mean(statistics, centring, measured, centres) -> tuple[Array, Array]:
     """Return the mask (K,) of finite rows of `centres`, and these minus the global mean."""
-    centres = as_array("centres", centres)
-    if centres.shape != statistics.anchor.shape:
-        raise ValueError(f"expected centres {statistics.anchor.shape}, got {centres.shape}")
+    centres = check_centres(centres, statistics.anchor.shape)
     candidates = jnp.all(jnp.isfinite(centres), axis=1)
     shares = _shares(statistics, centring, measured)
     mean = matmul(shares, _from_origin(statistics))

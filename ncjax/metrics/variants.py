@@ -29,6 +29,7 @@ from ncjax.metrics.classifier import mean_cross_entropy as mean_cross_entropy
 from ncjax.metrics.classifier import mean_squared_error as mean_squared_error
 from ncjax.metrics.classifier import squared_error_parts as squared_error_parts
 from ncjax.metrics.inputs import (
+    check_centres,
     check_classifier,
     check_features,
     check_rows,
@@ -327,7 +328,7 @@ def ncc_agreement(
     `1 - CollapseMetrics.ncc_mismatch` weights samples equally.
     """
     features, labels, W, b = check_features(features, labels, W, b, min_count=min_count)
-    centres = None if centres is None else as_array("centres", centres)
+    centres = None if centres is None else check_centres(centres, W.shape)
     seen = _compare(features, labels, W.shape[0], "class_mean", min_count, centres, W, b)
     return statistics.fraction(seen.counts - seen.mismatches, seen.counts, W.dtype)
 
@@ -365,7 +366,8 @@ def _compare_with_means(
     features, labels, num_classes, centring, min_count, centres=None
 ) -> Comparison:
     features, labels = _samples(features, labels, num_classes, min_count)
-    centres = None if centres is None else as_array("centres", centres)
+    if centres is not None:
+        centres = check_centres(centres, (num_classes, features.shape[1]))
     return _compare(features, labels, num_classes, centring, min_count, centres)
 
 
