@@ -160,6 +160,24 @@ def test_a_class_without_samples_gives_nan_under_jit():
     assert np.isnan(share)
 
 
+def test_ratios_of_a_last_layer_without_a_class_are_nan_under_jit():
+    """The bound of the margin grows with the smallest class, which has no sample."""
+    data = of_counts(1, [3, 0, 3, 4, 2])
+    layer = jax.jit(ncjax.last_layer)(*data[:4])
+    assert np.isnan(layer.margin_ratio)
+    assert np.isnan(layer.balanced_margin_ratio)
+    assert np.isfinite(layer.least_margin)
+
+
+def test_nuclear_norms_need_known_labels():
+    features, labels = of_counts(0, [3] * K)[:2]
+    closed_over = jax.jit(lambda x: variants.nuclear_over_frobenius(x, labels, K))
+    expected = variants.nuclear_over_frobenius(features, labels, K)
+    np.testing.assert_allclose(closed_over(features), expected, rtol=1e-12)
+    with pytest.raises(ValueError, match="labels must be known"):
+        jax.jit(lambda y: variants.nuclear_over_frobenius(features, y, K))(labels)
+
+
 # The second pass
 
 

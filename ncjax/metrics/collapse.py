@@ -128,8 +128,8 @@ def collapse_metrics_from_features(
       b: (K,) bias; None for a layer without bias.
       num_classes: K; if given, W must have K rows.
       centres: (K, d) class centres of NC4. On a test split pass the class means of the
-        training split, as the literature does: `statistics.class_means`. A row with NaN is
-        no centre. None takes the class means of the samples themselves.
+        training split, as the literature does: `statistics.class_means`. A row with
+        NaN or infinity is no centre. None takes the class means of the samples themselves.
       min_count: None requires a sample of every class. A number m, at least 1, measures the
         classes with at least m samples. The other classes enter no mean, no singular value
         and no pair, of the classifier neither; their samples are left out. The classifier

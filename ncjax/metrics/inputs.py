@@ -220,6 +220,27 @@ def _check_labels(labels: Array, num_classes: int, min_count: int | None) -> Non
     check_counts(np.bincount(values.astype(np.int64), minlength=num_classes), min_count)
 
 
+def known_labels(given, labels: Array) -> np.ndarray:
+    """Return checked `labels` on the host, where the sizes of the classes fix shapes.
+
+    Args:
+      given: the labels of the caller. They are known if a traced function only closes over
+        them, although the checked ones are traced.
+      labels: the checked labels.
+
+    Raises:
+      ValueError: both are traced.
+    """
+    if isinstance(labels, jax.core.Tracer):
+        if isinstance(given, jax.core.Tracer):
+            raise ValueError(
+                "labels must be known, because the sizes of the classes fix shapes: call "
+                "this outside jax.jit and jax.vmap, or close over the labels"
+            )
+        labels = given
+    return np.asarray(labels)
+
+
 def check_counts(counts: np.ndarray, min_count: int | None) -> None:
     """Raise ValueError unless enough of the K classes have samples.
 

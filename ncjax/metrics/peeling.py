@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.checks import check_integer, check_params
-from ncjax.metrics.inputs import check_features
+from ncjax.metrics.inputs import check_features, known_labels
 from ncjax.numerics import at_unit_scale, matmul, power_of_two, root_of_scale, widen
 from ncjax.peeled.kernels import log_softplus
 from ncjax.peeled.logits import (
@@ -67,7 +67,8 @@ def last_layer(features, labels, W, b=None) -> LastLayer:
 
     Returns:
       `LastLayer` of scalars, in the dtype of the features, float32 for half precision.
-      NaN if a ratio or an angle is not defined (W = 0, or all features 0). W and the
+      NaN if a ratio or an angle is not defined (W = 0, or all features 0; the ratios also,
+      under jit, if a class has no sample). W and the
       features may have any scales at which the logits are finite.
 
     Raises:
@@ -108,7 +109,9 @@ def _last_layer(features, labels, W, b) -> LastLayer:
     norm = jnp.hypot(s_W * norm_W, s_H * norm_H)
     counts = jnp.bincount(labels, length=num_classes)
     least = jnp.min(least_of_others(unit_margins, others))
-    factor = (num_classes - 1) * jnp.sqrt(jnp.min(counts).astype(W.dtype))
+    fewest = jnp.min(counts).astype(W.dtype)
+    # No bound holds for a class without samples, which only a traced call can have.
+    factor = (num_classes - 1) * jnp.sqrt(jnp.where(fewest > 0, fewest, jnp.nan))
     return LastLayer(
         loss=jnp.exp(log_loss - math.log(samples)),
         log_loss=log_loss,
@@ -205,15 +208,9 @@ def peel(features, labels, W, b=None, *, per_class: int | None = None) -> Params
     """
     given = labels
     features, labels, W, b = check_features(features, labels, W, b)
-    if isinstance(labels, jax.core.Tracer):
-        labels = given  # known, if a traced function only closes over them
-    if isinstance(labels, jax.core.Tracer):
-        raise ValueError(
-            "labels must be known, because the sizes of the classes decide which samples "
-            "are taken: call peel outside jax.jit and jax.vmap, or close over the labels"
-        )
+    targets = known_labels(given, labels)
     features, W = _with_bias(features.astype(W.dtype), W, b)
-    counts = np.bincount(np.asarray(labels), minlength=W.shape[0])
+    counts = np.bincount(targets, minlength=W.shape[0])
     if per_class is None:
         per_class = int(counts.min())
     check_integer("per_class", per_class, least=1)
@@ -223,7 +220,7 @@ def peel(features, labels, W, b=None, *, per_class: int | None = None) -> Params
             "samples"
         )
     # A stable sort keeps the order of the samples within a class.
-    order = np.argsort(np.asarray(labels), kind="stable")
+    order = np.argsort(targets, kind="stable")
     starts = np.cumsum(counts) - counts
     index = order[starts[:, None] + np.arange(per_class)[None]]
     return Params(W=W, H=features[index])

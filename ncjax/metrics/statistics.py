@@ -317,8 +317,8 @@ def reference(
       statistics: statistics of all samples.
       centring: global mean in $\Sigma_B$, as in `centred_means`.
       centres: (K, d) class centres of NC4, for example `class_means` of the training split
-        where the statistics are of a test split. A row with NaN is no centre. None takes
-        the class means of the samples themselves.
+        where the statistics are of a test split. A row with NaN or infinity is no centre.
+        None takes the class means of the samples themselves.
       min_count: classes measured, as in `measured_classes`; K is their number.
 
     Raises:

@@ -34,6 +34,7 @@ from ncjax.metrics.inputs import (
     check_features,
     check_rows,
     check_samples,
+    known_labels,
 )
 from ncjax.metrics.statistics import ClassStatistics, Comparison
 from ncjax.metrics.whitening import whiten
@@ -147,9 +148,10 @@ def nuclear_over_frobenius(
     they fix the shapes of the K decompositions. With `min_count`, classes of fewer samples
     are NaN.
     """
+    given = labels
     features, labels = _samples(features, labels, num_classes, min_count)
+    targets = known_labels(given, labels)
     features = at_unit_scale(features)
-    targets = np.asarray(labels)
     counts = np.bincount(targets, minlength=num_classes)
     order = np.argsort(targets, kind="stable")
     place = np.arange(targets.size) - np.repeat(np.cumsum(counts) - counts, counts)
