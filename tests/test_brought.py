@@ -18,7 +18,7 @@ from ncjax.metrics import collapse
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "full_precision")
 
-few = settings(max_examples=settings.default.max_examples * 4 // 5)
+few = settings(max_examples=settings.default.max_examples // 2)
 
 
 def kept(case):
