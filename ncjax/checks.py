@@ -141,11 +141,22 @@ def _advice(W: Array, H: Array) -> str:
     return ""
 
 
+def concrete(array: Array) -> np.ndarray | None:
+    """Return the value of `array`, or None if it is unknown here.
+
+    Under `jax.jit` it is unknown, and so is an array that other processes hold in part.
+    """
+    if not isinstance(array, jax.Array):
+        return np.asarray(array)
+    if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
+        return None
+    return jax.device_get(array)
+
+
 def check_finite(name: str, array: Array) -> None:
     """Raise ValueError if a concrete `array` holds NaN or infinity."""
-    if isinstance(array, jax.core.Tracer):
-        return
-    bad = int(np.count_nonzero(~np.isfinite(np.asarray(array))))
+    value = concrete(array)
+    bad = 0 if value is None else int(np.count_nonzero(~np.isfinite(value)))
     if bad:
         raise ValueError(
             f"{name} must be finite, got {bad} of {array.size} entries NaN or infinite in "

@@ -11,8 +11,12 @@ def test_every_public_function_has_a_call():
     assert interface.public_names() == interface.CALLS.keys()
 
 
+@pytest.mark.slow
 def test_no_result_is_nan_or_infinite_on_the_way():
-    """`ncjax.margins` is infinite by definition where no other class is compared."""
+    """`test_placeholders.py` holds the model and its flow to this in every run.
+
+    `ncjax.margins` is infinite by definition where no other class is compared.
+    """
     names = interface.CALLS.keys() - {"geometry.margins"}
     with jax.debug_nans(True), jax.debug_infs(True):
         results = interface.evaluate(interface.points(), names)

@@ -5,10 +5,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ncjax.arrays import as_array
-from ncjax.checks import check_finite
+from ncjax.checks import check_finite, concrete
 
 
 def hashable(fn: Callable) -> Callable:
@@ -18,13 +17,6 @@ def hashable(fn: Callable) -> Callable:
     except TypeError:
         return lambda *args: fn(*args)
     return fn
-
-
-def concrete(array) -> np.ndarray | None:
-    """Return the value of `array`, or None if it is unknown here, as under `jax.jit`."""
-    if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
-        return None
-    return jax.device_get(array)
 
 
 def check_floating(params, sphere: bool):

@@ -18,9 +18,10 @@ from ncjax.checks import (
     check_integer,
     check_key,
     check_positive,
+    concrete,
 )
 from ncjax.curvature.hessian import Flat, tangent_operator
-from ncjax.curvature.inputs import check_floating, check_fn, concrete, hashable
+from ncjax.curvature.inputs import check_floating, check_fn, hashable
 from ncjax.curvature.lanczos import EigenPairs, eigh_ends, gauss_quadrature, rayleigh
 from ncjax.curvature.meter import meter
 from ncjax.numerics import on_device

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.checks import check_integer, check_params
+from ncjax.checks import check_integer, check_params, concrete
 from ncjax.metrics import measures, statistics
 from ncjax.metrics.inputs import check_centres, check_classifier, check_features
 from ncjax.metrics.statistics import ClassStatistics, Comparison
@@ -224,7 +224,8 @@ def metrics_from_statistics(
     W, _ = check_classifier(W, None, first_pass.anchor.shape)
     measured = statistics.measured_classes(first_pass, min_count)
     same = statistics.same_samples(first_pass, second_pass, measured)
-    if not isinstance(same, jax.core.Tracer) and not same:
+    known = concrete(same)
+    if known is not None and not known:
         raise ValueError(
             "the second pass must read the samples of the first, got class counts "
             f"{np.asarray(second_pass.counts)} after {np.asarray(first_pass.counts)}: read "

@@ -17,10 +17,15 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ncjax.arrays import as_array
-from ncjax.checks import check_choice, check_integer, check_sizes, float_dtype
+from ncjax.checks import (
+    check_choice,
+    check_integer,
+    check_sizes,
+    concrete,
+    float_dtype,
+)
 from ncjax.metrics.inputs import (
     check_batch,
     check_centres,
@@ -220,8 +225,9 @@ def measured_classes(
     counts = statistics.counts
     if min_count is not None:
         check_integer("min_count", min_count, least=1)
-    if not isinstance(counts, jax.core.Tracer):
-        check_counts(np.asarray(counts), min_count)
+    known = concrete(counts)
+    if known is not None:
+        check_counts(known, min_count)
     return None if min_count is None else counts >= min_count
 
 
