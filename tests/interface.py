@@ -264,6 +264,7 @@ COMPILED = (
     "variants.within_class_variation",
 )
 OUTSIDE_JAX = "variants.one_vs_rest_distances"
+RANDOM = ("geometry.init_params", "geometry.simplex_etf", "landscape.spectral_density")
 
 
 def public_names():
