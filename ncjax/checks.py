@@ -141,6 +141,22 @@ def _advice(W: Array, H: Array) -> str:
     return ""
 
 
+def check_label_range(labels, num_classes: int) -> None:
+    """Raise ValueError if known integers `labels`, as the caller gave them, leave [0, K).
+
+    A cast before this check would hide labels: without x64 JAX reads 2^32 + k as k.
+    """
+    values = concrete(labels)
+    if values is None or not values.size:
+        return
+    if values.min() < 0 or values.max() >= num_classes:
+        from_one = values.min() > 0 and values.max() == num_classes
+        raise ValueError(
+            f"labels must lie in [0, {num_classes}), got {values.min()} to {values.max()}"
+            + (": number the classes from 0" if from_one else "")
+        )
+
+
 def concrete(array: Array) -> np.ndarray | None:
     """Return the value of `array`, or None if it is unknown here.
 

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.arrays import as_array, narrow_labels, read_array
-from ncjax.checks import check_finite, check_integer, check_sizes
+from ncjax.checks import (
+    check_finite,
+    check_integer,
+    check_label_range,
+    check_sizes,
+    concrete,
+)
 from ncjax.numerics import wide_dtype
 from ncjax.types import Array
 
@@ -125,8 +131,8 @@ def check_centres(centres, shape: tuple[int, ...]) -> Array:
     if centres.shape != shape:
         raise ValueError(f"expected centres {shape}, got {centres.shape}")
     _check_real("centres", centres)
-    known = not isinstance(centres, jax.core.Tracer)
-    if known and not np.isfinite(np.asarray(centres)).all(axis=1).any():
+    known = concrete(centres)
+    if known is not None and not np.isfinite(known).all(axis=1).any():
         raise ValueError("expected a centre, got NaN or infinity in every row of centres")
     return centres
 
@@ -208,16 +214,11 @@ def _floating(name: str, array: Array, dtype) -> Array:
 
 def _check_labels(labels: Array, num_classes: int, min_count: int | None) -> None:
     """Raise ValueError unless concrete labels lie in [0, K) and are frequent enough."""
-    if isinstance(labels, jax.core.Tracer):
-        return
-    values = np.asarray(labels)
-    if values.size and (values.min() < 0 or values.max() >= num_classes):
-        from_one = values.min() > 0 and values.max() == num_classes
-        raise ValueError(
-            f"labels must lie in [0, {num_classes}), got {values.min()} to {values.max()}"
-            + (": number the classes from 0" if from_one else "")
-        )
-    check_counts(np.bincount(values.astype(np.int64), minlength=num_classes), min_count)
+    check_label_range(labels, num_classes)
+    values = concrete(labels)
+    if values is not None:
+        counts = np.bincount(values.astype(np.int64), minlength=num_classes)
+        check_counts(counts, min_count)
 
 
 def known_labels(given, labels: Array) -> np.ndarray:

@@ -68,8 +68,8 @@ def last_layer(features, labels, W, b=None) -> LastLayer:
     Returns:
       `LastLayer` of scalars, in the dtype of the features, float32 for half precision.
       NaN if a ratio or an angle is not defined (W = 0, or all features 0; the ratios also,
-      under jit, if a class has no sample). W and the
-      features may have any scales at which the logits are finite.
+      under jit, if a class has no sample). W and the features may have any scales at which
+      the logits are finite.
 
     Raises:
       ValueError: as in `ncjax.collapse_metrics_from_features`.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ncjax.arrays import as_array, narrow_labels, read_array
-from ncjax.checks import check_params
+from ncjax.checks import check_label_range, check_params
 from ncjax.numerics import widen
 from ncjax.peeled import kernels
 from ncjax.peeled.logits import log_odds_of_error, own_and_others
@@ -174,14 +174,7 @@ def _check_logits(logits, labels) -> tuple[Array, Array]:
         raise ValueError(
             f"expected labels of integers ({samples},), got {labels.dtype} {labels.shape}"
         )
-    if not isinstance(labels, jax.core.Tracer) and samples:
-        # Before a cast: without x64 JAX reads 2^32 + k as k.
-        values = jax.device_get(labels)
-        if values.min() < 0 or values.max() >= num_classes:
-            raise ValueError(
-                f"labels must lie in [0, {num_classes}), got {values.min()} to "
-                f"{values.max()}"
-            )
+    check_label_range(labels, num_classes)
     labels = narrow_labels(labels)
     inside = (labels >= 0) & (labels < num_classes)
     return widen(logits), jnp.where(inside, labels, num_classes)
