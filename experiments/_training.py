@@ -8,9 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +23,7 @@ from experiments import _record
 from experiments._runs import cli, files, folders, memory
 from experiments._runs.errors import BadUse, RunFailed, checks
 from experiments._runs.events import Events
+from experiments._runs.interruption import Interruption
 from experiments._runs.progress import tqdm
 from ncjax.metrics.peeling import LastLayer
 from ncjax.networks import checkpoint, data, models, train
@@ -145,7 +143,7 @@ def run(config: Config, name: str, options: Mapping[str, Any]) -> Path:
         if finished:
             return folder
         start = time.perf_counter()
-        with _Interruption() as interruption:
+        with Interruption("epoch") as interruption:
             rows = _Loop(config, setup, folder).run(interruption)
         if is_primary():
             _finish(config, setup, folder, rows, time.perf_counter() - start)
@@ -397,34 +395,6 @@ def _checkpoints(folder: Path, *, read_only: bool = False) -> checkpoint.Checkpo
     return checkpoint.Checkpoints(folder / CHECKPOINTS, read_only=read_only)
 
 
-class _Interruption:
-    """On Ctrl-C or SIGTERM, stop after this epoch; a second signal stops at once.
-
-    Python handles no signal while a function is being compiled.
-    """
-
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._request) for s in self._SIGNALS}
-        return self
-
-    def _request(self, number, frame):
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        # No print: the signal may have interrupted another write to the same stream.
-        os.write(2, b"\ninterrupted: saving after this epoch; once more to stop now\n")
-
-    def __exit__(self, *_):
-        for number, handler in getattr(self, "_before", {}).items():
-            signal.signal(number, handler)
-
-
 def measured_epochs(epochs: int, count: int) -> list[int]:
     """Return about `count` epochs from 1 to `epochs`, both included, even in log log."""
     if epochs <= count:
@@ -485,7 +455,7 @@ class _Loop:
         draw = jax.vmap(one) if self.config.seeds > 1 else one
         return jax.jit(draw, out_shardings=self.replicated)(self._keys_of(0))
 
-    def run(self, interruption: _Interruption) -> list[dict[str, Any]]:
+    def run(self, interruption: Interruption) -> list[dict[str, Any]]:
         """Train for the remaining epochs, and return the rows of metrics.csv.
 
         Raises:

@@ -138,6 +138,79 @@ def training_panels(
     ]
 
 
+def margin_panels(metrics: Mapping[str, np.ndarray]) -> list[Panel]:
+    """Return the panels of a network flow: margins, KKT angle, quotient, loss.
+
+    Args:
+      metrics: fields of `ncjax.CollapseMetrics` and `ncjax.LastLayer` by name, each (S, T)
+        for S seeds and T times.
+    """
+    return [
+        Panel(
+            "(a) least margin over the largest, 1 - ratio",
+            [
+                Curve(1 - metrics["balanced_margin_ratio"], "at equal norms", _MEANS),
+                Curve(1 - metrics["margin_ratio"], "as trained", _MEANS, "--"),
+            ],
+        ),
+        Panel(
+            r"(b) KKT angle of the last layer: $\sqrt{1-\beta^2}$",
+            [
+                Curve(metrics["balanced_kkt_angle"], "at equal norms", _MEANS),
+                Curve(metrics["kkt_angle"], "as trained", _MEANS, "--"),
+            ],
+        ),
+        Panel(
+            r"(c) within-class variation: $\mathrm{Tr}\,\Sigma_W / \mathrm{Tr}\,\Sigma_B$",
+            [Curve(metrics["within_class_quotient"], "features", _MEANS)],
+        ),
+        Panel(
+            r"(d) minus $\log L$, $L$ summed over samples",
+            [Curve(-metrics["log_loss"], "training set", _MEANS)],
+            guide=-1,
+        ),
+    ]
+
+
+def duality_panels(metrics: Mapping[str, np.ndarray]) -> list[Panel]:
+    """Return the panels on what remains of self-duality and of the angles.
+
+    Args:
+      metrics: fields of `ncjax.CollapseMetrics` and `ncjax.DualityParts` by name, each
+        (S, T) for S seeds and T times.
+    """
+    return [
+        Panel(
+            "(a) self-duality and its two causes",
+            [
+                Curve(metrics["centred_self_duality"], "self-duality", _MEANS, width=2.4),
+                Curve(metrics["multiplier_distance"], "history", _CLASSIFIER),
+                Curve(metrics["multiplier_duality"], "unequal multipliers", _COLOURS[2]),
+            ],
+        ),
+        Panel(
+            "(b) classifier outside the span of the means",
+            [Curve(metrics["outside_means"], "share of the norm", _CLASSIFIER)],
+        ),
+        Panel(
+            "(c) multipliers over pairs of classes: std / mean",
+            [Curve(metrics["multiplier_variation"], "std / mean", _COLOURS[2])],
+        ),
+        Panel(
+            r"(d) angles: mean $|\cos + 1/(K-1)|$",
+            [
+                Curve(metrics["mean_cosine_deviation"], "class means", _MEANS, width=2.4),
+                Curve(
+                    metrics["centred_classifier_cosine_deviation"],
+                    "classifier, centred",
+                    _CLASSIFIER,
+                    "--",
+                ),
+            ],
+        ),
+    ]
+
+
 def _positive(values: np.ndarray) -> np.ndarray:
     """Replace values that are not positive by NaN, which no curve shows."""
     return np.where(values > 0, values, np.nan)

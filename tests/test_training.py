@@ -29,6 +29,7 @@ from experiments import (
     train_vgg,
 )
 from experiments._runs import cli, files, folders
+from experiments._runs.interruption import Interruption
 from ncjax.metrics.peeling import LastLayer
 from ncjax.networks import checkpoint, data, train
 
@@ -193,7 +194,7 @@ def test_a_second_interrupt_stops_within_the_epoch():
             os.kill(os.getpid(), signal.SIGINT)
             return False
 
-    with _training._Interruption() as interruption:
+    with Interruption("epoch") as interruption:
         with pytest.raises(KeyboardInterrupt):
             _training._to_host(Busy())
         assert interruption.requested

@@ -95,7 +95,7 @@ def _last_layer(features, labels, W, b) -> LastLayer:
     U, V = W / r_W / r_W, H / r_H / r_H
     root = r_W * r_H
     unit_margins, others = margins_of_samples(matmul(V, without_offset(U).T), labels)
-    log_loss, weights = _slopes(unit_margins * root * root, others)
+    log_loss, weights = slopes(unit_margins * root * root, others)
     inner = 2 * jnp.sum(weights * unit_margins)  # <Z, -∇L>
     total = jnp.sum(weights, axis=1, keepdims=True)
     by_logits = jnp.where(others, weights, -total)
@@ -127,9 +127,10 @@ def _last_layer(features, labels, W, b) -> LastLayer:
     )
 
 
-def _slopes(margins: Array, others: Array) -> tuple[Array, Array]:
-    """Return log L and the slopes (N, K) of L in the other logits, up to a factor.
+def slopes(margins: Array, others: Array) -> tuple[Array, Array]:
+    """Return log L, and the slopes (N, K) of L in the logits of the other classes.
 
+    The slopes are known up to a common factor, and are 0 at j = y_a.
     They come from logarithms, because L may underflow.
     """
     log_odds = log_odds_of_error(margins, others)

@@ -29,6 +29,8 @@ STEMS = ("cifar", "imagenet")
 HEADS = ("linear", "mlp")
 # VGG halves its images five times.
 VGG_LEAST_SIZE = 32
+# Share of the old value that an update of the averages of batch normalisation keeps.
+MOMENTUM = 0.9
 
 _VGG_CHANNELS = (64, 128, 256, 512, 512)
 _VGG_UNITS = 4096
@@ -67,7 +69,7 @@ def _norm(train: bool, dtype, name: str) -> Callable[[Array], Array]:
     """Return batch normalisation, in float32, with PyTorch's momentum and epsilon."""
     norm = nn.BatchNorm(
         use_running_average=not train,
-        momentum=0.9,
+        momentum=MOMENTUM,
         epsilon=1e-5,
         dtype=jnp.float32,
         param_dtype=jnp.float32,

@@ -1,0 +1,167 @@
+"""The record of a network flow: rows of metrics.csv, figures and tables of them."""
+
+import csv
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import _fits
+from experiments._runs import files
+from experiments._runs.errors import BadUse
+from ncjax import plotting
+
+METRICS_FILE = "metrics.csv"
+_KINDS = {"seed": int, "gradients": int, "split": str}
+_HEAD = ("split", "seed", "log_t", "gradients", "excess")
+# Values of log t in the table, as far as the run comes.
+_TIMES = (10.0, 100.0, 300.0, 1000.0)
+_GRID_POINTS = 300
+
+
+def row(split: str, head: Mapping[str, Any], values: Mapping[str, float]) -> dict[str, Any]:
+    """Return a row, with values rounded as in the file: a resumed run has the same rows."""
+    numbers = {**head, **values}
+    rounded = {
+        name: value if isinstance(value, int) else float(f"{value:.9g}")
+        for name, value in numbers.items()
+    }
+    return {"split": split} | rounded
+
+
+def next_time(log_t: float, per_decade: int) -> float:
+    """Return the first time after `log_t` of the grid 10^(i / per_decade), i >= 0."""
+    if log_t < 1:
+        return 1.0
+    return 10 ** ((math.floor(per_decade * math.log10(log_t) + 1e-6) + 1) / per_decade)
+
+
+def on_grid(rows: Sequence[dict[str, Any]], per_decade: int) -> list[dict[str, Any]]:
+    """Leave out the rows of the end of a run that goes on, unless the grid has them."""
+    times = sorted({row["log_t"] for row in rows})
+    if len(times) > 1 and times[-1] < next_time(times[-2], per_decade):
+        return [row for row in rows if row["log_t"] < times[-1]]
+    return list(rows)
+
+
+def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write metrics.csv, a row for each time, split and seed."""
+    files.write_rows(folder / METRICS_FILE, rows)
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.csv; none if there is no such file.
+
+    Raises:
+      BadUse: the file is damaged.
+    """
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="") as file:
+            return [
+                {name: _KINDS.get(name, float)(value) for name, value in row.items()}
+                for row in csv.DictReader(file, strict=True)
+            ]
+    except (ValueError, LookupError, TypeError, csv.Error, OSError):
+        raise BadUse(f"{path} is damaged") from None
+
+
+def digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the SHA-256 of these rows."""
+    return hashlib.sha256(files.csv_of(rows) if rows else b"").hexdigest()
+
+
+def series(rows: Sequence[Mapping[str, Any]], split: str) -> list[dict[str, np.ndarray]]:
+    """Return the columns of each seed by name, each (T,); T differs between seeds."""
+    seeds = sorted({row["seed"] for row in rows})
+    names = [name for name in rows[0] if name not in ("split", "seed")]
+    chosen = [
+        [row for row in rows if (row["split"], row["seed"]) == (split, seed)]
+        for seed in seeds
+    ]
+    return [
+        {name: np.array([row[name] for row in part], float) for name in names}
+        for part in chosen
+        if part
+    ]
+
+
+def interpolate(
+    parts: Sequence[Mapping[str, np.ndarray]],
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return common log times (T,), and the columns (S, T) of S seeds at these times.
+
+    The solver chooses the times, so they differ between seeds. One seed keeps its own.
+    Several are interpolated in log log t, on the times that all have.
+    """
+    if len(parts) == 1:
+        return parts[0]["log_t"], {k: v[None] for k, v in parts[0].items()}
+    parts = [{k: v[part["log_t"] > 1] for k, v in part.items()} for part in parts]
+    parts = [part for part in parts if part["log_t"].size]
+    low, high = (f(part["log_t"][i] for part in parts) for f, i in ((max, 0), (min, -1)))
+    log_times = np.geomspace(low, high, _GRID_POINTS)
+    columns = {
+        name: np.stack(
+            [
+                np.interp(np.log(log_times), np.log(part["log_t"]), part[name])
+                for part in parts
+            ]
+        )
+        for name in parts[0]
+    }
+    return log_times, columns
+
+
+def draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the figures of a run: collapse, margins and duality over log log t."""
+    of_train = [part for part in series(rows, "train") if part["log_t"][-1] > 1]
+    if not of_train or len(of_train[0]["log_t"]) < 2:
+        return
+    log_times, columns = interpolate(of_train)
+    for name, panels in (
+        ("collapse", plotting.collapse_panels(columns)),
+        ("margins", plotting.margin_panels(columns)),
+        ("duality", plotting.duality_panels(columns)),
+    ):
+        figure = plotting.figure_over_log_log_t(log_times, panels)
+        files.write_files(folder / name, plotting.render(figure))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row per metric: medians over seeds at some times and at the end."""
+    of_train, of_test = series(rows, "train"), series(rows, "test")
+    last = min(part["log_t"][-1] for part in of_train)
+    times = [time for time in _TIMES if time < 0.95 * last]
+    result = []
+    for name in of_train[0]:
+        if name in _HEAD:
+            continue
+        cells: dict[str, Any] = {"metric": name}
+        for time in times:
+            values = [part[name][np.argmax(part["log_t"] >= time)] for part in of_train]
+            cells[f"log_t_{time:g}"] = _median(values)
+        cells["at_the_end"] = _median([part[name][-1] for part in of_train])
+        if of_test:
+            cells["test_at_the_end"] = _median([part[name][-1] for part in of_test])
+        result.append(cells)
+    return result
+
+
+def _median(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.median(finite)) if finite else math.nan
+
+
+def exponents(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return p of (log t)^-p, fitted in windows, for each metric of the training set."""
+    parts = [part for part in series(rows, "train") if part["log_t"][-1] > 1]
+    if not parts:
+        return {}
+    log_times, columns = interpolate(parts)
+    fitted = {name: v for name, v in columns.items() if name not in _HEAD}
+    return _fits.exponent_table(log_times, fitted)
