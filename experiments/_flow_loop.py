@@ -14,11 +14,11 @@ from jax.sharding import Mesh
 
 import ncjax
 from experiments import _flow_record, _training
+from experiments._last_layer import describe
 from experiments._runs import files
 from experiments._runs.errors import BadUse, checks
 from experiments._runs.interruption import Interruption
 from experiments._runs.progress import tqdm
-from experiments.peel import describe
 from ncjax.metrics.duality import duality_parts
 from ncjax.networks import checkpoint, flow, full_batch, train
 

@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import ncjax
 from experiments import _legs, _training
+from experiments._last_layer import describe
 from experiments._runs import cli, files, folders
 from experiments._runs.errors import BadUse, RunFailed, checks
 from experiments._runs.progress import tqdm
@@ -17,8 +17,6 @@ from ncjax import plotting
 from ncjax.flow.solve import SUCCESS
 
 NAME = "peel"
-# Residual of the least eigenvalue, whose error is about the square of this.
-_CURVATURE = 1e-6
 OUTPUTS = ("metrics.csv", "peel.csv", "peel.md", "flow.png", "flow.pdf")
 
 
@@ -132,43 +130,6 @@ def _peel(trained: _training.Trained, per_class: int) -> ncjax.Params:
 def _balance(network: ncjax.Params) -> ncjax.Params:
     """Return the point with equal norms of W and H."""
     return ncjax.balance_norms(network)
-
-
-def describe(params: ncjax.Params) -> dict[str, Any]:
-    """Return margins, KKT residuals, certificate and least eigenvalue of a point."""
-    num_classes, per_class, dim = params.H.shape
-    labels = jnp.repeat(jnp.arange(num_classes, dtype=jnp.int32), per_class)
-    layer = ncjax.last_layer(params.H.reshape(-1, dim), labels, params.W)
-    eig = ncjax.hessian_eig(ncjax.log_cross_entropy, params, sphere=True, tol=_CURVATURE)
-    description: dict[str, Any] = {
-        "squared_norm": float(ncjax.squared_norm(params)),
-        "log_loss": float(layer.log_loss),
-        "least_margin": float(layer.least_margin),
-        "margin_ratio": float(layer.margin_ratio),
-        "balanced_margin_ratio": float(layer.balanced_margin_ratio),
-        "kkt_angle": float(layer.kkt_angle),
-        "balanced_kkt_angle": float(layer.balanced_kkt_angle),
-        "smallest_riemannian_eigenvalue": float(eig.eigenvalues[0]),
-    }
-    if layer.least_margin > 0:
-        certificate = ncjax.certificate(params)
-        kkt = ncjax.kkt(params)
-        description |= {
-            "kkt_stationarity": float(kkt.stationarity),
-            "kkt_complementarity": float(kkt.complementarity),
-            "sigma_max": float(certificate.sigma_max),
-            "duality_gap": float(certificate.gap),
-            "excess_over_the_minimum_norm": float(certificate.excess),
-            "verdict": ncjax.VERDICTS[int(certificate.verdict)],
-        }
-    else:
-        undefined = ("kkt_stationarity", "kkt_complementarity", "sigma_max", "duality_gap")
-        description |= dict.fromkeys((*undefined, "excess_over_the_minimum_norm"), math.nan)
-        description["verdict"] = ncjax.VERDICTS[ncjax.separation.NOT_SEPARATED]
-    return description | {
-        name: float(value)
-        for name, value in ncjax.collapse_metrics(params)._asdict().items()
-    }
 
 
 def _write(folder: Path, trained, log_times, columns, points) -> None:

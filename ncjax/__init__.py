@@ -18,10 +18,12 @@ from ncjax.flow import gradient_flow as gradient_flow
 from ncjax.flow import invariant_drift as invariant_drift
 from ncjax.flow import restore_invariants as restore_invariants
 from ncjax.metrics import CollapseMetrics as CollapseMetrics
+from ncjax.metrics import DualityParts as DualityParts
 from ncjax.metrics import LastLayer as LastLayer
 from ncjax.metrics import balance_norms as balance_norms
 from ncjax.metrics import collapse_metrics as collapse_metrics
 from ncjax.metrics import collapse_metrics_from_features as collapse_metrics_from_features
+from ncjax.metrics import duality_parts as duality_parts
 from ncjax.metrics import last_layer as last_layer
 from ncjax.metrics import measures as measures
 from ncjax.metrics import peel as peel

@@ -162,6 +162,7 @@ CALLS = {
     "collapse.class_distance_normalised_variance": lambda p: (
         collapse.class_distance_normalised_variance(_first_pass(p))
     ),
+    "duality.duality_parts": lambda p: ncjax.duality_parts(p.features, p.labels, p.W, p.b),
     "peeling.last_layer": lambda p: ncjax.last_layer(p.features, p.labels, p.W, p.b),
     "peeling.balance_norms": lambda p: ncjax.balance_norms(p.params),
     "peeling.peel": lambda p: ncjax.peel(p.features, p.labels, p.W, p.b, per_class=2),

@@ -13,6 +13,8 @@ from ncjax.metrics.collapse import (
 )
 from ncjax.metrics.collapse import metrics_from_statistics as metrics_from_statistics
 from ncjax.metrics.collapse import within_class_quotient as within_class_quotient
+from ncjax.metrics.duality import DualityParts as DualityParts
+from ncjax.metrics.duality import duality_parts as duality_parts
 from ncjax.metrics.peeling import LastLayer as LastLayer
 from ncjax.metrics.peeling import balance_norms as balance_norms
 from ncjax.metrics.peeling import last_layer as last_layer

@@ -1,0 +1,123 @@
+"""The report page of a network flow, and the comparison of several."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments._labels import LABELS
+from experiments._runs import page
+
+# Sizes below which the report calls a metric collapsed. Each is the smaller of two values
+# that stochastic gradient descent with weight decay 5e-4 reaches in 200 epochs, with a
+# learning rate that falls five times: ResNet18 on 500 images of MNIST, and VGG13 on 500 of
+# CIFAR-10 (docs/results.md).
+FIELD: dict[str, float] = {}
+_SIDE_BY_SIDE = {
+    "within_class_variation": "NC1, Tr(Σ_W Σ_B⁺)/K",
+    "within_class_quotient": "NC1, Tr Σ_W / Tr Σ_B",
+    "mean_norm_variation": "NC2, norms of means",
+    "mean_cosine_deviation": "NC2, angles of means",
+    "centred_self_duality": "NC3, centred",
+}
+
+
+def _findings(summary: Mapping[str, Any]) -> page.Findings:
+    """Show the metrics over log t, the end of each seed, and the last layer there."""
+    endings = summary["endings"]
+    size = f"{summary['parameters']:,} parameters, {summary['training_images']:,} images"
+    reached = [ending["log_t"] for ending in endings if not ending["result"]]
+    if not reached:
+        return page.Findings(page.OPEN, f"{size}; no seed came to the end", [])
+    metrics = summary["metrics"]
+    collapsed = [name for name in FIELD if metrics[name]["at_the_end"] <= FIELD[name]]
+    verdict = (
+        f"{size}; {len(reached)} of {len(endings)} seeds to log t = "
+        f"{page.number(min(reached))}; {len(collapsed)} of {len(FIELD)} metrics no larger "
+        "than after training with weight decay"
+    )
+    state = page.GOOD if len(collapsed) == len(FIELD) else page.OPEN
+    tables = [_metrics(metrics), _endings(endings), _last_layer(summary)]
+    return page.Findings(state, verdict, tables)
+
+
+def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> page.Table:
+    """Return a row for each metric: its values over log t, and the field's."""
+    rows = [metrics[name] for name in LABELS if name in metrics]
+    columns = [name for name in rows[0] if name != "metric"]
+    return page.Table(
+        "Training set, medians over seeds; the last column is the value after training "
+        "with weight decay, for comparison",
+        ["metric", *(name.replace("_", " ") for name in columns), "with weight decay"],
+        [
+            [
+                LABELS[row["metric"]],
+                *(page.number(row.get(name), 3) for name in columns),
+                page.number(FIELD.get(row["metric"]), 3),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _endings(endings: Sequence[Mapping[str, Any]]) -> page.Table:
+    """Return a row for each seed."""
+    return page.Table(
+        "The end of each seed",
+        ["seed", "log t", "log L", "gradients", "steps refused"],
+        [
+            [
+                str(seed),
+                *(page.number(ending[name]) for name in ("log_t", "log_loss")),
+                *(page.number(ending[name]) for name in ("gradients", "refused")),
+            ]
+            for seed, ending in enumerate(endings)
+        ],
+    )
+
+
+def _last_layer(summary: Mapping[str, Any]) -> page.Table:
+    """Return the description of the last layer of seed 0, at equal norms."""
+    point = summary["last_layer"]
+    rows = [[LABELS[name], page.number(point[name])] for name in LABELS if name in point]
+    return page.Table(
+        "The last layer of seed 0 as a point of the layer-peeled model, at equal norms of "
+        "W and H",
+        ["quantity", "value"],
+        [*rows, ["verdict", str(point["verdict"])]],
+    )
+
+
+def _side_by_side(sections: Sequence[page.Section]) -> page.Table:
+    """Return a row for each network: where it came, and what it measured there."""
+    return page.Table(
+        "Gradient flow of networks side by side, medians over seeds at the end",
+        ["network", "images", "log t", "gradients", *_SIDE_BY_SIDE.values()],
+        [_network(section) for section in sections],
+    )
+
+
+def _network(section: page.Section) -> list[str]:
+    """Return the row of one network."""
+    summary, ending = section.summary, section.summary["endings"][0]
+    metrics = summary.get("metrics", {})
+    return [
+        section.title,
+        page.number(summary["training_images"]),
+        page.number(ending["log_t"]),
+        page.number(ending["gradients"]),
+        *(
+            page.number(metrics.get(name, {}).get("at_the_end"), 3)
+            for name in _SIDE_BY_SIDE
+        ),
+    ]
+
+
+PAGE = page.Page(
+    title="Gradient flow of {model} on {dataset}",
+    figures={
+        "collapse.png": "NC1 to NC3 over log log t, t the physical time.",
+        "margins.png": "Margins, KKT angle and loss.",
+        "duality.png": "What remains of self-duality and of the angles.",
+    },
+    show=_findings,
+    compare=_side_by_side,
+)
