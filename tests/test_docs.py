@@ -22,6 +22,7 @@ PAGES = [DOCS / "tour.md", *sorted((DOCS / "howto").glob("*.md"))]
 MODULES = (
     "peeled.losses",
     *(f"networks.{name}" for name in ("models", "data", "train", "checkpoint")),
+    "networks.homogeneous",
     "plotting",
 )
 # Modules that have no page in the reference: they serve others.
