@@ -20,7 +20,8 @@ from experiments._runs.errors import BadUse, checks
 from experiments._runs.interruption import Interruption
 from experiments._runs.progress import tqdm
 from ncjax.metrics.duality import duality_parts
-from ncjax.networks import checkpoint, flow, full_batch, train
+from ncjax.networks import checkpoint, flow, full_batch, models, train
+from ncjax.networks.homogeneous import homogeneity, squared_norm_differences
 
 REACHED, SPENT, STUCK, NOT_FINITE = range(4)
 ENDINGS = (
@@ -56,6 +57,7 @@ class Loop:
         self.checkpoints = checkpoints
         self.mesh = Mesh(np.asarray(jax.devices()), (train.AXIS,))
         self.method = flow.make_method(config.method, config.max_stages)
+        self.degree = models.degree(setup.model) if config.norm == "none" else 0
         self.programs = self._compile()
         self.rows: list[dict[str, Any]] = []
         self.stored: list[dict[str, Any]] = []  # rows of the run that is resumed
@@ -136,9 +138,10 @@ class Loop:
         """Return the state of a seed at t = 0, after the warm epochs."""
         keys = jax.random.split(jax.random.key(self.config.seed), self.config.seeds)
         variables = self.programs.init(keys[seed])
-        params = variables["params"]
+        scale = self.config.init_scale
+        params = jax.tree.map(lambda leaf: scale * leaf, variables["params"])
         if self.config.warm_epochs:
-            params = self._warm_up(variables, keys[seed])
+            params = self._warm_up(variables | {"params": params}, keys[seed])
         return self.programs.begin(params)
 
     def _warm_up(self, variables, key) -> Any:
@@ -214,11 +217,15 @@ class Loop:
         return bool(early or state.excess < _SETTLED_EXCESS)
 
     def _is_due(self, seed: int, state: flow.FlowState) -> bool:
-        """Return whether log t has passed the next time of the grid."""
+        """Return whether log t has passed the next time of the grid.
+
+        A point off the smooth path waits, until the time after that one has passed as well.
+        """
         rows = self._rows_of(seed)
         last = rows[-1]["log_t"] if rows else 0.0
         due = _flow_record.next_time(last, self.config.measurements)
-        return float(state.log_time) >= due and self._is_settled(state)
+        overdue = _flow_record.next_time(due, self.config.measurements)
+        return state.log_time >= (due if self._is_settled(state) else overdue)
 
     def _measure(self, seed: int, state: flow.FlowState) -> tuple[Any, Any]:
         """Add a row for each split, and return features and labels of training."""
@@ -232,15 +239,34 @@ class Loop:
         values = train.measure(features, labels, state.params)
         parts = duality_parts(features, labels, *train.classifier(state.params))
         values |= {name: float(value) for name, value in parts._asdict().items()}
+        if self.degree:
+            values |= self._homogeneity(state, values["least_margin"])
         self.rows.append(_flow_record.row("train", head, values))
         if self.setup.test_set is not None:
             centres = train.class_means(features, labels, state.params)
             test = self._evaluate(self.setup.test_set, state.params)
             tested = train.measure(*test, state.params, centres)
-            missing = dict.fromkeys(parts._fields, math.nan)
+            missing = dict.fromkeys(values.keys() - tested.keys(), math.nan)
             self.rows.append(_flow_record.row("test", head, tested | missing))
         self._write(seed)
         return features, labels
+
+    def _homogeneity(self, state: flow.FlowState, least_margin: float) -> dict[str, float]:
+        """Return margin, alignment and growth of a homogeneous network."""
+        found = homogeneity(
+            state.params,
+            state.slope,
+            state.log_loss,
+            state.log_time,
+            least_margin,
+            self.degree,
+        )
+        layers = models.weight_layers(self.setup.model)
+        differences = squared_norm_differences(state.params, layers)
+        names = {"squared_norm": "theta_squared_norm", "kkt_angle": "theta_kkt_angle"}
+        values = {names.get(k, k): float(v) for k, v in found._asdict().items()}
+        # Of the last and the first layer: conserved on the flow.
+        return values | {"norm_difference": float(jnp.sum(differences))}
 
     def _evaluate(self, dataset, params) -> tuple[Any, Any]:
         """Return features in evaluation mode, and labels."""

@@ -118,16 +118,19 @@ def interpolate(
 
 
 def draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the figures of a run: collapse, margins and duality over log log t."""
+    """Draw the figures of a run over log log t."""
     of_train = [part for part in series(rows, "train") if part["log_t"][-1] > 1]
     if not of_train or len(of_train[0]["log_t"]) < 2:
         return
     log_times, columns = interpolate(of_train)
-    for name, panels in (
-        ("collapse", plotting.collapse_panels(columns)),
-        ("margins", plotting.margin_panels(columns)),
-        ("duality", plotting.duality_panels(columns)),
-    ):
+    figures = {
+        "collapse": plotting.collapse_panels(columns),
+        "margins": plotting.margin_panels(columns),
+        "duality": plotting.duality_panels(columns),
+    }
+    if "norm_growth" in columns:
+        figures["homogeneity"] = plotting.homogeneity_panels(columns)
+    for name, panels in figures.items():
         figure = plotting.figure_over_log_log_t(log_times, panels)
         files.write_files(folder / name, plotting.render(figure))
 

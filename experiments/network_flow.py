@@ -20,7 +20,8 @@ CHECKPOINTS = "checkpoints"
 OUTPUTS = (
     *(_flow_record.METRICS_FILE, CHECKPOINTS),
     *("collapse.png", "collapse.pdf", "margins.png", "margins.pdf"),
-    *("duality.png", "duality.pdf", "collapse.csv", "collapse.md", "peel.csv", "peel.md"),
+    *("duality.png", "duality.pdf", "homogeneity.png", "homogeneity.pdf"),
+    *("collapse.csv", "collapse.md", "peel.csv", "peel.md"),
 )
 _PACKAGES = ("flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 # Settings that a resumed run may change.
@@ -45,6 +46,7 @@ class Config(cli.Settings):
         "batch", "batch, or none: homogeneous, without normalisation and biases", cli.MODEL
     )
     use_bias: bool = cli.flag(True, "a bias in the classifier", cli.MODEL)
+    init_scale: float = cli.flag(1.0, "factor of all initial weights", cli.MODEL)
     dataset: str = cli.flag("digits", "digits (no download), or a set of TFDS", cli.DATA)
     train_split: str = cli.flag(
         "train", "such as 'train[:20%]', as TFDS writes splits", cli.DATA
@@ -132,6 +134,8 @@ def check(config: Config) -> None:
         )
     if not (math.isfinite(config.log_t_max) and config.log_t_max > 1):
         raise BadUse(f"--log_t_max must be above 1 and finite, got {config.log_t_max}")
+    if not 0 < config.init_scale < math.inf:
+        raise BadUse(f"--init_scale must be positive and finite, got {config.init_scale}")
     bounds = {"max_stages": 2, "max_gradients": 1, "num_groups": 1, "warm_epochs": 0}
     for name, least in bounds.items():
         value = getattr(config, name)
@@ -139,7 +143,11 @@ def check(config: Config) -> None:
             raise BadUse(f"--{name} must be at least {least}, and below 2**31, got {value}")
     if config.stem != "cifar" and not config.model.startswith("resnet"):
         raise BadUse(f"--stem={config.stem} is for a ResNet, got --model={config.model}")
-    if config.norm != "batch" and config.model.startswith("resnet"):
+    if config.norm not in models.NORMS:
+        raise BadUse(
+            f"--norm must be one of {', '.join(models.NORMS)}, got {config.norm!r}"
+        )
+    if config.norm == "none" and config.model.startswith("resnet"):
         raise BadUse(f"--norm={config.norm} is not for --model={config.model}")
     if config.random_labels and config.test_split:
         raise BadUse("--random_labels leaves nothing to test: drop --test_split")
@@ -154,6 +162,8 @@ def _training_config(config: Config) -> _training.Config:
     values = {k: v for k, v in dataclasses.asdict(config).items() if k in shared}
     if not config.warm_epochs:
         values |= {"batch_size": 1}
+    if config.norm == "none":
+        values |= {"use_bias": False}
     if config.model.startswith("vgg") and not config.image_size:
         values |= {"image_size": models.VGG_LEAST_SIZE}
     return _training.Config(**values | {"compute_dtype": "float32"})
@@ -169,7 +179,9 @@ def set_up(config: Config) -> _training.Setup:
     options: dict[str, Any] = {}
     if config.model.startswith("resnet"):
         options["stem"] = config.stem
-    elif config.norm != "batch":
+    elif config.norm == "none" and config.model == "mlp":
+        options["hidden_bias"] = False
+    elif config.norm == "none":
         options["norm"] = config.norm
     setup = _training.set_up(_training_config(config), options)
     size = len(setup.train_set.labels)

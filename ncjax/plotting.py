@@ -211,6 +211,38 @@ def duality_panels(metrics: Mapping[str, np.ndarray]) -> list[Panel]:
     ]
 
 
+def homogeneity_panels(metrics: Mapping[str, np.ndarray]) -> list[Panel]:
+    """Return the panels of a homogeneous network: margin, KKT angle, the two constants.
+
+    Args:
+      metrics: columns of the flow of a homogeneous network, each (S, T) for S seeds and T
+        times: `margin`, `log_smoothed_margin`, `theta_kkt_angle`, `norm_growth`,
+        `loss_growth`.
+    """
+    smoothed = np.exp(metrics["log_smoothed_margin"])
+    return [
+        Panel(
+            r"(a) normalised margin",
+            [
+                Curve(metrics["margin"], r"$q_{\min}/|\theta|^p$", _MEANS, width=2.4),
+                Curve(smoothed, "smoothed", _CLASSIFIER),
+            ],
+        ),
+        Panel(
+            r"(b) KKT angle of all parameters: $\sqrt{1-\beta^2}$",
+            [Curve(metrics["theta_kkt_angle"], "parameters", _MEANS)],
+        ),
+        Panel(
+            r"(c) $|\theta|^2 / (\log t)^{2/p}$",
+            [Curve(metrics["norm_growth"], "parameters", _MEANS)],
+        ),
+        Panel(
+            r"(d) $t\,L\,(\log t)^{2-2/p}$",
+            [Curve(metrics["loss_growth"], "training set", _MEANS)],
+        ),
+    ]
+
+
 def _positive(values: np.ndarray) -> np.ndarray:
     """Replace values that are not positive by NaN, which no curve shows."""
     return np.where(values > 0, values, np.nan)

@@ -211,7 +211,7 @@ def test_groups_are_balanced_and_hold_each_sample_once(digits):
 
 
 def test_groups_that_do_not_divide_the_set_are_refused(digits):
-    with pytest.raises(ValueError, match="num_groups must divide the 100 images .* got 3"):
+    with pytest.raises(ValueError, match="num_groups must divide the 100 images"):
         full_batch.split(digits, 3)
 
 

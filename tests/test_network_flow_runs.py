@@ -1,0 +1,266 @@
+"""The experiment `network_flow`: rows, endings, resuming, refused settings."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+import ncjax
+from experiments import _flow_loop, _flow_record, network_flow, report
+from experiments._runs import cli, files, folders
+from experiments._runs.errors import BadUse, RunFailed
+from ncjax.networks import flow
+
+SMALL = network_flow.Config(
+    model="mlp", width=0.05, per_class=4, log_t_max=12.0, test_split="test[:40]"
+)
+
+
+def small(folder, **changes):
+    return dataclasses.replace(SMALL, workdir=str(folder), **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return network_flow.run(small(tmp_path_factory.mktemp("network_flow") / "run", seeds=2))
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Run a config that is interrupted after so many rows."""
+
+    def run(config, number):
+        write = _flow_record.write_rows
+
+        def write_and_interrupt(folder, rows):
+            write(folder, rows)
+            if len(rows) == number:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_flow_record, "write_rows", write_and_interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                network_flow.run(config)
+
+    return run
+
+
+def rows_of(folder, split="train", seed=0):
+    rows = _flow_record.read_rows(folder)
+    return [row for row in rows if (row["split"], row["seed"]) == (split, seed)]
+
+
+def assert_same_run(folder, other):
+    """Compare rows, endings and the description of the end."""
+    assert (folder / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    one, two = (files.read_json(run / "summary.json") for run in (folder, other))
+    for name in ("endings", "metrics", "last_layer", "exponents"):
+        assert one[name] == two[name]
+
+
+def test_a_run_comes_to_the_end_and_measures_on_the_way(finished):
+    summary = files.read_json(finished / "summary.json")
+    for seed, ending in enumerate(summary["endings"]):
+        rows = rows_of(finished, seed=seed)
+        assert ending["result"] == _flow_loop.REACHED
+        assert ending["log_t"] >= SMALL.log_t_max
+        assert rows[-1]["log_t"] == pytest.approx(ending["log_t"], rel=1e-8)
+        assert rows[-1]["log_loss"] == pytest.approx(ending["log_loss"], abs=1e-2)
+        times = [row["log_t"] for row in rows]
+        assert times == sorted(set(times))
+        assert times[0] < 2
+        assert len(rows) > 5
+        assert len(rows_of(finished, "test", seed)) == len(rows)
+    assert {name for name in network_flow.OUTPUTS if (finished / name).exists()} == {
+        *network_flow.OUTPUTS
+    } - {"homogeneity.png", "homogeneity.pdf"}
+
+
+def test_rows_are_on_the_smooth_path_of_the_flow(finished):
+    """There log t + log L is -log |∇ log L|², up to the excess."""
+    for row in rows_of(finished):
+        if row["log_t"] > 5:
+            assert row["excess"] < 3
+            assert -10 < row["log_t"] + row["log_loss"] < 3
+
+
+def test_the_last_layer_is_described_with_its_certificate(finished):
+    point = files.read_json(finished / "summary.json")["last_layer"]
+    assert point["verdict"] in ncjax.VERDICTS
+    assert 0 < point["margin_ratio"] <= 1
+    assert (finished / "peel.md").read_text().startswith("| quantity | at equal norms |")
+
+
+def test_evaluation_mode_agrees_without_normalisation(finished):
+    summary = files.read_json(finished / "summary.json")
+    last = rows_of(finished)[-1]
+    for name in ("within_class_quotient", "centred_self_duality", "accuracy"):
+        assert summary["evaluation_mode"][name] == pytest.approx(last[name], rel=1e-3)
+
+
+def test_a_resumed_run_is_bit_for_bit_the_same(finished, interrupted, tmp_path):
+    config = small(tmp_path / "run", seeds=2)
+    total = len(_flow_record.read_rows(finished))
+    interrupted(config, 6)
+    interrupted(dataclasses.replace(config, resume=True), total - 4)
+    network_flow.run(dataclasses.replace(config, resume=True))
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_a_longer_run_goes_on_where_a_shorter_one_ended(finished, tmp_path):
+    config = small(tmp_path / "run", seeds=2, log_t_max=6.0)
+    network_flow.run(config)
+    network_flow.run(dataclasses.replace(config, log_t_max=12.0, resume=True))
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_spent_gradients_leave_what_was_reached(tmp_path, capsys):
+    config = small(tmp_path / "run", max_gradients=60, log_t_max=1e4)
+    with pytest.raises(RunFailed, match="--max_gradients is spent"):
+        network_flow.run(config)
+    (ending,) = files.read_json(tmp_path / "run" / "summary.json")["endings"]
+    assert ending["result"] == _flow_loop.SPENT
+    assert rows_of(tmp_path / "run")[-1]["gradients"] == ending["gradients"] >= 60
+    assert capsys.readouterr().out.rstrip().endswith(str(tmp_path / "run"))
+    longer = dataclasses.replace(config, max_gradients=90, resume=True)
+    with pytest.raises(RunFailed):
+        network_flow.run(longer)
+    assert rows_of(tmp_path / "run")[-1]["gradients"] >= 90
+
+
+def test_data_that_cannot_be_separated_end_in_one_line(tmp_path, monkeypatch):
+    set_up = network_flow.set_up
+
+    def equal_images(config):
+        setup = set_up(config)
+        images = np.zeros_like(setup.train_set.images)
+        return setup._replace(train_set=setup.train_set._replace(images=images))
+
+    monkeypatch.setattr(network_flow, "set_up", equal_images)
+    config = small(tmp_path / "run", max_gradients=40, test_split="")
+    with pytest.raises(RunFailed, match="no seed came to --log_t_max"):
+        network_flow.run(config)
+    assert rows_of(tmp_path / "run")[-1]["log_loss"] > 0
+
+
+def test_a_start_that_is_not_finite_ends_at_once(tmp_path):
+    config = small(tmp_path / "run", init_scale=1e30, test_split="")
+    with pytest.raises(RunFailed, match="the loss of the start is NaN or infinite"):
+        network_flow.run(config)
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_homogeneous_network_has_its_columns(tmp_path):
+    config = small(tmp_path / "run", norm="none", log_t_max=8.0, test_split="test[:40]")
+    rows = rows_of(network_flow.run(config))
+    smoothed = np.array([row["log_smoothed_margin"] for row in rows])
+    assert np.all(np.diff(smoothed) > 0)
+    start, end = (row["norm_difference"] for row in (rows[0], rows[-1]))
+    assert end == pytest.approx(start, rel=0.05)
+    assert (tmp_path / "run" / "homogeneity.png").exists()
+
+
+def test_warm_epochs_and_groups_run(tmp_path):
+    config = small(
+        tmp_path / "run",
+        model="convnet",
+        warm_epochs=2,
+        batch_size=10,
+        num_groups=2,
+        log_t_max=2.0,
+        test_split="",
+    )
+    assert rows_of(network_flow.run(config))[-1]["log_t"] >= 2
+
+
+def test_random_labels_are_a_permutation():
+    plain, shuffled = (
+        network_flow.set_up(small("", random_labels=value, test_split="")).train_set
+        for value in (False, True)
+    )
+    assert (np.sort(plain.labels) == np.sort(shuffled.labels)).all()
+    assert (plain.labels != shuffled.labels).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "adam"}, "--method must be one of stabilised, descent, got 'adam'"),
+        ({"log_t_max": 1.0}, "--log_t_max must be above 1 and finite, got 1.0"),
+        ({"log_t_max": float("inf")}, "--log_t_max must be above 1"),
+        ({"max_stages": 1}, "--max_stages must be at least 2"),
+        ({"max_gradients": 0}, "--max_gradients must be at least 1"),
+        ({"num_groups": 3}, "--num_groups must divide the 40 training images, got 3"),
+        ({"num_groups": 0}, "--num_groups must be at least 1"),
+        ({"warm_epochs": -1}, "--warm_epochs must be at least 0"),
+        ({"measurements": 0}, "--measurements must be at least 1"),
+        ({"seeds": 0}, "--seeds must be at least 1"),
+        ({"init_scale": 0.0}, "--init_scale must be positive and finite, got 0.0"),
+        ({"stem": "imagenet"}, "--stem=imagenet is for a ResNet, got --model=mlp"),
+        ({"norm": "layer"}, "--norm must be one of batch, none, got 'layer'"),
+        ({"norm": "none", "model": "resnet18"}, "--norm=none is not for --model=resnet18"),
+        ({"random_labels": True}, "--random_labels leaves nothing to test"),
+        ({"model": "lenet"}, "lenet"),
+        ({"learning_rate": 0.0, "warm_epochs": 1}, "--learning_rate must be positive"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(BadUse, match=message):
+        network_flow.run(small(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_settings_are_not_resumed(finished):
+    with pytest.raises(BadUse, match="other settings"):
+        network_flow.run(small(finished, seeds=2, width=0.1, resume=True))
+
+
+def test_changed_rows_are_found_when_a_run_is_resumed(interrupted, tmp_path):
+    config = small(tmp_path / "run", test_split="")
+    interrupted(config, 3)
+    path = tmp_path / "run" / "metrics.csv"
+    path.write_text(path.read_text().replace("train,0,1.", "train,0,1.5", 1))
+    with pytest.raises(BadUse, match="missing or damaged"):
+        network_flow.run(dataclasses.replace(config, resume=True))
+
+
+def test_the_report_shows_the_run(finished, tmp_path):
+    output = tmp_path / "report.html"
+    report.run(report.Config(runs=str(finished), output=str(output)))
+    text = output.read_text()
+    assert "Gradient flow of mlp on digits" in text
+    assert "steps refused" in text
+
+
+def test_the_grid_of_times():
+    assert _flow_record.next_time(0.0, 20) == 1
+    assert _flow_record.next_time(1.0, 1) == 10
+    assert _flow_record.next_time(9.999999, 1) == pytest.approx(10)
+    assert _flow_record.next_time(10.0, 1) == pytest.approx(100)
+
+
+def test_seeds_are_interpolated_at_common_times():
+    parts = [
+        {"log_t": np.array([1.5, 4.0, 8.0]), "value": np.log([1.5, 4.0, 8.0])},
+        {"log_t": np.array([2.0, 5.0, 6.0]), "value": np.log([2.0, 5.0, 6.0])},
+    ]
+    log_times, columns = _flow_record.interpolate(parts)
+    assert log_times[[0, -1]] == pytest.approx([2, 6])
+    expected = np.stack([np.log(log_times)] * 2)
+    np.testing.assert_allclose(columns["value"], expected)
+
+
+def test_the_resume_command_of_the_run(tmp_path):
+    config = small(tmp_path / "run", max_gradients=70)
+    line = folders.resume_command(config, tmp_path / "run")
+    assert "--max_gradients=70" in line
+    flags = ["", *line.split()[3:]]
+    assert cli.parse(network_flow.Config, flags) == dataclasses.replace(config, resume=True)
+
+
+def test_stages_default_to_the_library():
+    assert SMALL.max_stages == flow.MAX_STAGES
+    assert json.loads(json.dumps(folders.settings(SMALL)))["method"] == "stabilised"
