@@ -38,11 +38,26 @@ OUTPUTS = (
     *("collapse.png", "collapse.pdf", "training.png", "training.pdf"),
 )
 _PACKAGES = ("flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
-SCHEDULES = ("constant", "step")
 DTYPES = ("auto", "float32", "bfloat16")
 # Seconds between two drawings of the figures, at least.
 _FIGURE_SECONDS = 20.0
 _POLL_SECONDS = 0.01
+
+
+class _Drops(NamedTuple):
+    """Drops of the learning rate at the ends of equal parts of the training."""
+
+    parts: int
+    factor: float
+    names: str  # of the parts
+
+
+# step5 is the schedule of Zhu et al. (NeurIPS 2021): 200 epochs, a drop after every 40.
+_SCHEDULES = {
+    "constant": _Drops(1, 1.0, ""),
+    "step": _Drops(3, 0.1, "thirds"),
+    "step5": _Drops(5, 0.2, "fifths"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +100,8 @@ class Config(cli.Settings):
     weight_decay: float = cli.flag(0.0, "L2 penalty on all parameters", cli.TRAINING)
     schedule: str = cli.flag(
         "constant",
-        "constant, or step: learning rate / 10 after 1/3 and 2/3 of the epochs",
+        "constant; step: learning rate / 10 after each third of the epochs; step5: / 5 "
+        "after each fifth",
         cli.TRAINING,
     )
     seed: int = cli.flag(0, "seed of initial weights and order of images", cli.SEEDS)
@@ -165,7 +181,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "momentum": (lambda value: 0 <= value < 1, "lie in [0, 1)"),
     "weight_decay": (lambda value: 0 <= value < math.inf, "be finite and not negative"),
     "seed": (lambda value: 0 <= value < 2**63, "lie in [0, 2**63)"),
-    "schedule": (SCHEDULES.__contains__, f"be one of {', '.join(SCHEDULES)}"),
+    "schedule": (_SCHEDULES.__contains__, f"be one of {', '.join(_SCHEDULES)}"),
     "compute_dtype": (DTYPES.__contains__, f"be one of {', '.join(DTYPES)}"),
 }
 
@@ -181,8 +197,12 @@ def check(config: Config) -> None:
             f"--batch_size must be a multiple of the {jax.device_count()} devices, got "
             f"{config.batch_size}"
         )
-    if config.schedule == "step" and config.epochs < 3:
-        raise BadUse(f"--schedule=step needs --epochs of at least 3, got {config.epochs}")
+    parts = _SCHEDULES[config.schedule].parts
+    if config.epochs < parts:
+        raise BadUse(
+            f"--schedule={config.schedule} needs --epochs of at least {parts}, got "
+            f"{config.epochs}"
+        )
     if config.num_processes > 1 and not config.workdir:
         raise BadUse("several processes need one --workdir, on a disk that they share")
     rows = config.seeds * min(config.epochs, config.measurements)
@@ -295,11 +315,12 @@ def _open(config: Config, name: str, stack: contextlib.ExitStack) -> tuple[Path,
 
 def _check_epochs(config: Config, folder: Path) -> None:
     """Raise BadUse unless the run in `folder` can be resumed up to `config.epochs`."""
-    if config.schedule == "step":
+    if names := _SCHEDULES[config.schedule].names:
         stored = folders.stored_config(folder).get("epochs")
         raise BadUse(
-            f"--schedule=step drops the learning rate at thirds of --epochs={stored}: the "
-            f"run in {str(folder)!r} cannot be extended to {config.epochs} epochs"
+            f"--schedule={config.schedule} drops the learning rate at {names} of "
+            f"--epochs={stored}: the run in {str(folder)!r} cannot be extended to "
+            f"{config.epochs} epochs"
         )
     done = checkpoint.newest_epoch(folder / CHECKPOINTS) or 0
     if config.epochs < done:
@@ -628,12 +649,14 @@ def _measure_one(features, params, labels, centres) -> dict[str, float]:
 def _optimiser(config: Config, samples: int):
     """Return the optimiser that the flags select."""
     steps = samples // config.batch_size
-    thirds = (config.epochs // 3, 2 * config.epochs // 3)
+    parts, factor, _ = _SCHEDULES[config.schedule]
+    ends = (part * config.epochs // parts for part in range(1, parts))
     return train.sgd(
         config.learning_rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
-        drops=tuple(e * steps for e in thirds) if config.schedule == "step" else (),
+        drops=tuple(epoch * steps for epoch in ends),
+        factor=factor,
     )
 
 

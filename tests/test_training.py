@@ -409,7 +409,35 @@ def test_a_run_that_is_too_short_names_the_command_to_train_longer(tmp_path):
     assert stepped == "training error is not zero after 6 epochs"
 
 
-def test_extending_a_run_that_cannot_be_extended_is_refused(finished, tmp_path):
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "factors"),
+    [
+        ("constant", 4, [1, 1, 1, 1]),
+        ("step", 7, [1, 1, 0.1, 0.1, 0.01, 0.01, 0.01]),
+        ("step5", 10, [1, 1, 0.2, 0.2, 0.04, 0.04, 0.008, 0.008, 0.0016, 0.0016]),
+    ],
+)
+def test_a_schedule_multiplies_the_learning_rate_of_each_epoch(schedule, epochs, factors):
+    config = small("", schedule=schedule, epochs=epochs, learning_rate=0.5, momentum=0.0)
+    optimiser, gradient = _training._optimiser(config, samples=80), np.float64(1)
+    state, rates = optimiser.init(gradient), []
+    for _ in range(2 * epochs):  # two steps an epoch
+        update, state = optimiser.update(gradient, state)
+        rates.append(-float(update))
+    np.testing.assert_allclose(rates, 0.5 * np.repeat(factors, 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("schedule", "parts"), [("step", "thirds"), ("step5", "fifths")])
+def test_a_run_with_drops_is_not_extended(tmp_path, schedule, parts):
+    stepped = folders.settings(small("", schedule=schedule, compute_dtype="float32"))
+    (tmp_path / "config.json").write_text(json.dumps({"config": stepped}))
+    message = rf"^--schedule={schedule} drops .* at {parts} of --epochs=6: .* to 9 epochs"
+    with pytest.raises(ValueError, match=message) as error:
+        train_small.run(small(tmp_path, schedule=schedule, epochs=9, resume=True))
+    assert "\n" not in str(error.value)
+
+
+def test_extending_a_run_that_cannot_be_extended_is_refused(finished):
     before = (finished / "config.json").read_bytes()
     with pytest.raises(
         ValueError, match="trained 6 epochs: give --epochs of at least 6, got 5"
@@ -418,13 +446,6 @@ def test_extending_a_run_that_cannot_be_extended_is_refused(finished, tmp_path):
     with pytest.raises(ValueError, match=r"resume it with --seed=0$"):
         train_small.run(small(finished, epochs=7, seed=1, resume=True))
     assert (finished / "config.json").read_bytes() == before
-    stepped = folders.settings(small("", schedule="step", compute_dtype="float32"))
-    (tmp_path / "config.json").write_text(json.dumps({"config": stepped}))
-    with pytest.raises(
-        ValueError, match=r"at thirds of --epochs=6: .* extended to 9 epochs"
-    ) as error:
-        train_small.run(small(tmp_path, schedule="step", epochs=9, resume=True))
-    assert "\n" not in str(error.value)
 
 
 def test_divergence_is_an_error(tmp_path):
@@ -501,8 +522,9 @@ def test_zero_error_counts_from_the_epoch_after_which_it_stays():
         ({"momentum": 1.0}, r"--momentum must lie in \[0, 1\)"),
         ({"weight_decay": -0.1}, "--weight_decay must be finite and not negative"),
         ({"schedule": "step", "epochs": 2}, "--schedule=step needs --epochs of at least 3"),
+        ({"schedule": "step5", "epochs": 4}, "--schedule=step5 needs .* of at least 5"),
         ({"test_split": "train[150:]"}, r"--test_split=train\[150:\] has images of"),
-        ({"schedule": "cosine"}, "--schedule must be one of constant, step, got 'cosine'"),
+        ({"schedule": "cosine"}, "--schedule must be one of constant, step, step5, got"),
         ({"compute_dtype": "int8"}, "--compute_dtype must be one of auto"),
         ({"per_class": 100}, "per_class is 100 but class"),
         ({"image_size": 4}, "image_size is 4 but the images are 8x8"),

@@ -58,6 +58,7 @@ def sgd(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     drops: tuple[int, ...] = (),
+    factor: float = 0.1,
 ) -> optax.GradientTransformation:
     r"""Return stochastic gradient descent with momentum.
 
@@ -70,13 +71,14 @@ def sgd(
       learning_rate: $\eta$.
       momentum: $\mu$.
       weight_decay: $\lambda$, on all parameters.
-      drops: numbers of the steps that divide $\eta$ by ten, for themselves and all later
-        steps.
+      drops: numbers of the steps that multiply $\eta$ by `factor`, for themselves and all
+        later steps.
+      factor: of each drop.
     """
 
     def schedule(step):
         passed = sum((step >= drop).astype(jnp.float32) for drop in drops)
-        return learning_rate * jnp.float32(0.1) ** passed
+        return learning_rate * jnp.float32(factor) ** passed
 
     decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
     rate = schedule if drops else learning_rate
