@@ -125,7 +125,7 @@ def training_panels(
             "(a) share misclassified",
             both(lambda metrics: _positive(1 - metrics["accuracy"])),
         ),
-        Panel("(b) mean cross entropy", both(lambda metrics: metrics["loss"])),
+        Panel("(b) mean cross entropy", both(lambda metrics: _positive(metrics["loss"]))),
         Panel(
             "(c) least margin over the largest at norms |W|, |H|",
             both(lambda metrics: metrics["balanced_margin_ratio"]),
