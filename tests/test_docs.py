@@ -21,7 +21,8 @@ PAGES = [DOCS / "tour.md", *sorted((DOCS / "howto").glob("*.md"))]
 # The reference lists all public names of these modules, and of `import ncjax`.
 MODULES = (
     "peeled.losses",
-    *(f"networks.{name}" for name in ("models", "data", "train", "checkpoint")),
+    *(f"networks.{name}" for name in ("models", "data", "train", "loss_clock")),
+    "networks.checkpoint",
     "plotting",
 )
 # Modules that have no page in the reference: they serve others.

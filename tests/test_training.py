@@ -185,6 +185,65 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(
     assert_same_run(folder, finished)
 
 
+# Two seeds on the clock of the loss; some of their epochs are refused.
+ON_LOSS = {
+    "clock": "loss",
+    "momentum": 0.0,
+    "learning_rate": 3.0,
+    "seeds": 2,
+    "test_split": "",
+    "epochs": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def on_loss_clock(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loss_clock") / "run"
+    return train_small.run(small(folder, **ON_LOSS))
+
+
+def test_the_clock_of_the_loss_adds_log_t_to_the_metrics(on_loss_clock, finished):
+    rows = _record.read_rows(on_loss_clock)
+    assert list(rows[0])[:4] == ["epoch", "split", "seed", "log_t"]
+    assert "log_t" not in _record.read_rows(finished)[0]
+    state, epoch = state_of(on_loss_clock)
+    clock = state.opt_state
+    assert epoch == 5
+    assert (0 < clock.refused).any()
+    assert (clock.refused < 5).all()
+    for seed, row in enumerate(rows[-2:]):
+        assert row["log_t"] == pytest.approx(float(clock.log_time[seed]), rel=1e-8)
+        # The frame is the log of the mean over 200 images.
+        total = float(clock.frame[seed]) + np.log(200)
+        assert row["log_loss"] == pytest.approx(total, rel=1e-5)
+    summary = read_json(on_loss_clock / "summary.json")
+    assert summary["metrics"]["log_t"]["fell"] == ""
+    assert _training.load_trained(on_loss_clock, seed=1).features.shape == (200, 26)
+
+
+def test_a_run_on_the_clock_of_the_loss_resumes_bit_for_bit(
+    on_loss_clock, interrupted, tmp_path
+):
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(small(folder, **ON_LOSS), 3)
+    train_small.run(small(folder, resume=True, **ON_LOSS))
+    assert_same_run(folder, on_loss_clock)
+
+
+def test_a_run_of_a_version_without_the_flag_resumes(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    stored = read_json(folder / "config.json")
+    del stored["config"]["clock"]
+    files.write_sealed(folder / "config.json", stored)
+    (folder / "summary.json").unlink()
+    train_small.run(small(folder, resume=True))
+    assert_same_run(folder, finished)
+    with pytest.raises(ValueError, match=r"other settings: resume it with --clock=epoch "):
+        train_small.run(small(folder, resume=True, clock="loss", momentum=0.0))
+
+
 def test_a_second_interrupt_stops_within_the_epoch():
     class Busy:
         """The result of an endless epoch, which sends a signal whenever it is polled."""
@@ -525,6 +584,16 @@ def test_zero_error_counts_from_the_epoch_after_which_it_stays():
         ({"schedule": "step5", "epochs": 4}, "--schedule=step5 needs .* of at least 5"),
         ({"test_split": "train[150:]"}, r"--test_split=train\[150:\] has images of"),
         ({"schedule": "cosine"}, "--schedule must be one of constant, step, step5, got"),
+        ({"clock": "time"}, "--clock must be one of epoch, loss, got 'time'"),
+        (
+            {"clock": "loss"},
+            "--clock=loss .*: give --momentum=0, not --momentum=0.9$",
+        ),
+        (
+            {"clock": "loss", "schedule": "step", "augment": True, "weight_decay": 5e-4},
+            "give --momentum=0 --weight_decay=0 --schedule=constant --noaugment, not "
+            "--momentum=0.9 --weight_decay=0.0005 --schedule=step --augment$",
+        ),
         ({"compute_dtype": "int8"}, "--compute_dtype must be one of auto"),
         ({"per_class": 100}, "per_class is 100 but class"),
         ({"image_size": 4}, "image_size is 4 but the images are 8x8"),
