@@ -19,6 +19,10 @@ is multiplied by $2^{1/5}$.
 
 Only logarithms of losses and of t are stored, so that losses of any size are exact.
 
+The networks of the source have no batch normalisation. With it the loss also depends on the
+running statistics, which move even if the parameters do not; an epoch can then be refused
+however small $\eta$ is.
+
 Source: Lyu, Li (ICLR 2020), the loss-based learning rate of their experiments.
 """
 
