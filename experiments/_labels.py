@@ -24,6 +24,7 @@ LABELS = {
     "margin_deficit": "margin deficit 1 - 2(K-1)√n q_min/|Z|²",
     "margin_ratio": "margin ratio 2(K-1)√n q_min/|Z|²",
     "balanced_margin_ratio": "margin ratio at equal norms",
+    "log_t": "log of the physical time t",
     "accuracy": "accuracy",
     "loss": "mean cross entropy",
     "log_loss": "log of the summed cross entropy",

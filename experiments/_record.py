@@ -14,9 +14,9 @@ from experiments._runs.errors import BadUse
 from ncjax import plotting
 
 METRICS_FILE = "metrics.csv"
-# Metrics that do not fall to zero.
+# Columns that do not fall to zero.
 _NOT_FALLING = (
-    *("accuracy", "loss", "log_loss", "least_margin"),
+    *("log_t", "accuracy", "loss", "log_loss", "least_margin"),
     *("margin_ratio", "balanced_margin_ratio"),
 )
 

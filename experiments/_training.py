@@ -19,9 +19,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ncjax
-from experiments import _record
+from experiments import _clock, _record
 from experiments._runs import cli, files, folders, memory
-from experiments._runs.errors import BadUse, RunFailed, checks
+from experiments._runs.errors import BadUse, checks
 from experiments._runs.events import Events
 from experiments._runs.interruption import Interruption
 from experiments._runs.progress import tqdm
@@ -36,11 +36,27 @@ OUTPUTS = (
     *("collapse.png", "collapse.pdf", "training.png", "training.pdf"),
 )
 _PACKAGES = ("flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
-SCHEDULES = ("constant", "step")
+CLOCKS = ("epoch", "loss")
 DTYPES = ("auto", "float32", "bfloat16")
 # Seconds between two drawings of the figures, at least.
 _FIGURE_SECONDS = 20.0
 _POLL_SECONDS = 0.01
+
+
+class _Drops(NamedTuple):
+    """Drops of the learning rate at the ends of equal parts of the training."""
+
+    parts: int
+    factor: float
+    names: str  # of the parts
+
+
+# step5 is the schedule of Zhu et al. (NeurIPS 2021): 200 epochs, a drop after every 40.
+_SCHEDULES = {
+    "constant": _Drops(1, 1.0, ""),
+    "step": _Drops(3, 0.1, "thirds"),
+    "step5": _Drops(5, 0.2, "fifths"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +99,13 @@ class Config(cli.Settings):
     weight_decay: float = cli.flag(0.0, "L2 penalty on all parameters", cli.TRAINING)
     schedule: str = cli.flag(
         "constant",
-        "constant, or step: learning rate / 10 after 1/3 and 2/3 of the epochs",
+        "constant; step: learning rate / 10 after each third of the epochs; step5: / 5 "
+        "after each fifth",
+        cli.TRAINING,
+    )
+    clock: str = cli.flag(
+        "epoch",
+        "epoch, or loss: the step grows as the loss falls, and shrinks where it rises",
         cli.TRAINING,
     )
     seed: int = cli.flag(0, "seed of initial weights and order of images", cli.SEEDS)
@@ -163,8 +185,18 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "momentum": (lambda value: 0 <= value < 1, "lie in [0, 1)"),
     "weight_decay": (lambda value: 0 <= value < math.inf, "be finite and not negative"),
     "seed": (lambda value: 0 <= value < 2**63, "lie in [0, 2**63)"),
-    "schedule": (SCHEDULES.__contains__, f"be one of {', '.join(SCHEDULES)}"),
+    "schedule": (_SCHEDULES.__contains__, f"be one of {', '.join(_SCHEDULES)}"),
+    "clock": (CLOCKS.__contains__, f"be one of {', '.join(CLOCKS)}"),
     "compute_dtype": (DTYPES.__contains__, f"be one of {', '.join(DTYPES)}"),
+}
+
+
+# Settings that --clock=loss needs: the rule of its steps is for plain descent.
+_OF_LOSS_CLOCK = {
+    "momentum": 0.0,
+    "weight_decay": 0.0,
+    "schedule": "constant",
+    "augment": False,
 }
 
 
@@ -179,12 +211,38 @@ def check(config: Config) -> None:
             f"--batch_size must be a multiple of the {jax.device_count()} devices, got "
             f"{config.batch_size}"
         )
-    if config.schedule == "step" and config.epochs < 3:
-        raise BadUse(f"--schedule=step needs --epochs of at least 3, got {config.epochs}")
+    if config.clock == "loss":
+        _check_loss_clock(config)
+    parts = _SCHEDULES[config.schedule].parts
+    if config.epochs < parts:
+        raise BadUse(
+            f"--schedule={config.schedule} needs --epochs of at least {parts}, got "
+            f"{config.epochs}"
+        )
     if config.num_processes > 1 and not config.workdir:
         raise BadUse("several processes need one --workdir, on a disk that they share")
     rows = config.seeds * min(config.epochs, config.measurements)
     memory.check(8.0 * rows * len(LastLayer._fields), "--measurements or --seeds")
+
+
+def _check_loss_clock(config: Config) -> None:
+    """Raise BadUse unless the flags leave the steps to the clock of the loss."""
+    wrong = [
+        name for name, value in _OF_LOSS_CLOCK.items() if getattr(config, name) != value
+    ]
+    if wrong:
+        needed = " ".join(_flag_text(name, _OF_LOSS_CLOCK[name]) for name in wrong)
+        given = " ".join(_flag_text(name, getattr(config, name)) for name in wrong)
+        raise BadUse(
+            f"--clock=loss takes plain steps on the images: give {needed}, not {given}"
+        )
+
+
+def _flag_text(name: str, value: Any) -> str:
+    """Return a flag as on the command line."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no{name}"
+    return f"--{name}={value:g}" if isinstance(value, float) else f"--{name}={value}"
 
 
 def _resolved(config: Config) -> Config:
@@ -293,11 +351,12 @@ def _open(config: Config, name: str, stack: contextlib.ExitStack) -> tuple[Path,
 
 def _check_epochs(config: Config, folder: Path) -> None:
     """Raise BadUse unless the run in `folder` can be resumed up to `config.epochs`."""
-    if config.schedule == "step":
+    if names := _SCHEDULES[config.schedule].names:
         stored = folders.stored_config(folder).get("epochs")
         raise BadUse(
-            f"--schedule=step drops the learning rate at thirds of --epochs={stored}: the "
-            f"run in {str(folder)!r} cannot be extended to {config.epochs} epochs"
+            f"--schedule={config.schedule} drops the learning rate at {names} of "
+            f"--epochs={stored}: the run in {str(folder)!r} cannot be extended to "
+            f"{config.epochs} epochs"
         )
     done = checkpoint.newest_epoch(folder / CHECKPOINTS) or 0
     if config.epochs < done:
@@ -411,7 +470,7 @@ class _Loop:
         self.config, self.setup, self.folder = config, setup, folder
         self.mesh = _mesh()
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
-        self.optimiser = _optimiser(config, len(setup.train_set.labels))
+        self.clock = _make_clock(config, setup, self.mesh)
         self.sets = {
             name: train.on_device(part, setup.mean, setup.deviation, self.mesh)
             for name, part in (("train", setup.train_set), ("test", setup.test_set))
@@ -425,15 +484,8 @@ class _Loop:
 
     def _compile(self) -> None:
         """Compile the functions of one network, or of all seeds at once."""
-        model, mesh = self.setup.model, self.mesh
-        epoch = train.make_epoch(
-            model,
-            self.optimiser,
-            batch_size=self.config.batch_size,
-            mesh=mesh,
-            augment=self.config.augment,
-        )
-        forward = train.make_forward(model, mesh)
+        epoch = self.clock.epoch
+        forward = train.make_forward(self.setup.model, self.mesh)
         if self.config.seeds > 1:
             epoch = jax.vmap(epoch, in_axes=(0, None, 0))
             forward = jax.vmap(forward, in_axes=(0, None, None))
@@ -447,13 +499,11 @@ class _Loop:
 
     def start(self) -> train.TrainState:
         """Return a fresh state, or one per seed with a leading axis."""
-        shape = self.setup.train_set.images.shape[1:]
-
-        def one(key):
-            return train.init_state(self.setup.model, self.optimiser, shape, key)
-
-        draw = jax.vmap(one) if self.config.seeds > 1 else one
-        return jax.jit(draw, out_shardings=self.replicated)(self._keys_of(0))
+        draw = self.clock.start
+        if self.config.seeds > 1:
+            draw = jax.vmap(draw, in_axes=(0, None))
+        draw = jax.jit(draw, out_shardings=self.replicated)
+        return draw(self._keys_of(0), self.sets["train"])
 
     def run(self, interruption: Interruption) -> list[dict[str, Any]]:
         """Train for the remaining epochs, and return the rows of metrics.csv.
@@ -476,9 +526,7 @@ class _Loop:
                 state, log = self.epoch(state, self.sets["train"], self._keys_of(epoch))
                 log = _to_host(log)
                 self._check_finite(log, epoch)
-                bar.set_postfix(
-                    loss=f"{log.loss.mean():.3g}", accuracy=f"{log.accuracy.mean():.4f}"
-                )
+                bar.set_postfix(self.clock.progress(log))
                 bar.update()
                 _write_events(events, epoch, log._asdict())
                 if epoch in to_measure:
@@ -541,16 +589,14 @@ class _Loop:
         digest = _record.digest(self.rows)
         return {_record.METRICS_FILE: digest, _LAST_MEASURED: str(self._last())}
 
-    def _check_finite(self, log: train.EpochLog, epoch: int) -> None:
-        if not np.isfinite(log.loss).any():
-            raise RunFailed(
-                f"training diverged in epoch {epoch}: the loss is {log.loss}; try a lower "
-                f"--learning_rate than {self.config.learning_rate}"
-            )
+    def _check_finite(self, log: Any, epoch: int) -> None:
+        """Raise RunFailed if training diverged in all seeds."""
+        self.clock.check(log, epoch)
 
     def _measure(self, state: train.TrainState, epoch: int, events) -> None:
         """Measure this epoch, write metrics.csv and, from time to time, the figures."""
         centres: list[Any] = [None] * self.config.seeds  # of the training split, for NC4
+        columns = _to_host(self.clock.columns(state))
         for split, dataset in self.sets.items():
             features = train.extract_features(self.forward, state, dataset)
             networks = [
@@ -568,7 +614,8 @@ class _Loop:
                 ]
             for seed, values in enumerate(measured):
                 row = {"epoch": epoch, "split": split, "seed": seed}
-                self.rows.append(row | values)
+                times = {k: _rounded(np.ravel(v)[seed]) for k, v in columns.items()}
+                self.rows.append(row | times | values)
             tags = {f"{split}/{k}": [v[k] for v in measured] for k in measured[0]}
             _write_events(events, epoch, tags)
         if is_primary():
@@ -591,19 +638,40 @@ def _measure_one(features, params, labels, centres) -> dict[str, float]:
         names = (*ncjax.CollapseMetrics._fields, *LastLayer._fields)
         return dict.fromkeys(names, math.nan)
     measured = train.measure(features, labels, params, centres)
-    # Rounded as in the file, so that a resumed run has the same rows.
-    return {name: float(f"{value:.9g}") for name, value in measured.items()}
+    return {name: _rounded(value) for name, value in measured.items()}
+
+
+def _rounded(value: float) -> float:
+    """Round as in metrics.csv, so that a resumed run has the same rows."""
+    return float(f"{value:.9g}")
+
+
+def _make_clock(config: Config, setup: Setup, mesh: Mesh) -> _clock.Clock:
+    """Return the clock that the flags select."""
+    shape, batch_size = setup.train_set.images.shape[1:], config.batch_size
+    of_model = (setup.model, shape, config.learning_rate)
+    if config.clock == "loss":
+        return _clock.of_loss(*of_model, batch_size=batch_size, mesh=mesh)
+    return _clock.of_epochs(
+        *of_model,
+        optimiser=_optimiser(config, len(setup.train_set.labels)),
+        batch_size=batch_size,
+        mesh=mesh,
+        augment=config.augment,
+    )
 
 
 def _optimiser(config: Config, samples: int):
     """Return the optimiser that the flags select."""
     steps = samples // config.batch_size
-    thirds = (config.epochs // 3, 2 * config.epochs // 3)
+    parts, factor, _ = _SCHEDULES[config.schedule]
+    ends = (part * config.epochs // parts for part in range(1, parts))
     return train.sgd(
         config.learning_rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
-        drops=tuple(e * steps for e in thirds) if config.schedule == "step" else (),
+        drops=tuple(epoch * steps for epoch in ends),
+        factor=factor,
     )
 
 

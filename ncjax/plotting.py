@@ -436,7 +436,7 @@ def _finish(axis: Axes, panel: Panel, ruler: Ruler, edge: float | None) -> None:
 def _number_short_axis(axis: Axes) -> None:
     """Label a short logarithmic axis with round numbers: it holds few powers of ten."""
     low, high = axis.get_ylim()
-    decades = np.log10(high / low)
+    decades = np.log10(high) - np.log10(low)  # a loss may span more than float64
     if decades > 2:
         return
     locator = (

@@ -21,8 +21,9 @@ PAGES = [DOCS / "tour.md", *sorted((DOCS / "howto").glob("*.md"))]
 # The reference lists all public names of these modules, and of `import ncjax`.
 MODULES = (
     "peeled.losses",
-    *(f"networks.{name}" for name in ("models", "data", "train", "checkpoint")),
-    "networks.homogeneous",
+    *(f"networks.{name}" for name in ("models", "data", "train", "loss_clock")),
+    *(f"networks.{name}" for name in ("flow", "full_batch", "homogeneous")),
+    "networks.checkpoint",
     "plotting",
 )
 # Modules that have no page in the reference: they serve others.

@@ -163,6 +163,17 @@ def test_curves_of_another_shape_are_refused_by_name(values, panels, message):
             figure(np.array([2, 3, 4]), drawn)
 
 
+def test_a_loss_that_underflows_is_drawn_to_the_edge():
+    epochs = np.arange(3, 60)
+    train = table(0, (1, epochs.size), "none") | {"loss": np.exp(-15.0 * epochs)[None]}
+    assert train["loss"].min() == 0
+    panels = plotting.training_panels(train, {})
+    figure = plotting.figure_over_log_log_epochs(epochs, panels)
+    low, high = figure.axes[1].get_ylim()
+    assert 0 < low < 1e-300
+    assert high > train["loss"].max()
+
+
 @given(seeds, COUNTS, HOLES)
 def test_shares_and_losses_are_drawn_as_they_are(seed, shape, holes):
     """The error is one minus the accuracy; an error of zero is not drawn."""

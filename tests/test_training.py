@@ -186,6 +186,65 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(
     assert_same_run(folder, finished)
 
 
+# Two seeds on the clock of the loss; some of their epochs are refused.
+ON_LOSS = {
+    "clock": "loss",
+    "momentum": 0.0,
+    "learning_rate": 3.0,
+    "seeds": 2,
+    "test_split": "",
+    "epochs": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def on_loss_clock(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loss_clock") / "run"
+    return train_small.run(small(folder, **ON_LOSS))
+
+
+def test_the_clock_of_the_loss_adds_log_t_to_the_metrics(on_loss_clock, finished):
+    rows = _record.read_rows(on_loss_clock)
+    assert list(rows[0])[:4] == ["epoch", "split", "seed", "log_t"]
+    assert "log_t" not in _record.read_rows(finished)[0]
+    state, epoch = state_of(on_loss_clock)
+    clock = state.opt_state
+    assert epoch == 5
+    assert (0 < clock.refused).any()
+    assert (clock.refused < 5).all()
+    for seed, row in enumerate(rows[-2:]):
+        assert row["log_t"] == pytest.approx(float(clock.log_time[seed]), rel=1e-8)
+        # The frame is the log of the mean over 200 images.
+        total = float(clock.frame[seed]) + np.log(200)
+        assert row["log_loss"] == pytest.approx(total, rel=1e-5)
+    summary = read_json(on_loss_clock / "summary.json")
+    assert summary["metrics"]["log_t"]["fell"] == ""
+    assert _training.load_trained(on_loss_clock, seed=1).features.shape == (200, 26)
+
+
+def test_a_run_on_the_clock_of_the_loss_resumes_bit_for_bit(
+    on_loss_clock, interrupted, tmp_path
+):
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(small(folder, **ON_LOSS), 3)
+    train_small.run(small(folder, resume=True, **ON_LOSS))
+    assert_same_run(folder, on_loss_clock)
+
+
+def test_a_run_of_a_version_without_the_flag_resumes(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    stored = read_json(folder / "config.json")
+    del stored["config"]["clock"]
+    files.write_sealed(folder / "config.json", stored)
+    (folder / "summary.json").unlink()
+    train_small.run(small(folder, resume=True))
+    assert_same_run(folder, finished)
+    with pytest.raises(ValueError, match=r"other settings: resume it with --clock=epoch "):
+        train_small.run(small(folder, resume=True, clock="loss", momentum=0.0))
+
+
 def test_a_second_interrupt_stops_within_the_epoch():
     class Busy:
         """The result of an endless epoch, which sends a signal whenever it is polled."""
@@ -410,7 +469,35 @@ def test_a_run_that_is_too_short_names_the_command_to_train_longer(tmp_path):
     assert stepped == "training error is not zero after 6 epochs"
 
 
-def test_extending_a_run_that_cannot_be_extended_is_refused(finished, tmp_path):
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "factors"),
+    [
+        ("constant", 4, [1, 1, 1, 1]),
+        ("step", 7, [1, 1, 0.1, 0.1, 0.01, 0.01, 0.01]),
+        ("step5", 10, [1, 1, 0.2, 0.2, 0.04, 0.04, 0.008, 0.008, 0.0016, 0.0016]),
+    ],
+)
+def test_a_schedule_multiplies_the_learning_rate_of_each_epoch(schedule, epochs, factors):
+    config = small("", schedule=schedule, epochs=epochs, learning_rate=0.5, momentum=0.0)
+    optimiser, gradient = _training._optimiser(config, samples=80), np.float64(1)
+    state, rates = optimiser.init(gradient), []
+    for _ in range(2 * epochs):  # two steps an epoch
+        update, state = optimiser.update(gradient, state)
+        rates.append(-float(update))
+    np.testing.assert_allclose(rates, 0.5 * np.repeat(factors, 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("schedule", "parts"), [("step", "thirds"), ("step5", "fifths")])
+def test_a_run_with_drops_is_not_extended(tmp_path, schedule, parts):
+    stepped = folders.settings(small("", schedule=schedule, compute_dtype="float32"))
+    (tmp_path / "config.json").write_text(json.dumps({"config": stepped}))
+    message = rf"^--schedule={schedule} drops .* at {parts} of --epochs=6: .* to 9 epochs"
+    with pytest.raises(ValueError, match=message) as error:
+        train_small.run(small(tmp_path, schedule=schedule, epochs=9, resume=True))
+    assert "\n" not in str(error.value)
+
+
+def test_extending_a_run_that_cannot_be_extended_is_refused(finished):
     before = (finished / "config.json").read_bytes()
     with pytest.raises(
         ValueError, match="trained 6 epochs: give --epochs of at least 6, got 5"
@@ -419,13 +506,6 @@ def test_extending_a_run_that_cannot_be_extended_is_refused(finished, tmp_path):
     with pytest.raises(ValueError, match=r"resume it with --seed=0$"):
         train_small.run(small(finished, epochs=7, seed=1, resume=True))
     assert (finished / "config.json").read_bytes() == before
-    stepped = folders.settings(small("", schedule="step", compute_dtype="float32"))
-    (tmp_path / "config.json").write_text(json.dumps({"config": stepped}))
-    with pytest.raises(
-        ValueError, match=r"at thirds of --epochs=6: .* extended to 9 epochs"
-    ) as error:
-        train_small.run(small(tmp_path, schedule="step", epochs=9, resume=True))
-    assert "\n" not in str(error.value)
 
 
 def test_divergence_is_an_error(tmp_path):
@@ -502,8 +582,19 @@ def test_zero_error_counts_from_the_epoch_after_which_it_stays():
         ({"momentum": 1.0}, r"--momentum must lie in \[0, 1\)"),
         ({"weight_decay": -0.1}, "--weight_decay must be finite and not negative"),
         ({"schedule": "step", "epochs": 2}, "--schedule=step needs --epochs of at least 3"),
+        ({"schedule": "step5", "epochs": 4}, "--schedule=step5 needs .* of at least 5"),
         ({"test_split": "train[150:]"}, r"--test_split=train\[150:\] has images of"),
-        ({"schedule": "cosine"}, "--schedule must be one of constant, step, got 'cosine'"),
+        ({"schedule": "cosine"}, "--schedule must be one of constant, step, step5, got"),
+        ({"clock": "time"}, "--clock must be one of epoch, loss, got 'time'"),
+        (
+            {"clock": "loss"},
+            "--clock=loss .*: give --momentum=0, not --momentum=0.9$",
+        ),
+        (
+            {"clock": "loss", "schedule": "step", "augment": True, "weight_decay": 5e-4},
+            "give --momentum=0 --weight_decay=0 --schedule=constant --noaugment, not "
+            "--momentum=0.9 --weight_decay=0.0005 --schedule=step --augment$",
+        ),
         ({"compute_dtype": "int8"}, "--compute_dtype must be one of auto"),
         ({"per_class": 100}, "per_class is 100 but class"),
         ({"image_size": 4}, "image_size is 4 but the images are 8x8"),

@@ -143,11 +143,16 @@ def test_fully_connected_networks_agree_with_their_formula(seed, hidden, use_bia
     momentum=st.sampled_from([0.0, 0.5, 0.99]),
     decay=st.sampled_from([0.0, 1e-3, 0.1]),
     drops=st.lists(st.integers(0, 5), max_size=3),
+    factor=st.sampled_from([0.1, 0.2]),
 )
-def test_sgd_agrees_with_its_formula(seed, rate, momentum, decay, drops):
+def test_sgd_agrees_with_its_formula(seed, rate, momentum, decay, drops, factor):
     rng = np.random.default_rng(seed)
     optimiser = train.sgd(
-        rate, momentum=momentum, weight_decay=decay, drops=tuple(sorted(drops))
+        rate,
+        momentum=momentum,
+        weight_decay=decay,
+        drops=tuple(sorted(drops)),
+        factor=factor,
     )
     theta, velocity = rng.normal(size=4), np.zeros(4)
     params = jnp.asarray(theta)
@@ -158,7 +163,7 @@ def test_sgd_agrees_with_its_formula(seed, rate, momentum, decay, drops):
         updates, state = optimiser.update(jnp.asarray(slope), state, params)
         params = params + updates
         velocity = momentum * velocity + slope + decay * theta
-        theta = theta - rate * 0.1 ** sum(step >= drop for drop in drops) * velocity
+        theta = theta - rate * factor ** sum(step >= drop for drop in drops) * velocity
         np.testing.assert_allclose(params, theta, rtol=1e-5, atol=1e-5 * rate)
 
 

@@ -55,6 +55,12 @@ def settings(config: Any) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in _HANDLING_FLAGS}
 
 
+def _defaults(config: Any) -> dict[str, Any]:
+    """Return the defaults of the fields that determine the results."""
+    fields = dataclasses.fields(config)
+    return {f.name: f.default for f in fields if f.name not in _HANDLING_FLAGS}
+
+
 @contextlib.contextmanager
 def open_config(
     config: Any, name: str, outputs: Sequence[str], changes: Changes | None = None
@@ -82,6 +88,7 @@ def open_config(
             overwrite=config.overwrite,
             resume=resume,
             changes=changes,
+            defaults=_defaults(config),
         )
         finished = is_finished(folder)
         with _final_output(config, folder):
@@ -183,6 +190,7 @@ def open_run(
     overwrite: bool,
     resume: bool | None,
     changes: Changes | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Begin a run in a folder and write its `config.json`, or resume the run in it.
 
@@ -196,6 +204,8 @@ def open_run(
       resume: resume the run that the folder holds; None if the experiment has no such
         flag.
       changes: settings that may differ from the stored ones; `config.json` keeps both.
+      defaults: values of settings that `config.json` lacks because an earlier version,
+        which had no such setting, wrote it.
 
     Raises:
       BadUse: the folder holds a run and neither flag is given, or the run to resume is
@@ -204,7 +214,7 @@ def open_run(
     names = (CONFIG, SUMMARY, CHECKPOINT, *outputs)
     existing = [name for name in names if (folder / name).exists()]
     if resume:
-        _reopen(folder, config, changes or {})
+        _reopen(folder, config, changes or {}, defaults or {})
     elif existing and not overwrite:
         resume_advice = "" if resume is None else "--resume to continue it, "
         raise BadUse(
@@ -246,7 +256,12 @@ def _clear(folder: Path, existing: Sequence[str]) -> None:
             (folder / name).unlink()
 
 
-def _reopen(folder: Path, config: Mapping[str, Any], changes: Changes) -> None:
+def _reopen(
+    folder: Path,
+    config: Mapping[str, Any],
+    changes: Changes,
+    defaults: Mapping[str, Any],
+) -> None:
     """Resume the run in `folder`, after the changes of settings that `changes` allows.
 
     One atomic write makes all changes, so that a kill leaves the old run or the new one.
@@ -254,7 +269,7 @@ def _reopen(folder: Path, config: Mapping[str, Any], changes: Changes) -> None:
     Raises:
       BadUse: the folder holds no run, a damaged one, or one with other settings.
     """
-    stored = stored_config(folder)
+    stored = {**defaults, **stored_config(folder)}
     differences = {k for k in {*stored, *config} if stored.get(k) != config.get(k)}
     if fixed := sorted(differences - {*changes}):
         stored_flags = " ".join(

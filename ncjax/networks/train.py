@@ -58,6 +58,7 @@ def sgd(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     drops: tuple[int, ...] = (),
+    factor: float = 0.1,
 ) -> optax.GradientTransformation:
     r"""Return stochastic gradient descent with momentum.
 
@@ -70,13 +71,14 @@ def sgd(
       learning_rate: $\eta$.
       momentum: $\mu$.
       weight_decay: $\lambda$, on all parameters.
-      drops: numbers of the steps that divide $\eta$ by ten, for themselves and all later
-        steps.
+      drops: numbers of the steps that multiply $\eta$ by `factor`, for themselves and all
+        later steps.
+      factor: of each drop.
     """
 
     def schedule(step):
         passed = sum((step >= drop).astype(jnp.float32) for drop in drops)
-        return learning_rate * jnp.float32(0.1) ** passed
+        return learning_rate * jnp.float32(factor) ** passed
 
     decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
     rate = schedule if drops else learning_rate
@@ -128,7 +130,6 @@ def make_epoch(
     Returns:
       `(state, data, key) -> (state, EpochLog)`, to be jitted with the state donated.
     """
-    split = NamedSharding(mesh, PartitionSpec(AXIS))
 
     def loss_of(params, batch_stats, images, labels):
         variables = {"params": params, "batch_stats": batch_stats}
@@ -149,6 +150,26 @@ def make_epoch(
         correct = jax.lax.argmax(logits, 1, jnp.int32) == labels
         log = EpochLog(loss, jnp.mean(correct.astype(jnp.float32)))
         return TrainState(params, batch_stats, opt_state), log
+
+    return make_pass(step, batch_size=batch_size, mesh=mesh, augment=augment)
+
+
+def make_pass(
+    step: Callable, *, batch_size: int, mesh: Mesh, augment: bool = False
+) -> Callable[[Any, DeviceData, Array], tuple[Any, Any]]:
+    """Return a pass over a shuffled data set as a pure function, one step per full batch.
+
+    Args:
+      step: `(state, (images, labels)) -> (state, log)`, images (B, height, width, C)
+        normalised, labels (B,), state and log any pytrees.
+      batch_size: B, as for `make_epoch`.
+      mesh: as for `make_epoch`.
+      augment: as for `make_epoch`.
+
+    Returns:
+      `(state, data, key) -> (state, log)`, with the log averaged over the steps.
+    """
+    split = NamedSharding(mesh, PartitionSpec(AXIS))
 
     def epoch(state, dataset, key):
         check_key("key", key)
@@ -190,6 +211,15 @@ def make_forward(
     return forward
 
 
+def evaluation_chunk(size: int) -> int:
+    """Return the number of images in a call of an evaluation of `size` images.
+
+    It is a multiple of the number of devices, and at most 512 where they allow it.
+    """
+    devices = jax.device_count()
+    return min(_CHUNK, size) // devices * devices or devices
+
+
 def extract_features(forward, state: TrainState, dataset: DeviceData) -> Array:
     """Compute features (N, d), or (S, N, d) if `forward` is vmapped over S networks.
 
@@ -201,8 +231,7 @@ def extract_features(forward, state: TrainState, dataset: DeviceData) -> Array:
       dataset: N images.
     """
     size = dataset.labels.shape[0]
-    devices = jax.device_count()
-    chunk = min(_CHUNK, size) // devices * devices or devices
+    chunk = evaluation_chunk(size)
     parts = []
     for start in range(0, size, chunk):
         # Repeat the last image to fill the last chunk: one shape compiles once.
