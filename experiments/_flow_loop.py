@@ -225,7 +225,7 @@ class Loop:
         last = rows[-1]["log_t"] if rows else 0.0
         due = _flow_record.next_time(last, self.config.measurements)
         overdue = _flow_record.next_time(due, self.config.measurements)
-        return state.log_time >= (due if self._is_settled(state) else overdue)
+        return float(state.log_time) >= (due if self._is_settled(state) else overdue)
 
     def _measure(self, seed: int, state: flow.FlowState) -> tuple[Any, Any]:
         """Add a row for each split, and return features and labels of training."""

@@ -210,7 +210,7 @@ def test_the_clock_of_the_loss_adds_log_t_to_the_metrics(on_loss_clock, finished
     state, epoch = state_of(on_loss_clock)
     clock = state.opt_state
     assert epoch == 5
-    assert (0 < clock.refused).any()
+    assert (clock.refused > 0).any()
     assert (clock.refused < 5).all()
     for seed, row in enumerate(rows[-2:]):
         assert row["log_t"] == pytest.approx(float(clock.log_time[seed]), rel=1e-8)
