@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/results.md from the committed results.
+"""Write the tables of README.md and of two pages of docs/ from the committed results.
 
     python docs/make_results.py
 
@@ -11,13 +11,17 @@ while a page is out of date.
 import json
 import math
 import re
+import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "network_flow")),
+)
 NETWORKS = {
     "vgg13_mnist": "VGG13, MNIST",
     "vgg13_kmnist": "VGG13, KMNIST",
@@ -25,6 +29,40 @@ NETWORKS = {
     "resnet18_mnist": "ResNet18, MNIST",
     "resnet18_kmnist": "ResNet18, KMNIST",
     "resnet18_cifar10": "ResNet18, CIFAR-10",
+}
+# Runs of `network_flow`: label, and share of the set that the paper uses.
+FLOWS = {
+    "resnet18_mnist": ("ResNet18, MNIST", "0.8 % of it"),
+    "resnet18_fashion_mnist": ("ResNet18, Fashion-MNIST", "1.5 %"),
+    "resnet18_kmnist": ("ResNet18, KMNIST", "0.8 %"),
+    "resnet18_cifar10": ("ResNet18, CIFAR-10", "1 %"),
+    "vgg13_mnist": ("VGG13, MNIST", "0.8 %"),
+    "vgg13_fashion_mnist": ("VGG13, Fashion-MNIST", "1.5 %"),
+    "vgg13_kmnist": ("VGG13, KMNIST", "0.8 %"),
+    "vgg13_cifar10": ("VGG13, CIFAR-10", "1 %"),
+}
+FURTHER = {
+    "resnet18_mnist_random": ("ResNet18, MNIST, random labels", ""),
+    "convnet_digits": ("ConvNet, digits", ""),
+    "convnet_digits_homogeneous": ("ConvNet without normalisation, digits", ""),
+}
+# Runs with weight decay 5e-4 and the schedule of Zhu et al., on the same images.
+CONTROLS = {
+    "resnet18_mnist_decay": "ResNet18, MNIST",
+    "vgg13_cifar10_decay": "VGG13, CIFAR-10",
+}
+COLUMNS = {
+    "within_class_variation": "NC1",
+    "within_class_quotient": "Tr Σ_W / Tr Σ_B",
+    "mean_norm_variation": "NC2, norms",
+    "mean_cosine_deviation": "NC2, angles",
+    "centred_self_duality": "NC3",
+}
+DUALITY = {
+    "multiplier_distance": "NC3: history, |W/|W| - G/|G||",
+    "multiplier_duality": "NC3: unequal multipliers, |G/|G| - M/|M||",
+    "outside_means": "centred W outside the span of the means",
+    "multiplier_variation": "multipliers λ_kj: std / mean",
 }
 # Metric: its label, and the exponent p of (log t)^-p that the theory predicts.
 METRICS = {
@@ -305,27 +343,92 @@ def _short(value: float) -> str:
 
 
 def networks() -> str:
-    """List the four main metrics of every network."""
-    columns = {
-        "NC1": "within_class_variation",
-        "NC2, angles of means": "mean_cosine_deviation",
-        "NC3, centred": "centred_self_duality",
-        "NC4": "ncc_mismatch",
-    }
+    """List the networks on the clock of the loss, and the controls with weight decay."""
     rows = []
-    for name, label in NETWORKS.items():
-        summary = run(f"train/{name}")
-        changes = [change(summary["metrics"][metric]) for metric in columns.values()]
-        zero = summary["zero_training_error_from_epoch"]
+    for name, (label, share) in FLOWS.items():
+        summary = run(f"network_flow/{name}")
+        ends = [entry["log_t"] for entry in summary["endings"]]
+        gradients = [entry["gradients"] for entry in summary["endings"]]
+        if len(ends) > 1:
+            label += f", median of {len(ends)} seeds"
         rows.append(
             [
-                label,
-                f"{zero} → {summary['config']['epochs']}",
-                f"{log_time(summary):.1f}",
-                *changes,
+                f"{label}, {share}",
+                f"{statistics.median(ends):.0f}",
+                f"{statistics.median(gradients):.0f}",
+                *(_value(summary["metrics"][name]["at_the_end"]) for name in COLUMNS),
             ]
         )
-    return table(["network, data", "epochs", "log t at the end", *columns], rows)
+    for name, label in CONTROLS.items():
+        summary = run(f"train/{name}")
+        steps = summary["config"]["epochs"] * summary["training_images"]
+        steps //= summary["config"]["batch_size"]
+        values = [_value(summary["metrics"][name]["at_the_end"]) for name in COLUMNS]
+        rows.append([f"*{label}, SGD with weight decay*", "", f"{steps} steps", *values])
+    return table(["network, data", "log t", "gradients", *COLUMNS.values()], rows)
+
+
+def _value(value: float) -> str:
+    """Write a metric to two digits."""
+    return number(value, 2)
+
+
+def flow_metrics() -> str:
+    """List the metrics of ResNet18 on MNIST over log t."""
+    metrics = run("network_flow/resnet18_mnist")["metrics"]
+    times = [name for name in metrics["cdnv"] if name not in ("metric", "test_at_the_end")]
+    labels = {name: label for name, (label, _) in METRICS.items()} | DUALITY
+    rows = [
+        [label, *(number(metrics[name][time], 3) for time in times)]
+        for name, label in labels.items()
+        if name in metrics and name != "ncc_mismatch"
+    ]
+    head = [time.replace("log_t_", "log t = ").replace("_", " ") for time in times]
+    return table(["median of three seeds", *head], rows)
+
+
+def flow_exponents() -> str:
+    """List fitted exponents of ResNet18 on MNIST beside those of the layer-peeled model."""
+    fitted = run("network_flow/resnet18_mnist")["exponents"]
+    labels = {name: label for name, (label, _) in METRICS.items()} | DUALITY
+    rows = [
+        [
+            label,
+            *(_exponent(window.get(name, {})) for window in fitted.values()),
+            METRICS.get(name, ("", ""))[1],
+        ]
+        for name, label in labels.items()
+        if name in next(iter(fitted.values())) and name != "ncc_mismatch"
+    ]
+    return table(["exponent p of (log t)^-p", *fitted, "layer-peeled model"], rows)
+
+
+def _exponent(entry: Mapping[str, Any]) -> str:
+    value = entry.get("median")
+    return "" if value is None else f"{value:.2f}"
+
+
+def flow_runs() -> str:
+    """List images, gradients, time and command of every network flow."""
+    rows = []
+    for name, (label, _) in (FLOWS | FURTHER).items():
+        summary = run(f"network_flow/{name}")
+        endings = summary["endings"]
+        rows.append(
+            [
+                f"[{label}](../results/network_flow/{name}/collapse.png)",
+                f"{summary['training_images']}",
+                ", ".join(f"{entry['log_t']:.0f}" for entry in endings),
+                ", ".join(f"{entry['gradients']}" for entry in endings),
+                f"{summary['seconds_of_this_process'] / 60:.0f}",
+                f"{summary['last_layer']['balanced_margin_ratio']:.3f}",
+                summary["last_layer"]["verdict"],
+                summary["date"][:10],
+                f"`{summary['command']}`",
+            ]
+        )
+    head = ["network", "images", "log t", "gradients", "min", "margin ratio", "verdict"]
+    return table([*head, "date", "command"], rows)
 
 
 def network_metrics() -> str:
@@ -456,6 +559,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for function in (
         *(found, found_by, flow, constants, flow_by, theorems, saddles, escapes, theory_by),
         *(networks, network_metrics, network_runs, peel, peel_by, speed),
+        *(flow_metrics, flow_exponents, flow_runs),
     )
 }
 _MARKED = re.compile(r"(<!-- results: (\w+) -->\n)(?:.+\n)*")
