@@ -29,6 +29,7 @@ _STYLE: Any = {
     "legend.fontsize": 8.5,
     "pdf.fonttype": 42,
 }
+_WHOLE = "#222222"
 _MEANS, _CLASSIFIER, _SHADE, _GUIDE = "#1b6ca8", "#c8553d", "#ececec", "#8a8a8a"
 _COLOURS = (_MEANS, _CLASSIFIER, "#5b8c5a")
 _EXPONENTS = (1, 2, 4, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000, 300_000)
@@ -51,7 +52,7 @@ class Panel(NamedTuple):
 
     title: str
     curves: Sequence[Curve]
-    guide: int = 1  # exponent p of the dotted line (log t)^-p beside the first curve
+    guide: int = 1  # p of the dotted line (log t)^-p below the first curve; 0: none
     scale: str = "log"  # of the vertical axis
 
 
@@ -147,27 +148,23 @@ def margin_panels(metrics: Mapping[str, np.ndarray]) -> list[Panel]:
     """
     return [
         Panel(
-            "(a) least margin over the largest, 1 - ratio",
-            [
-                Curve(1 - metrics["balanced_margin_ratio"], "at equal norms", _MEANS),
-                Curve(1 - metrics["margin_ratio"], "as trained", _MEANS, "--"),
-            ],
+            r"(a) margin deficit: 1 - least margin / largest at $|W|$, $|H|$",
+            [Curve(1 - metrics["balanced_margin_ratio"], "last layer", _MEANS)],
+            guide=0,
         ),
         Panel(
-            r"(b) KKT angle of the last layer: $\sqrt{1-\beta^2}$",
-            [
-                Curve(metrics["balanced_kkt_angle"], "at equal norms", _MEANS),
-                Curve(metrics["kkt_angle"], "as trained", _MEANS, "--"),
-            ],
+            r"(b) KKT angle at equal norms: $\sqrt{1-\beta^2}$",
+            [Curve(metrics["balanced_kkt_angle"], "last layer", _MEANS)],
+            guide=0,
         ),
         Panel(
             r"(c) within-class variation: $\mathrm{Tr}\,\Sigma_W / \mathrm{Tr}\,\Sigma_B$",
             [Curve(metrics["within_class_quotient"], "features", _MEANS)],
         ),
         Panel(
-            r"(d) minus $\log L$, $L$ summed over samples",
+            r"(d) $-\log L$, the loss $L$ summed over samples",
             [Curve(-metrics["log_loss"], "training set", _MEANS)],
-            guide=-1,
+            guide=0,
         ),
     ]
 
@@ -183,18 +180,21 @@ def duality_panels(metrics: Mapping[str, np.ndarray]) -> list[Panel]:
         Panel(
             "(a) self-duality and its two causes",
             [
-                Curve(metrics["centred_self_duality"], "self-duality", _MEANS, width=2.4),
+                Curve(metrics["centred_self_duality"], "self-duality", _WHOLE, width=2.4),
                 Curve(metrics["multiplier_distance"], "history", _CLASSIFIER),
                 Curve(metrics["multiplier_duality"], "unequal multipliers", _COLOURS[2]),
             ],
+            guide=0,
         ),
         Panel(
             "(b) classifier outside the span of the means",
             [Curve(metrics["outside_means"], "share of the norm", _CLASSIFIER)],
+            guide=0,
         ),
         Panel(
             "(c) multipliers over pairs of classes: std / mean",
             [Curve(metrics["multiplier_variation"], "std / mean", _COLOURS[2])],
+            guide=0,
         ),
         Panel(
             r"(d) angles: mean $|\cos + 1/(K-1)|$",
@@ -207,6 +207,7 @@ def duality_panels(metrics: Mapping[str, np.ndarray]) -> list[Panel]:
                     "--",
                 ),
             ],
+            guide=0,
         ),
     ]
 
@@ -227,18 +228,22 @@ def homogeneity_panels(metrics: Mapping[str, np.ndarray]) -> list[Panel]:
                 Curve(metrics["margin"], r"$q_{\min}/|\theta|^p$", _MEANS, width=2.4),
                 Curve(smoothed, "smoothed", _CLASSIFIER),
             ],
+            guide=0,
         ),
         Panel(
             r"(b) KKT angle of all parameters: $\sqrt{1-\beta^2}$",
             [Curve(metrics["theta_kkt_angle"], "parameters", _MEANS)],
+            guide=0,
         ),
         Panel(
             r"(c) $|\theta|^2 / (\log t)^{2/p}$",
             [Curve(metrics["norm_growth"], "parameters", _MEANS)],
+            guide=0,
         ),
         Panel(
             r"(d) $t\,L\,(\log t)^{2-2/p}$",
             [Curve(metrics["loss_growth"], "training set", _MEANS)],
+            guide=0,
         ),
     ]
 
@@ -401,9 +406,10 @@ def _draw_guide(axis: Axes, x: np.ndarray, values: np.ndarray, exponent: int) ->
     if x.size == 0 or median[-1] <= 0:
         return
     late = x > x[-1] - (x[-1] - x[0]) / 6
-    if np.exp(x[-1]) < 300 or late.sum() < 2:
+    if not exponent or np.exp(x[-1]) < 300 or late.sum() < 2:
         return
-    line = 0.4 * median[-1] * np.exp(-exponent * (x[late] - x[-1]))
+    line = np.exp(-exponent * (x[late] - x[-1]))
+    line *= 0.4 * np.min(median[late] / line)
     axis.plot(x[late], line, ":", color=_GUIDE, lw=1.2)
     power = "" if exponent == 1 else f"^{exponent}"
     axis.annotate(
