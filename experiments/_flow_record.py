@@ -139,7 +139,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a row per metric: medians over seeds at some times and at the end."""
     of_train, of_test = series(rows, "train"), series(rows, "test")
     last = min(part["log_t"][-1] for part in of_train)
-    times = [time for time in _TIMES if time < 0.95 * last]
+    times = [time for time in _TIMES if time < 0.8 * last]
     result = []
     for name in of_train[0]:
         if name in _HEAD:

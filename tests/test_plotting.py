@@ -20,6 +20,8 @@ COUNTS = st.tuples(st.integers(1, 4), st.integers(1, 12))
 HOLES = st.sampled_from(["none", "nan", "infinite", "zero", "negative", "all"])
 VALUES = {"nan": np.nan, "infinite": np.inf, "zero": 0.0, "negative": -1.0}
 FIELDS = (*ncjax.CollapseMetrics._fields, *ncjax.LastLayer._fields)
+FIELDS += ncjax.DualityParts._fields
+FIELDS += ("margin", "log_smoothed_margin", "theta_kkt_angle", "norm_growth", "loss_growth")
 
 
 def table(seed, shape, holes):
@@ -131,6 +133,15 @@ def test_figures_over_epochs_hold_medians(seed, shape, holes, with_test, until):
             assert_curves(axis, x, panel._replace(curves=curves))
             assert_ticks(axis, np.log(np.log(plotting._EPOCHS)), x)
             assert len(axis.patches) == (until is not None and until >= 2)
+
+
+@pytest.mark.parametrize("name", ["margin_panels", "duality_panels", "homogeneity_panels"])
+def test_panels_of_network_flows_hold_medians(name):
+    log_times = np.geomspace(2, 1000, 12)
+    panels = getattr(plotting, name)(table(0, (3, 12), "nan"))
+    figure = plotting.figure_over_log_log_t(log_times, panels)
+    for axis, panel in zip(figure.axes, panels, strict=True):
+        assert_curves(axis, np.log(log_times), panel)
 
 
 @pytest.mark.parametrize(
