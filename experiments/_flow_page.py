@@ -117,7 +117,9 @@ PAGE = page.Page(
         "collapse.png": "NC1 to NC3 over log log t, t the physical time.",
         "margins.png": "Margins, KKT angle and loss.",
         "duality.png": "What remains of self-duality and of the angles.",
+        "homogeneity.png": "A homogeneous network: normalised margin, KKT angle, growth.",
     },
+    optional=("homogeneity.png",),
     show=_findings,
     compare=_side_by_side,
 )

@@ -99,13 +99,12 @@ class Config(cli.Settings):
     weight_decay: float = cli.flag(0.0, "L2 penalty on all parameters", cli.TRAINING)
     schedule: str = cli.flag(
         "constant",
-        "constant; step: learning rate / 10 after each third of the epochs; step5: / 5 "
-        "after each fifth",
+        "constant; step: rate / 10 after 1/3 and 2/3 of epochs; step5: / 5 each fifth",
         cli.TRAINING,
     )
     clock: str = cli.flag(
         "epoch",
-        "epoch, or loss: the step grows as the loss falls, and shrinks where it rises",
+        "epoch, or loss: steps grow as the loss falls, shrink where it rises",
         cli.TRAINING,
     )
     seed: int = cli.flag(0, "seed of initial weights and order of images", cli.SEEDS)

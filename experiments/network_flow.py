@@ -35,7 +35,9 @@ class Config(cli.Settings):
     Example: python -m experiments.network_flow --model=convnet --per_class=50
     """
 
-    model: str = cli.flag("resnet18", f"one of {', '.join(models.MODELS)}", cli.MODEL)
+    model: str = cli.flag(
+        "resnet18", "resnet18, 34, 50, vgg11, 13, 16, 19, mlp or convnet", cli.MODEL
+    )
     width: float = cli.flag(
         1.0, "factor of the number of channels of every layer", cli.MODEL
     )

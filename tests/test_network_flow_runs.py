@@ -249,6 +249,7 @@ def test_the_report_shows_the_run(finished, tmp_path):
     text = output.read_text()
     assert "Gradient flow of mlp on digits" in text
     assert "steps refused" in text
+    assert "There is no" not in text
 
 
 def test_the_grid_of_times():

@@ -57,6 +57,7 @@ class Page:
     show: Callable[[Mapping[str, Any]], Findings]  # reads summary.json
     # Return one table of several finished runs, for the head of the page.
     compare: Callable[[Sequence["Section"]], Table] | None = None
+    optional: tuple[str, ...] = ()  # figures that only some runs have
 
 
 class Section(NamedTuple):
@@ -102,6 +103,7 @@ def section(folder: Path, kind: str, page: Page) -> Section:
     figures = [
         figure
         for name, caption in page.figures.items()
+        if (folder / name).exists() or name not in page.optional
         if (figure := _figure(folder / name, caption, notes))
     ]
     return Section(
