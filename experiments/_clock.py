@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from experiments._runs.errors import RunFailed
@@ -27,11 +25,11 @@ class Clock(NamedTuple):
 
 
 def of_epochs(
-    model: nn.Module,
+    model: Any,
     image_shape: tuple[int, ...],
     learning_rate: float,
     *,
-    optimiser: optax.GradientTransformation,
+    optimiser: Any,
     **settings: Any,
 ) -> Clock:
     """Return the clock that counts epochs: every step has the size that the flags set.
@@ -65,7 +63,7 @@ def of_epochs(
 
 
 def of_loss(
-    model: nn.Module,
+    model: Any,
     image_shape: tuple[int, ...],
     learning_rate: float,
     *,
@@ -84,7 +82,9 @@ def of_loss(
     log_loss = loss_clock.make_log_loss(model, mesh)
 
     def start(key, dataset):
-        state = train.init_state(model, optax.identity(), image_shape, key)
+        state = train.init_state(
+            model, train.sgd(learning_rate, momentum=0.0), image_shape, key
+        )
         return loss_clock.begin(state, log_loss(state, dataset), learning_rate)
 
     def progress(log):

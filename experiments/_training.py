@@ -99,7 +99,7 @@ class Config(cli.Settings):
     weight_decay: float = cli.flag(0.0, "L2 penalty on all parameters", cli.TRAINING)
     schedule: str = cli.flag(
         "constant",
-        "constant; step: rate / 10 after 1/3 and 2/3 of epochs; step5: / 5 each fifth",
+        "constant; step: rate / 10 after each third; step5: / 5 after each fifth",
         cli.TRAINING,
     )
     clock: str = cli.flag(
