@@ -356,21 +356,21 @@ def networks() -> str:
                 f"{label}, {share}",
                 f"{statistics.median(ends):.0f}",
                 f"{statistics.median(gradients):.0f}",
-                *(_value(summary["metrics"][name]["at_the_end"]) for name in COLUMNS),
+                *_ends(summary),
             ]
         )
     for name, label in CONTROLS.items():
         summary = run(f"train/{name}")
         steps = summary["config"]["epochs"] * summary["training_images"]
         steps //= summary["config"]["batch_size"]
-        values = [_value(summary["metrics"][name]["at_the_end"]) for name in COLUMNS]
-        rows.append([f"*{label}, SGD with weight decay*", "", f"{steps} steps", *values])
+        label = f"*{label}, SGD with weight decay*"
+        rows.append([label, "", f"{steps} steps", *_ends(summary)])
     return table(["network, data", "log t", "gradients", *COLUMNS.values()], rows)
 
 
-def _value(value: float) -> str:
-    """Write a metric to two digits."""
-    return number(value, 2)
+def _ends(summary: Mapping[str, Any]) -> list[str]:
+    """Write the main metrics at the end to two digits."""
+    return [number(summary["metrics"][metric]["at_the_end"], 2) for metric in COLUMNS]
 
 
 def flow_metrics() -> str:
