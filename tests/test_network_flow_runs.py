@@ -13,7 +13,9 @@ import pytest
 import ncjax
 from experiments import (
     _flow_loop,
+    _flow_page,
     _flow_record,
+    _training,
     network_flow,
     report,
 )
@@ -182,6 +184,19 @@ def test_a_stuck_seed_stays_where_it_is_when_resumed(tmp_path, monkeypatch):
         assert ending["gradients"] == 10
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"log_t_max": 6.0}, "with --log_t_max=12.0: give at least 12, got 6.0"),
+        ({"max_gradients": 9}, "with --max_gradients=10000: give at least .*, got 9"),
+    ],
+)
+def test_a_run_is_not_made_shorter_than_it_is(finished, changes, message):
+    with pytest.raises(BadUse, match=message):
+        network_flow.run(small(finished, seeds=2, resume=True, **changes))
+    assert folders.is_finished(finished)
+
+
 def test_spent_gradients_leave_what_was_reached(tmp_path, capsys):
     config = small(tmp_path / "run", max_gradients=60, log_t_max=1e4)
     with pytest.raises(RunFailed, match="--max_gradients is spent"):
@@ -255,6 +270,13 @@ def test_an_interruption_ends_the_warm_epochs(tmp_path):
         loop.run(interruption)
 
 
+def test_no_warm_epoch_needs_no_batch_size_of_many_devices(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 7)
+    network_flow.check(SMALL)
+    with pytest.raises(BadUse, match="--batch_size must be a multiple of the 7 devices"):
+        network_flow.check(dataclasses.replace(SMALL, warm_epochs=1))
+
+
 def test_random_labels_are_a_permutation():
     plain, shuffled = (
         network_flow.set_up(small("", random_labels=value, test_split="")).train_set
@@ -275,6 +297,8 @@ def test_random_labels_are_a_permutation():
             {"max_stages": 10**6},
             "--max_stages must be at least 2, and at most 1000, got 1000000",
         ),
+        ({"seeds": 10**400}, "--seeds must be at least 1, and below"),
+        ({"measurements": 10**400}, "--measurements must be at least 1, and below"),
         ({"max_gradients": 0}, "--max_gradients must be at least 1"),
         ({"num_groups": 3}, "--num_groups must divide the 40 training images, got 3"),
         ({"num_groups": 0}, "--num_groups must be at least 1"),
@@ -308,6 +332,19 @@ def test_changed_rows_are_found_when_a_run_is_resumed(interrupted, tmp_path):
     path.write_text(path.read_text().replace("train,0,1.", "train,0,1.5", 1))
     with pytest.raises(BadUse, match="missing or damaged"):
         network_flow.run(dataclasses.replace(config, resume=True))
+
+
+def test_a_network_flow_is_no_training_run_to_peel(finished):
+    with pytest.raises(BadUse, match="holds no training run"):
+        _training.stored_run(finished)
+
+
+def test_the_report_shows_a_run_whose_first_seed_has_no_last_layer(finished):
+    summary = files.read_json(finished / "summary.json")
+    del summary["last_layer"]
+    summary["endings"][0] |= {"result": _flow_loop.NOT_FINITE}
+    findings = _flow_page.PAGE.show(summary)
+    assert findings.verdict.count("1 of 2 seeds")
 
 
 def test_the_report_shows_the_run(finished, tmp_path):
