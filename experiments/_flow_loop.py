@@ -32,6 +32,7 @@ ENDINGS = (
 )
 # A row is measured only where the excess is below this: see `ncjax.networks.flow`.
 _SETTLED_EXCESS = 1.5
+_LAST_MEASURED = "gradients at the last row"  # in the notes of a checkpoint
 _CHECKPOINT_SECONDS = 60.0
 _FIGURE_SECONDS = 30.0
 _PEELED_PER_CLASS = 20
@@ -109,9 +110,9 @@ class Loop:
             with checks():
                 checkpoints = checkpoint.Checkpoints(folder)
             stack.callback(checkpoints.close)
-            state = self._restore(seed, checkpoints)
+            state = self._restore(seed, checkpoints, interruption)
             bar = stack.enter_context(self._bar(seed, state))
-            saved, stalled = time.monotonic(), False
+            saved, stalled = time.monotonic(), bool(flow.is_stalled(state))
             while (result := self._result(state, stalled)) is None:
                 refused = int(state.refused)
                 state, stalled = self.programs.step(state)
@@ -134,18 +135,30 @@ class Loop:
             "refused": int(state.refused),
         }
 
-    def _start(self, seed: int) -> flow.FlowState:
+    def _start(self, seed: int, interruption: Interruption) -> flow.FlowState:
         """Return the state of a seed at t = 0, after the warm epochs."""
-        keys = jax.random.split(jax.random.key(self.config.seed), self.config.seeds)
-        variables = self.programs.init(keys[seed])
-        scale = self.config.init_scale
-        params = jax.tree.map(lambda leaf: scale * leaf, variables["params"])
+        variables = self._draw(seed)
+        params = variables["params"]
         if self.config.warm_epochs:
-            params = self._warm_up(variables | {"params": params}, keys[seed])
+            params = self._warm_up(variables, self._key(seed), interruption)
         return self.programs.begin(params)
 
-    def _warm_up(self, variables, key) -> Any:
-        """Return the parameters after the warm epochs of mini-batches."""
+    def _key(self, seed: int) -> jax.Array:
+        return jax.random.split(jax.random.key(self.config.seed), self.config.seeds)[seed]
+
+    def _draw(self, seed: int) -> Any:
+        """Return the initial variables of a seed."""
+        variables = self.programs.init(self._key(seed))
+        scale = self.config.init_scale
+        params = jax.tree.map(lambda leaf: scale * leaf, variables["params"])
+        return variables | {"params": params}
+
+    def _warm_up(self, variables, key, interruption: Interruption) -> Any:
+        """Return the parameters after the warm epochs of mini-batches.
+
+        Raises:
+          KeyboardInterrupt: a signal requested a stop; a resumed run warms up again.
+        """
         optimiser = train.sgd(self.config.learning_rate)
         epoch = train.make_epoch(
             self.setup.model,
@@ -162,26 +175,32 @@ class Loop:
             for number in bar:
                 state, log = epoch(state, dataset, jax.random.fold_in(key, number))
                 bar.set_postfix(loss=f"{float(log.loss):.3g}")
+                if interruption.requested:
+                    raise KeyboardInterrupt
         return state.params
 
     def _on_device(self, dataset) -> train.DeviceData:
         setup = self.setup
         return train.on_device(dataset, setup.mean, setup.deviation, self.mesh)
 
-    def _restore(self, seed: int, checkpoints) -> flow.FlowState:
+    def _restore(
+        self, seed: int, checkpoints, interruption: Interruption
+    ) -> flow.FlowState:
         """Return the state to go on from, and keep the rows that belong to it.
 
         Raises:
           BadUse: the checkpoint or metrics.csv is damaged.
         """
         if not self.config.resume or checkpoints.newest() is None:
-            return self._start(seed)
-        shapes = jax.eval_shape(lambda: self._start(seed))
+            return self._start(seed, interruption)
+        shapes = jax.eval_shape(lambda: self.programs.begin(self._draw(seed)["params"]))
         empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         with checks():
             state, notes = checkpoints.restore(empty)
+        # Later rows: of steps after the checkpoint, or of the end of a shorter run.
+        last = int(notes.get(_LAST_MEASURED, state.gradients))
         stored = [row for row in self.stored if row["seed"] == seed]
-        rows = [row for row in stored if row["gradients"] <= int(state.gradients)]
+        rows = [row for row in stored if row["gradients"] <= last]
         if _flow_record.digest(rows) != notes.get(_flow_record.METRICS_FILE):
             raise BadUse(
                 f"{self.folder / _flow_record.METRICS_FILE} is missing or damaged: give "
@@ -194,8 +213,10 @@ class Loop:
         """Write a checkpoint, by the number of gradients."""
         if checkpoints.newest() == int(state.gradients):
             return
-        digest = _flow_record.digest(self._rows_of(seed))
-        notes = {_flow_record.METRICS_FILE: digest}
+        rows = self._rows_of(seed)
+        last = rows[-1]["gradients"] if rows else 0
+        digest = _flow_record.digest(rows)
+        notes = {_flow_record.METRICS_FILE: digest, _LAST_MEASURED: str(last)}
         checkpoints.save(int(state.gradients), state, notes)
 
     def _rows_of(self, seed: int) -> list[dict[str, Any]]:

@@ -40,7 +40,9 @@ def _findings(summary: Mapping[str, Any]) -> page.Findings:
         "than after training with weight decay"
     )
     state = page.GOOD if len(collapsed) == len(FIELD) else page.OPEN
-    tables = [_metrics(metrics), _endings(endings), _last_layer(summary)]
+    tables = [_metrics(metrics), _endings(endings)]
+    if "last_layer" in summary:  # not if the loss of seed 0 was NaN
+        tables.append(_last_layer(summary))
     return page.Findings(state, verdict, tables)
 
 

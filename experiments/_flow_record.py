@@ -41,9 +41,10 @@ def next_time(log_t: float, per_decade: int) -> float:
 
 def on_grid(rows: Sequence[dict[str, Any]], per_decade: int) -> list[dict[str, Any]]:
     """Leave out the rows of the end of a run that goes on, unless the grid has them."""
-    times = sorted({row["log_t"] for row in rows})
-    if len(times) > 1 and times[-1] < next_time(times[-2], per_decade):
-        return [row for row in rows if row["log_t"] < times[-1]]
+    points = sorted({(row["gradients"], row["log_t"]) for row in rows})
+    times = [0.0, *(log_t for _, log_t in points)]
+    if points and times[-1] < next_time(times[-2], per_decade):
+        return [row for row in rows if row["gradients"] < points[-1][0]]
     return list(rows)
 
 

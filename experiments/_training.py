@@ -173,10 +173,13 @@ def run(config: Config, name: str, options: Mapping[str, Any]) -> Path:
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
-        ("batch_size", "seeds", "measurements", "checkpoint_every"),
+        ("batch_size", "checkpoint_every"),
         (lambda value: value >= 1, "be at least 1"),
     ),
-    "epochs": (lambda value: 1 <= value < 2**31, "be at least 1, and below 2**31"),
+    **dict.fromkeys(
+        ("epochs", "seeds", "measurements"),
+        (lambda value: 1 <= value < 2**31, "be at least 1, and below 2**31"),
+    ),
     **dict.fromkeys(
         ("per_class", "image_size"), (lambda value: value >= 0, "not be negative")
     ),
@@ -404,7 +407,7 @@ def stored_run(
     """
     stored = folders.stored_config(folder)
     shared = {field.name for field in dataclasses.fields(Config)}
-    if "learning_rate" not in stored:
+    if "epochs" not in stored:
         raise BadUse(f"{str(folder)!r} holds no training run")
     settings = {name: value for name, value in stored.items() if name in shared}
     handling = {"workdir": str(folder), "data_dir": data_dir, "test_split": ""}

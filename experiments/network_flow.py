@@ -1,11 +1,13 @@
 """Follow the gradient flow of a network to times at which it collapses."""
 
 import dataclasses
+import functools
 import math
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments import _flow_record, _training
@@ -13,7 +15,7 @@ from experiments._flow_loop import ENDINGS, Loop
 from experiments._runs import cli, files, folders, memory
 from experiments._runs.errors import BadUse, RunFailed
 from experiments._runs.interruption import Interruption
-from ncjax.networks import flow, models
+from ncjax.networks import checkpoint, flow, models
 
 NAME = "network_flow"
 CHECKPOINTS = "checkpoints"
@@ -26,6 +28,13 @@ OUTPUTS = (
 _PACKAGES = ("flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 # Settings that a resumed run may change.
 _EXTENDABLE = ("log_t_max", "max_gradients")
+_LARGEST = 2**31 - 1
+_RANGES = {
+    "max_stages": (2, 1000),  # the tables of a method have as many rows and columns
+    "max_gradients": (1, _LARGEST),
+    "num_groups": (1, _LARGEST),
+    "warm_epochs": (0, _LARGEST),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +125,7 @@ def run(config: Config) -> Path:
     """
     check(config)
     setup = set_up(config)
-    changes = dict.fromkeys(_EXTENDABLE, lambda _folder: None)
+    changes = {name: functools.partial(_check_change, config, name) for name in _EXTENDABLE}
     with folders.open_config(config, NAME, OUTPUTS, changes) as (folder, finished):
         if not finished:
             start = time.perf_counter()
@@ -138,11 +147,12 @@ def check(config: Config) -> None:
         raise BadUse(f"--log_t_max must be above 1 and finite, got {config.log_t_max}")
     if not 0 < config.init_scale < math.inf:
         raise BadUse(f"--init_scale must be positive and finite, got {config.init_scale}")
-    bounds = {"max_stages": 2, "max_gradients": 1, "num_groups": 1, "warm_epochs": 0}
-    for name, least in bounds.items():
+    for name, (least, most) in _RANGES.items():
         value = getattr(config, name)
-        if not least <= value < 2**31:
-            raise BadUse(f"--{name} must be at least {least}, and below 2**31, got {value}")
+        if not least <= value <= most:
+            raise BadUse(
+                f"--{name} must be at least {least}, and at most {most}, got {value}"
+            )
     if config.stem != "cifar" and not config.model.startswith("resnet"):
         raise BadUse(f"--stem={config.stem} is for a ResNet, got --model={config.model}")
     if config.norm not in models.NORMS:
@@ -153,9 +163,25 @@ def check(config: Config) -> None:
         raise BadUse(f"--norm={config.norm} is not for --model={config.model}")
     if config.random_labels and config.test_split:
         raise BadUse("--random_labels leaves nothing to test: drop --test_split")
+    _training.check(_training_config(config))
     rows = 10.0 * config.measurements * math.log10(config.log_t_max + 10)
     memory.check(8.0 * 40 * rows * config.seeds, "--measurements or --seeds")
-    _training.check(_training_config(config))
+
+
+def _check_change(config: Config, name: str, folder: Path) -> None:
+    """Raise BadUse if a setting is made smaller than what the run in `folder` reached."""
+    if name == "log_t_max":
+        rows = _flow_record.read_rows(folder)
+        reached = max((row["log_t"] for row in rows), default=-math.inf)
+    else:
+        seeds = (folder / CHECKPOINTS).glob("seed*")
+        reached = max((checkpoint.newest_epoch(seed) or 0 for seed in seeds), default=0)
+    stored, new = folders.stored_config(folder)[name], getattr(config, name)
+    if new < min(stored, reached):
+        raise BadUse(
+            f"the run in {str(folder)!r} has already come to {reached:.6g}, with "
+            f"--{name}={stored}: give at least {min(stored, reached):.6g}, got {new}"
+        )
 
 
 def _training_config(config: Config) -> _training.Config:
@@ -163,7 +189,7 @@ def _training_config(config: Config) -> _training.Config:
     shared = {field.name for field in dataclasses.fields(_training.Config)}
     values = {k: v for k, v in dataclasses.asdict(config).items() if k in shared}
     if not config.warm_epochs:
-        values |= {"batch_size": 1}
+        values |= {"batch_size": jax.device_count()}  # not used, but checked
     if config.norm == "none":
         values |= {"use_bias": False}
     if config.model.startswith("vgg") and not config.image_size:

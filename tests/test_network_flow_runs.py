@@ -11,9 +11,17 @@ import numpy as np
 import pytest
 
 import ncjax
-from experiments import _flow_loop, _flow_record, network_flow, report
+from experiments import (
+    _flow_loop,
+    _flow_page,
+    _flow_record,
+    _training,
+    network_flow,
+    report,
+)
 from experiments._runs import cli, files, folders
 from experiments._runs.errors import BadUse, RunFailed
+from experiments._runs.interruption import Interruption
 from ncjax.networks import flow
 
 SMALL = network_flow.Config(
@@ -133,6 +141,62 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(finished, tmp_path):
     assert_same_run(tmp_path / "run", finished)
 
 
+def test_a_run_is_resumed_before_the_first_row_and_at_the_end(tmp_path, monkeypatch):
+    """A checkpoint may lack the row of the end, and a run goes on without that row."""
+    monkeypatch.setattr(_flow_record, "draw", lambda folder, rows: None)
+    show = _flow_loop._show
+
+    def run(config, stop):
+        def show_and_interrupt(bar, state):
+            show(bar, state)
+            if stop(state):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_flow_loop, "_show", show_and_interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                network_flow.run(config)
+
+    settings = {"measurements": 2, "test_split": ""}
+    short = small(tmp_path / "run", log_t_max=6.0, **settings)
+    run(short, lambda state: state.log_time >= 6)
+    network_flow.run(dataclasses.replace(short, resume=True))
+    *_, end = rows_of(tmp_path / "run")
+    assert 6 < end["log_t"] < 10  # off the grid
+    long = dataclasses.replace(short, log_t_max=12.0, resume=True)
+    run(long, lambda state: int(state.gradients) > end["gradients"])
+    network_flow.run(long)
+    direct = network_flow.run(small(tmp_path / "direct", **settings))
+    assert_same_run(tmp_path / "run", direct)
+
+
+def test_a_stuck_seed_stays_where_it_is_when_resumed(tmp_path, monkeypatch):
+    def is_stalled(state):
+        return state.gradients >= 10
+
+    monkeypatch.setattr(flow, "is_stalled", is_stalled)
+    config = small(tmp_path / "run", test_split="")
+    longer = dataclasses.replace(config, log_t_max=13.0, resume=True)
+    for each in (config, longer):
+        with pytest.raises(RunFailed, match="no step is short enough"):
+            network_flow.run(each)
+        (ending,) = files.read_json(tmp_path / "run" / "summary.json")["endings"]
+        assert ending["gradients"] == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"log_t_max": 6.0}, "with --log_t_max=12.0: give at least 12, got 6.0"),
+        ({"max_gradients": 9}, "with --max_gradients=10000: give at least .*, got 9"),
+    ],
+)
+def test_a_run_is_not_made_shorter_than_it_is(finished, changes, message):
+    with pytest.raises(BadUse, match=message):
+        network_flow.run(small(finished, seeds=2, resume=True, **changes))
+    assert folders.is_finished(finished)
+
+
 def test_spent_gradients_leave_what_was_reached(tmp_path, capsys):
     config = small(tmp_path / "run", max_gradients=60, log_t_max=1e4)
     with pytest.raises(RunFailed, match="--max_gradients is spent"):
@@ -180,7 +244,7 @@ def test_a_homogeneous_network_has_its_columns(tmp_path):
     assert (tmp_path / "run" / "homogeneity.png").exists()
 
 
-def test_warm_epochs_and_groups_run(tmp_path):
+def test_warm_epochs_and_groups_run_and_are_resumed(interrupted, tmp_path):
     config = small(
         tmp_path / "run",
         warm_epochs=2,
@@ -189,7 +253,28 @@ def test_warm_epochs_and_groups_run(tmp_path):
         log_t_max=2.0,
         test_split="",
     )
-    assert rows_of(network_flow.run(config))[-1]["log_t"] >= 2
+    interrupted(config, 1)
+    first = rows_of(tmp_path / "run")
+    rows = rows_of(network_flow.run(dataclasses.replace(config, resume=True)))
+    assert rows[-1]["log_t"] >= 2
+    assert rows[: len(first)] == first
+
+
+def test_an_interruption_ends_the_warm_epochs(tmp_path):
+    config = small(tmp_path / "run", warm_epochs=2**30, batch_size=10, test_split="")
+    setup = network_flow.set_up(config)
+    loop = _flow_loop.Loop(config, setup, tmp_path, tmp_path / "checkpoints")
+    interruption = Interruption("step")
+    interruption.requested = True
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(interruption)
+
+
+def test_no_warm_epoch_needs_no_batch_size_of_many_devices(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 7)
+    network_flow.check(SMALL)
+    with pytest.raises(BadUse, match="--batch_size must be a multiple of the 7 devices"):
+        network_flow.check(dataclasses.replace(SMALL, warm_epochs=1))
 
 
 def test_random_labels_are_a_permutation():
@@ -208,6 +293,12 @@ def test_random_labels_are_a_permutation():
         ({"log_t_max": 1.0}, "--log_t_max must be above 1 and finite, got 1.0"),
         ({"log_t_max": float("inf")}, "--log_t_max must be above 1"),
         ({"max_stages": 1}, "--max_stages must be at least 2"),
+        (
+            {"max_stages": 10**6},
+            "--max_stages must be at least 2, and at most 1000, got 1000000",
+        ),
+        ({"seeds": 10**400}, "--seeds must be at least 1, and below"),
+        ({"measurements": 10**400}, "--measurements must be at least 1, and below"),
         ({"max_gradients": 0}, "--max_gradients must be at least 1"),
         ({"num_groups": 3}, "--num_groups must divide the 40 training images, got 3"),
         ({"num_groups": 0}, "--num_groups must be at least 1"),
@@ -243,6 +334,19 @@ def test_changed_rows_are_found_when_a_run_is_resumed(interrupted, tmp_path):
         network_flow.run(dataclasses.replace(config, resume=True))
 
 
+def test_a_network_flow_is_no_training_run_to_peel(finished):
+    with pytest.raises(BadUse, match="holds no training run"):
+        _training.stored_run(finished)
+
+
+def test_the_report_shows_a_run_whose_first_seed_has_no_last_layer(finished):
+    summary = files.read_json(finished / "summary.json")
+    del summary["last_layer"]
+    summary["endings"][0] |= {"result": _flow_loop.NOT_FINITE}
+    findings = _flow_page.PAGE.show(summary)
+    assert findings.verdict.count("1 of 2 seeds")
+
+
 def test_the_report_shows_the_run(finished, tmp_path):
     output = tmp_path / "report.html"
     report.run(report.Config(runs=str(finished), output=str(output)))
@@ -257,6 +361,23 @@ def test_the_grid_of_times():
     assert _flow_record.next_time(1.0, 1) == 10
     assert _flow_record.next_time(9.99, 1) == pytest.approx(10)
     assert _flow_record.next_time(10.0, 1) == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("points", "kept"),
+    [
+        ([], 0),
+        ([(1, -np.inf)], 0),
+        ([(1, 0.9)], 0),
+        ([(1, 1.1)], 1),
+        ([(1, 1.1), (2, 1.5)], 1),
+        ([(1, 1.1), (2, 3.5)], 2),
+        ([(1, 1.1), (2, 3.5), (9, 3.5)], 2),  # steps refused since
+    ],
+)
+def test_the_row_of_the_end_is_left_out_unless_the_grid_has_it(points, kept):
+    rows = [{"gradients": count, "log_t": log_t} for count, log_t in points]
+    assert _flow_record.on_grid(rows, 2) == rows[:kept]
 
 
 def test_seeds_are_interpolated_at_common_times():
