@@ -1,6 +1,5 @@
 """The record of a network flow: rows of metrics.csv, figures and tables of them."""
 
-import csv
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ import numpy as np
 
 from experiments import _fits
 from experiments._runs import files
-from experiments._runs.errors import BadUse
 from ncjax import plotting
 
 METRICS_FILE = "metrics.csv"
@@ -59,17 +57,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     Raises:
       BadUse: the file is damaged.
     """
-    path = folder / METRICS_FILE
-    if not path.exists():
-        return []
-    try:
-        with path.open(newline="") as file:
-            return [
-                {name: _KINDS.get(name, float)(value) for name, value in row.items()}
-                for row in csv.DictReader(file, strict=True)
-            ]
-    except (ValueError, LookupError, TypeError, csv.Error, OSError):
-        raise BadUse(f"{path} is damaged") from None
+    return files.read_rows(folder / METRICS_FILE, _KINDS)
 
 
 def digest(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -90,6 +78,16 @@ def series(rows: Sequence[Mapping[str, Any]], split: str) -> list[dict[str, np.n
         for part in chosen
         if part
     ]
+
+
+def far(parts: Sequence[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """Leave out the seeds that ended before 0.9 of the last log t of the farthest one.
+
+    Figures, tables and exponents are of the others: `endings` in summary.json has all.
+    """
+    last = max((float(part["log_t"][-1]) for part in parts), default=0.0)
+    least = last - 0.1 * abs(last)
+    return [part for part in parts if part["log_t"][-1] >= least]
 
 
 def interpolate(
@@ -120,8 +118,8 @@ def interpolate(
 
 def draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw the figures of a run over log log t."""
-    of_train = [part for part in series(rows, "train") if part["log_t"][-1] > 1]
-    if not of_train or len(of_train[0]["log_t"]) < 2:
+    of_train = far(series(rows, "train"))
+    if of_train[0]["log_t"][-1] <= 1 or len(of_train[0]["log_t"]) < 2:
         return
     log_times, columns = interpolate(of_train)
     figures = {
@@ -138,7 +136,7 @@ def draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a row per metric: medians over seeds at some times and at the end."""
-    of_train, of_test = series(rows, "train"), series(rows, "test")
+    of_train, of_test = far(series(rows, "train")), far(series(rows, "test"))
     last = min(part["log_t"][-1] for part in of_train)
     times = [time for time in _TIMES if time < 0.8 * last]
     result = []
@@ -163,8 +161,8 @@ def _median(values: Sequence[float]) -> float:
 
 def exponents(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return p of (log t)^-p, fitted in windows, for each metric of the training set."""
-    parts = [part for part in series(rows, "train") if part["log_t"][-1] > 1]
-    if not parts:
+    parts = far(series(rows, "train"))
+    if parts[0]["log_t"][-1] <= 1:
         return {}
     log_times, columns = interpolate(parts)
     fitted = {name: v for name, v in columns.items() if name not in _HEAD}

@@ -1,6 +1,5 @@
 """The record of a training run: rows of metrics.csv, figures and table of them."""
 
-import csv
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -32,20 +31,11 @@ def read_rows(folder: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
     Raises:
       BadUse: the file is damaged.
     """
-    path = folder / METRICS_FILE
-    if not path.exists():
-        return []
-    try:
-        with path.open(newline="") as file:
-            rows = [_typed(row) for row in csv.DictReader(file, strict=True)]
-        return [row for row in rows if row["epoch"] <= up_to]
-    except (ValueError, LookupError, TypeError, csv.Error, OSError):
-        raise BadUse(f"{path} is damaged") from None
-
-
-def _typed(row: Mapping[str, str]) -> dict[str, Any]:
-    kinds = {"epoch": int, "seed": int, "split": str}
-    return {name: kinds.get(name, float)(value) for name, value in row.items()}
+    path, kinds = folder / METRICS_FILE, {"epoch": int, "seed": int, "split": str}
+    rows = files.read_rows(path, kinds)
+    if not all("epoch" in row for row in rows):
+        raise BadUse(f"{path} is damaged")
+    return [row for row in rows if row["epoch"] <= up_to]
 
 
 def digest(rows: Sequence[Mapping[str, Any]]) -> str:

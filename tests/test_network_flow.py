@@ -158,6 +158,7 @@ def test_a_flow_at_a_minimum_is_stalled():
     state = flow.begin(valley, jnp.asarray(0.5))
     assert not flow.is_stalled(state)
     assert flow.is_stalled(state._replace(slope=jnp.asarray(1e-17)))
+    assert flow.is_stalled(state._replace(slope=jnp.asarray(jnp.nan)))
 
 
 def test_descent_and_stabilised_steps_agree_at_equal_times(convnet, start, digits):

@@ -391,6 +391,12 @@ def test_seeds_are_interpolated_at_common_times():
     np.testing.assert_allclose(columns["value"], expected)
 
 
+def test_seeds_that_ended_early_are_left_out():
+    parts = [{"log_t": np.array(times)} for times in ([1.2, 12.0], [1.05], [2.0, 11.0])]
+    assert [part["log_t"][-1] for part in _flow_record.far(parts)] == [12, 11]
+    assert _flow_record.far([]) == []
+
+
 def test_the_resume_command_of_the_run(tmp_path):
     config = small(tmp_path / "run", max_gradients=70)
     line = folders.resume_command(config, tmp_path / "run")

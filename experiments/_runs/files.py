@@ -8,7 +8,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,28 @@ def write_csv(path: Path, log_times: np.ndarray, columns: Mapping[str, np.ndarra
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as CSV, floats to nine digits."""
     write_atomically(path, csv_of(rows))
+
+
+def read_rows(path: Path, kinds: Mapping[str, Callable]) -> list[dict[str, Any]]:
+    """Return the rows of a CSV file, none if there is no file.
+
+    Args:
+      path: the file.
+      kinds: what reads a column, by name; other columns hold floats.
+
+    Raises:
+      BadUse: the file is damaged.
+    """
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="") as file:
+            return [
+                {name: kinds.get(name, float)(value) for name, value in row.items()}
+                for row in csv.DictReader(file, strict=True)
+            ]
+    except (ValueError, LookupError, TypeError, csv.Error, OSError):
+        raise BadUse(f"{path} is damaged") from None
 
 
 def csv_of(rows: Sequence[Mapping[str, Any]]) -> bytes:

@@ -51,7 +51,8 @@ def duality_parts(features, labels, W, b=None) -> DualityParts:
       b: (K,) bias; none if None.
 
     Returns:
-      `DualityParts` of scalars, in the dtype of the features, float32 for half precision.
+      `DualityParts` of scalars, in the dtype of the features, float32 for half precision;
+      NaN where W or its gradient is zero.
 
     Raises:
       ValueError: as in `ncjax.collapse_metrics_from_features`.

@@ -89,8 +89,9 @@ class Method(NamedTuple):
 def make_method(name: str = "stabilised", max_stages: int = MAX_STAGES) -> Method:
     r"""Return a method for `advance`.
 
-    "descent" is the explicit Euler method: gradient descent on $\log \mathcal L$ with the
-    largest step that lowers the loss. "stabilised" takes Euler steps to log t = 5, then
+    "descent" is the explicit Euler method: gradient descent on $\log \mathcal L$. Its step
+    grows by 1.1, and is halved where $\log \mathcal L$ exceeds its last eight values.
+    "stabilised" takes Euler steps to log t = 5, then
     steps with as many stages as their length needs. With Chebyshev polynomials $T_j$,
     $w_0 = 1 + \tfrac{1}{20 s^2}$, $w_1 = T_s(w_0) / T_s'(w_0)$ and $b_j = 1 / T_j(w_0)$ a
     step of s stages from $Y_0$ is $Y_1 = Y_0 + \tfrac{w_1}{w_0} h F_0$,
@@ -99,7 +100,7 @@ def make_method(name: str = "stabilised", max_stages: int = MAX_STAGES) -> Metho
     + 2 w_1 \tfrac{b_j}{b_{j-1}} h F_{j-1}.$$
 
     Its stability polynomial is $T_s(w_0 + w_1 z) / T_s(w_0)$: stable for z from $-1.9 s^2$
-    to 0, at s gradients a step. So twice the stages allow four times the step.
+    to 0, at s gradients a step. So with twice the stages a step may be four times as long.
 
     Args:
       name: one of `METHODS`.
@@ -230,14 +231,15 @@ def _control(
 
 
 def is_stalled(state: FlowState) -> Array:
-    r"""Return whether the next step would be lost in rounding.
+    r"""Return whether the next step would be lost in rounding, or the slope is not finite.
 
-    That is $h |\nabla \log \mathcal L| \le \epsilon |\theta|$ with the rounding unit
-    $\epsilon$ of the dtype.
+    It is lost if $h |\nabla \log \mathcal L| \le \epsilon |\theta|$ with the rounding
+    unit $\epsilon$ of the dtype.
     """
     rounding = jnp.finfo(state.step.dtype).eps
     length = state.step * jnp.sqrt(_squares(state.slope))
-    return length <= rounding * jnp.sqrt(_squares(state.params))
+    # A slope that is not finite counts as stalled too.
+    return ~(length > rounding * jnp.sqrt(_squares(state.params)))
 
 
 def _squares(tree: Any) -> Array:
