@@ -244,6 +244,7 @@ def test_a_homogeneous_network_has_its_columns(tmp_path):
     assert (tmp_path / "run" / "homogeneity.png").exists()
 
 
+@pytest.mark.slow
 def test_warm_epochs_and_groups_run_and_are_resumed(interrupted, tmp_path):
     config = small(
         tmp_path / "run",

@@ -375,6 +375,7 @@ def test_a_finished_run_is_not_run_again(finished, capsys):
     assert "the run is finished" in capsys.readouterr().out
 
 
+@SLOW  # tests/test_network_flow_runs.py extends a quicker run
 def test_an_extended_run_is_the_longer_one_bit_for_bit(tmp_path, capsys):
     longer = train_small.run(small(tmp_path / "longer", epochs=5))
     folder = train_small.run(small(tmp_path / "run", epochs=3))
