@@ -137,8 +137,11 @@ def draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a row per metric: medians over seeds at some times and at the end."""
     of_train, of_test = far(series(rows, "train")), far(series(rows, "test"))
-    last = min(part["log_t"][-1] for part in of_train)
-    times = [time for time in _TIMES if time < 0.8 * last]
+    times = [
+        time
+        for time in _TIMES
+        if all((part["log_t"][:-1] >= time).any() for part in of_train)
+    ]
     result = []
     for name in of_train[0]:
         if name in _HEAD:
