@@ -409,7 +409,8 @@ def _draw_guide(axis: Axes, x: np.ndarray, values: np.ndarray, exponent: int) ->
     if not exponent or np.exp(x[-1]) < 300 or late.sum() < 2:
         return
     line = np.exp(-exponent * (x[late] - x[-1]))
-    line *= 0.4 * np.min(median[late] / line)
+    shares = median[late] / line
+    line *= 0.4 * np.min(shares[shares > 0])
     axis.plot(x[late], line, ":", color=_GUIDE, lw=1.2)
     power = "" if exponent == 1 else f"^{exponent}"
     axis.annotate(

@@ -464,4 +464,4 @@ def test_settings_that_differ_are_quoted_for_a_shell(tmp_path):
     with pytest.raises(
         ValueError, match=r"it with '--train_split=train\[:9\]' --width=1\.0"
     ):
-        folders._reopen(tmp_path, {"train_split": "train", "width": 2.0}, {})
+        folders._reopen(tmp_path, {"train_split": "train", "width": 2.0}, {}, {})
