@@ -359,13 +359,24 @@ def networks() -> str:
                 *_ends(summary),
             ]
         )
-    for name, label in CONTROLS.items():
-        summary = run(f"train/{name}")
-        steps = summary["config"]["epochs"] * summary["training_images"]
-        steps //= summary["config"]["batch_size"]
-        label = f"*{label}, SGD with weight decay*"
-        rows.append([label, "", f"{steps} steps", *_ends(summary)])
+    name, label = next(iter(CONTROLS.items()))
+    rows.append(_control(name, label))
     return table(["network, data", "log t", "gradients", *COLUMNS.values()], rows)
+
+
+def controls() -> str:
+    """List the networks that were trained with weight decay on the same images."""
+    rows = [_control(name, label) for name, label in CONTROLS.items()]
+    return table(["network, data", "log t", "steps", *COLUMNS.values()], rows)
+
+
+def _control(name: str, label: str) -> list[str]:
+    """Return the row of a network that was trained with weight decay."""
+    summary = run(f"train/{name}")
+    config = summary["config"]
+    steps = config["epochs"] * summary["training_images"] // config["batch_size"]
+    label = f"*{label}, SGD with weight decay*"
+    return [label, "", f"{steps} steps", *_ends(summary)]
 
 
 def _ends(summary: Mapping[str, Any]) -> list[str]:
@@ -559,7 +570,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for function in (
         *(found, found_by, flow, constants, flow_by, theorems, saddles, escapes, theory_by),
         *(networks, network_metrics, network_runs, peel, peel_by, speed),
-        *(flow_metrics, flow_exponents, flow_runs),
+        *(flow_metrics, flow_exponents, flow_runs, controls),
     )
 }
 _MARKED = re.compile(r"(<!-- results: (\w+) -->\n)(?:.+\n)*")
