@@ -399,7 +399,7 @@ def flow_metrics() -> str:
 
 
 def flow_exponents() -> str:
-    """List fitted exponents of ResNet18 on MNIST beside those of the layer-peeled model."""
+    """List exponents fitted to ResNet18 on MNIST, and the layer-peeled model's."""
     fitted = run("network_flow/resnet18_mnist")["exponents"]
     labels = {name: label for name, (label, _) in METRICS.items()} | DUALITY
     rows = [

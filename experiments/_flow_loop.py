@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 import ncjax
-from experiments import _flow_record, _training
+from experiments import _flow_record, _record, _training
 from experiments._last_layer import describe
 from experiments._runs import files
 from experiments._runs.errors import BadUse, checks
@@ -56,7 +55,7 @@ class Loop:
         """Prepare; nothing is compiled yet."""
         self.config, self.setup, self.folder = config, setup, folder
         self.checkpoints = checkpoints
-        self.mesh = Mesh(np.asarray(jax.devices()), (train.AXIS,))
+        self.mesh = _training.make_mesh()
         self.method = flow.make_method(config.method, config.max_stages)
         self.degree = models.degree(setup.model) if config.norm == "none" else 0
         self.programs = self._compile()
@@ -201,9 +200,9 @@ class Loop:
         last = int(notes.get(_LAST_MEASURED, state.gradients))
         stored = [row for row in self.stored if row["seed"] == seed]
         rows = [row for row in stored if row["gradients"] <= last]
-        if _flow_record.digest(rows) != notes.get(_flow_record.METRICS_FILE):
+        if _record.digest(rows) != notes.get(_record.METRICS_FILE):
             raise BadUse(
-                f"{self.folder / _flow_record.METRICS_FILE} is missing or damaged: give "
+                f"{self.folder / _record.METRICS_FILE} is missing or damaged: give "
                 "--overwrite to start again"
             )
         self.rows += _flow_record.on_grid(rows, self.config.measurements)
@@ -215,8 +214,8 @@ class Loop:
             return
         rows = self._rows_of(seed)
         last = rows[-1]["gradients"] if rows else 0
-        digest = _flow_record.digest(rows)
-        notes = {_flow_record.METRICS_FILE: digest, _LAST_MEASURED: str(last)}
+        digest = _record.digest(rows)
+        notes = {_record.METRICS_FILE: digest, _LAST_MEASURED: str(last)}
         checkpoints.save(int(state.gradients), state, notes)
 
     def _rows_of(self, seed: int) -> list[dict[str, Any]]:
@@ -299,7 +298,7 @@ class Loop:
     def _write(self, seed: int) -> None:
         """Write metrics.csv and, from time to time, the figures."""
         later = [row for row in self.stored if row["seed"] > seed]
-        _flow_record.write_rows(self.folder, self.rows + later)
+        _record.write_rows(self.folder, self.rows + later)
         if time.monotonic() - self.drawn > _FIGURE_SECONDS:
             _flow_record.draw(self.folder, self.rows)
             self.drawn = time.monotonic()
@@ -333,11 +332,10 @@ class Loop:
         found = describe(ncjax.balance_norms(point))
         table = [{"quantity": k, "at equal norms": v} for k, v in found.items()]
         files.write_table(self.folder / "peel", table)
-        trained = train.measure(features, labels, params)
-        evaluated = train.measure(*self._evaluate(self.setup.train_set, params), params)
+        evaluated = self._evaluate(self.setup.train_set, params)
         return {
             "last_layer": found,
-            "evaluation_mode": {name: evaluated[name] for name in trained},
+            "evaluation_mode": train.measure(*evaluated, params),
         }
 
     def _bar(self, seed: int, state: flow.FlowState) -> tqdm:

@@ -1,6 +1,5 @@
 """The record of a network flow: rows of metrics.csv, figures and tables of them."""
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from experiments import _fits
+from experiments._record import METRICS_FILE, median, rounded
 from experiments._runs import files
 from ncjax import plotting
 
-METRICS_FILE = "metrics.csv"
 _KINDS = {"seed": int, "gradients": int, "split": str}
 _HEAD = ("split", "seed", "log_t", "gradients", "excess")
 # Values of log t in the table, as far as the run comes.
@@ -23,11 +22,11 @@ _GRID_POINTS = 300
 def row(split: str, head: Mapping[str, Any], values: Mapping[str, float]) -> dict[str, Any]:
     """Return a row, with values rounded as in the file: a resumed run has the same rows."""
     numbers = {**head, **values}
-    rounded = {
-        name: value if isinstance(value, int) else float(f"{value:.9g}")
+    cells = {
+        name: value if isinstance(value, int) else rounded(value)
         for name, value in numbers.items()
     }
-    return {"split": split} | rounded
+    return {"split": split} | cells
 
 
 def next_time(log_t: float, per_decade: int) -> float:
@@ -46,11 +45,6 @@ def on_grid(rows: Sequence[dict[str, Any]], per_decade: int) -> list[dict[str, A
     return list(rows)
 
 
-def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write metrics.csv, a row for each time, split and seed."""
-    files.write_rows(folder / METRICS_FILE, rows)
-
-
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of metrics.csv; none if there is no such file.
 
@@ -58,11 +52,6 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
       BadUse: the file is damaged.
     """
     return files.read_rows(folder / METRICS_FILE, _KINDS)
-
-
-def digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the SHA-256 of these rows."""
-    return hashlib.sha256(files.csv_of(rows) if rows else b"").hexdigest()
 
 
 def series(rows: Sequence[Mapping[str, Any]], split: str) -> list[dict[str, np.ndarray]]:
@@ -149,17 +138,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         cells: dict[str, Any] = {"metric": name}
         for time in times:
             values = [part[name][np.argmax(part["log_t"] >= time)] for part in of_train]
-            cells[f"log_t_{time:g}"] = _median(values)
-        cells["at_the_end"] = _median([part[name][-1] for part in of_train])
+            cells[f"log_t_{time:g}"] = median(values)
+        cells["at_the_end"] = median([part[name][-1] for part in of_train])
         if of_test:
-            cells["test_at_the_end"] = _median([part[name][-1] for part in of_test])
+            cells["test_at_the_end"] = median([part[name][-1] for part in of_test])
         result.append(cells)
     return result
-
-
-def _median(values: Sequence[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return float(np.median(finite)) if finite else math.nan
 
 
 def exponents(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

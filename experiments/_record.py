@@ -87,8 +87,8 @@ def table(of_train, of_test, zero: int | None) -> list[dict[str, Any]]:
     for name, values in of_train.items():
         if name == "epoch":
             continue
-        first = math.nan if at_zero is None else _median(values[:, at_zero])
-        last = _median(values[:, -1])
+        first = math.nan if at_zero is None else median(values[:, at_zero])
+        last = median(values[:, -1])
         compared = first > 0 and name not in _NOT_FALLING and zero < epochs[-1]
         row = {
             "metric": name,
@@ -97,12 +97,18 @@ def table(of_train, of_test, zero: int | None) -> list[dict[str, Any]]:
             "fell": str(last < first) if compared else "",
         }
         if of_test:
-            row["test_at_the_end"] = _median(of_test[name][:, -1])
+            row["test_at_the_end"] = median(of_test[name][:, -1])
         rows.append(row)
     return rows
 
 
-def _median(values: np.ndarray) -> float:
+def rounded(value: float) -> float:
+    """Round as in metrics.csv, so that a resumed run has the same rows."""
+    return float(f"{value:.9g}")
+
+
+def median(values: Any) -> float:
     """Return the median over the seeds that have not diverged."""
+    values = np.asarray(values)
     finite = values[np.isfinite(values)]
     return float(np.median(finite)) if finite.size else math.nan

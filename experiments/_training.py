@@ -368,7 +368,7 @@ def _check_epochs(config: Config, folder: Path) -> None:
         )
 
 
-def _mesh() -> Mesh:
+def make_mesh() -> Mesh:
     """Return a mesh of all devices of all processes; batches are split along its axis."""
     return Mesh(np.asarray(jax.devices()), (train.AXIS,))
 
@@ -377,7 +377,7 @@ def any_process(value: bool) -> bool:
     """Return whether `value` is true in any process, once all have called this."""
     if jax.process_count() == 1:
         return value
-    mesh = _mesh()
+    mesh = make_mesh()
     split, replicated = (
         NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((train.AXIS,), ())
     )
@@ -470,7 +470,7 @@ class _Loop:
 
     def __init__(self, config: Config, setup: Setup, folder: Path):
         self.config, self.setup, self.folder = config, setup, folder
-        self.mesh = _mesh()
+        self.mesh = make_mesh()
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.clock = _make_clock(config, setup, self.mesh)
         self.sets = {
@@ -616,7 +616,7 @@ class _Loop:
                 ]
             for seed, values in enumerate(measured):
                 row = {"epoch": epoch, "split": split, "seed": seed}
-                times = {k: _rounded(np.ravel(v)[seed]) for k, v in columns.items()}
+                times = {k: _record.rounded(np.ravel(v)[seed]) for k, v in columns.items()}
                 self.rows.append(row | times | values)
             tags = {f"{split}/{k}": [v[k] for v in measured] for k in measured[0]}
             _write_events(events, epoch, tags)
@@ -640,12 +640,7 @@ def _measure_one(features, params, labels, centres) -> dict[str, float]:
         names = (*ncjax.CollapseMetrics._fields, *LastLayer._fields)
         return dict.fromkeys(names, math.nan)
     measured = train.measure(features, labels, params, centres)
-    return {name: _rounded(value) for name, value in measured.items()}
-
-
-def _rounded(value: float) -> float:
-    """Round as in metrics.csv, so that a resumed run has the same rows."""
-    return float(f"{value:.9g}")
+    return {name: _record.rounded(value) for name, value in measured.items()}
 
 
 def _make_clock(config: Config, setup: Setup, mesh: Mesh) -> _clock.Clock:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import _flow_record, _training
+from experiments import _flow_record, _record, _training
 from experiments._flow_loop import ENDINGS, Loop
 from experiments._runs import cli, files, folders, memory
 from experiments._runs.errors import BadUse, RunFailed
@@ -20,7 +20,7 @@ from ncjax.networks import checkpoint, flow, models
 NAME = "network_flow"
 CHECKPOINTS = "checkpoints"
 OUTPUTS = (
-    *(_flow_record.METRICS_FILE, CHECKPOINTS),
+    *(_record.METRICS_FILE, CHECKPOINTS),
     *("collapse.png", "collapse.pdf", "margins.png", "margins.pdf"),
     *("duality.png", "duality.pdf", "homogeneity.png", "homogeneity.pdf"),
     *("collapse.csv", "collapse.md", "peel.csv", "peel.md"),
@@ -185,7 +185,7 @@ def _check_change(config: Config, name: str, folder: Path) -> None:
 
 
 def _training_config(config: Config) -> _training.Config:
-    """Return the flags of network and data as those of a training run."""
+    """Return the flags of a training run with the same network and data."""
     shared = {field.name for field in dataclasses.fields(_training.Config)}
     values = {k: v for k, v in dataclasses.asdict(config).items() if k in shared}
     if not config.warm_epochs:

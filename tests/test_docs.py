@@ -37,13 +37,7 @@ PRIVATE = {
 REFERENCE = (DOCS / "reference" / "index.md").read_text()
 NAVIGATION = (ROOT / "mkdocs.yml").read_text()
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compile with few optimisations, because these tests mostly compile."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture

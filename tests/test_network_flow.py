@@ -18,13 +18,7 @@ from ncjax.peeled.losses import softmax_cross_entropy
 
 PER_CLASS = 10
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compile with few optimisations, because these tests mostly compile."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from experiments import (
     _flow_loop,
     _flow_page,
     _flow_record,
+    _record,
     _training,
     network_flow,
     report,
@@ -28,13 +29,7 @@ SMALL = network_flow.Config(
     model="mlp", width=0.05, per_class=4, log_t_max=12.0, test_split="test[:40]"
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compile with few optimisations, because these tests mostly compile."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +52,7 @@ def interrupted(monkeypatch):
     """Run a config that is interrupted after so many rows."""
 
     def run(config, number):
-        write = _flow_record.write_rows
+        write = _record.write_rows
 
         def write_and_interrupt(folder, rows):
             write(folder, rows)
@@ -65,7 +60,7 @@ def interrupted(monkeypatch):
                 os.kill(os.getpid(), signal.SIGINT)
 
         with monkeypatch.context() as patch:
-            patch.setattr(_flow_record, "write_rows", write_and_interrupt)
+            patch.setattr(_record, "write_rows", write_and_interrupt)
             with pytest.raises(KeyboardInterrupt):
                 network_flow.run(config)
 

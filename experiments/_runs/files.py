@@ -157,7 +157,9 @@ def read_rows(path: Path, kinds: Mapping[str, Callable]) -> list[dict[str, Any]]
 
 
 def csv_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return rows as the content of a CSV file."""
+    """Return rows as the content of a CSV file, which is empty without rows."""
+    if not rows:
+        return b""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()

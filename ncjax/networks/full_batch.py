@@ -14,8 +14,7 @@ import numpy as np
 from ncjax.checks import check_integer
 from ncjax.networks import data, models
 from ncjax.networks.data import Dataset
-from ncjax.peeled.kernels import log_softplus
-from ncjax.peeled.logits import log_odds_of_error, margins_of_samples
+from ncjax.networks.loss_clock import log_losses
 from ncjax.types import Array
 
 
@@ -73,8 +72,7 @@ def log_loss(model: nn.Module, groups: Groups, params: Any) -> tuple[Array, Any]
 
     def of_group(params, images, labels):
         logits, _ = _apply(model, groups, params, images)[0]
-        log_odds = log_odds_of_error(*margins_of_samples(logits, labels))
-        return jax.nn.logsumexp(log_softplus(log_odds))
+        return jax.nn.logsumexp(log_losses(logits, labels))
 
     value_and_slope = jax.value_and_grad(of_group)
     first = value_and_slope(params, groups.images[0], groups.labels[0])
