@@ -18,11 +18,14 @@ from ncjax.checks import check_integer, check_params, concrete
 from ncjax.metrics import measures, statistics
 from ncjax.metrics.inputs import check_centres, check_classifier, check_features
 from ncjax.metrics.statistics import ClassStatistics, Comparison
+from ncjax.metrics.tiles import FEW_CLASSES, mean_over_pairs
 from ncjax.numerics import at_unit_scale, power_of_two, widen
 from ncjax.types import Array, Params
 
 # Elements of one chunk of features with its distances to the centres: 2 MB of float32.
 _CHUNK_ELEMENTS = 2**19
+# Samples of a chunk if there are many classes: its logits by tile are 16 MB of float32.
+_LARGE_CHUNK = 4096
 
 
 class CollapseMetrics(NamedTuple):
@@ -88,7 +91,7 @@ def _metrics_of_params(params: Params) -> CollapseMetrics:
     offset = jnp.mean(H - anchor[:, None], axis=1)
     deviation = (H - anchor[:, None]) - offset[:, None]
     first_pass = ClassStatistics(
-        counts=jnp.full(num_classes, per_class, jnp.int32),
+        counts=jnp.full(num_classes, per_class, statistics.count_dtype()),
         anchor=anchor,
         offset=offset,
         scatter=jnp.sum(deviation**2, axis=(1, 2)),
@@ -157,13 +160,21 @@ def collapse_metrics_from_features(
     features, labels, W, b = check_features(features, labels, W, b, num_classes, min_count)
     samples, dim = features.shape
     if chunk_size is None:
-        # At least as many samples as classes, because each chunk costs a few (K, d).
-        chunk_size = max(W.shape[0], _CHUNK_ELEMENTS // (dim + W.shape[0]))
+        chunk_size = _chunk_size(W.shape[0], dim)
     check_integer("chunk_size", chunk_size, least=1)
     centres = None if centres is None else check_centres(centres, W.shape)
     return _metrics_in_chunks(
         features, labels, W, b, centres, min(chunk_size, samples), min_count
     )
+
+
+def _chunk_size(num_classes: int, dim: int) -> int:
+    """Return the samples of a chunk, whose arrays take a few MB."""
+    if num_classes <= FEW_CLASSES:
+        # At least as many samples as classes, because each chunk costs a few (K, d).
+        return max(num_classes, _CHUNK_ELEMENTS // (dim + num_classes))
+    # A tile of TILE classes is read again for each chunk of samples.
+    return max(1, min(_LARGE_CHUNK, 8 * _CHUNK_ELEMENTS // dim))
 
 
 @partial(jax.jit, static_argnums=(5, 6))
@@ -245,35 +256,92 @@ _SECOND_PASS = ("within_class_variation", "ncc_mismatch", "accuracy")
 def _metrics(
     first_pass: ClassStatistics, second_pass: Comparison, W: Array, min_count: int | None
 ) -> CollapseMetrics:
+    dtype = first_pass.anchor.dtype
+    complete = jnp.all(first_pass.counts > 0) | (min_count is not None)
+    samples = statistics.total(second_pass.counts, dtype)
+
+    def share(sums):
+        return jnp.where(complete, statistics.total(sums, dtype) / samples, jnp.nan)
+
+    return metrics_of_means(first_pass, W, min_count)._replace(
+        within_class_variation=jnp.sum(second_pass.whitened_scatter) / samples,
+        ncc_mismatch=share(second_pass.mismatches),
+        accuracy=1 - share(second_pass.errors),
+    )
+
+
+def metrics_of_means(
+    first_pass: ClassStatistics,
+    W: Array,
+    min_count: int | None = None,
+    pairs: tuple[Array, ...] | None = None,
+) -> CollapseMetrics:
+    """Return the metrics that the first pass and W (K, d) give; the others are NaN.
+
+    Args:
+      first_pass: statistics of all samples.
+      W: (K, d) classifier.
+      min_count: classes measured, as in `statistics.measured_classes`.
+      pairs: `pair_metrics` of the same arguments, if they are known.
+    """
     measured = statistics.measured_classes(first_pass, min_count)
     means = statistics.about_mean(first_pass, "class_mean", measured)
     chex.assert_equal_shape([W, means])
     W = W.astype(means.dtype)
     centred_W = measures.centre_rows(W, measured)
-    complete = jnp.all(first_pass.counts > 0) | (min_count is not None)
-
-    def share(sums):
-        total, count = (jnp.sum(x, dtype=jnp.int32) for x in (sums, second_pass.counts))
-        return jnp.where(complete, statistics.fraction(total, count, means.dtype), jnp.nan)
-
-    samples = jnp.sum(second_pass.counts, dtype=jnp.int32).astype(means.dtype)
+    unknown = jnp.full((), jnp.nan, means.dtype)
+    if pairs is None:
+        pairs = pair_metrics(first_pass, W, min_count)
     return CollapseMetrics(
-        within_class_variation=jnp.sum(second_pass.whitened_scatter) / samples,
+        within_class_variation=unknown,
         within_class_quotient=within_class_quotient(first_pass, min_count=min_count),
-        cdnv=class_distance_normalised_variance(first_pass, min_count=min_count),
+        cdnv=pairs[0],
         mean_norm_variation=measures.norm_variation(means, mask=measured),
         classifier_norm_variation=measures.norm_variation(W, mask=measured),
         centred_classifier_norm_variation=measures.norm_variation(centred_W, mask=measured),
-        mean_cosine_deviation=measures.cosine_deviation(means, measured),
-        classifier_cosine_deviation=measures.cosine_deviation(W, measured),
-        centred_classifier_cosine_deviation=measures.cosine_deviation(centred_W, measured),
+        mean_cosine_deviation=pairs[1],
+        classifier_cosine_deviation=pairs[2],
+        centred_classifier_cosine_deviation=pairs[3],
         etf_gram_error=measures.etf_gram_error(means, measured),
         self_duality=measures.self_duality(W, means, mask=measured),
         centred_self_duality=measures.self_duality(centred_W, means, mask=measured),
         product_etf_error=measures.product_etf_error(W, means, measured),
-        ncc_mismatch=share(second_pass.mismatches),
-        accuracy=1 - share(second_pass.errors),
+        ncc_mismatch=unknown,
+        accuracy=unknown,
     )
+
+
+def pair_metrics(
+    first_pass: ClassStatistics,
+    W: Array,
+    min_count: int | None = None,
+    axis_name: str | None = None,
+) -> tuple[Array, ...]:
+    """Return CDNV and the cosine deviations of means, W and centred W, by one pass.
+
+    All pairs of classes are visited tile by tile. Inside `jax.shard_map` the devices of
+    the axis `axis_name` divide the tiles among them.
+    """
+    measured = statistics.measured_classes(first_pass, min_count)
+    means = statistics.about_mean(first_pass, "class_mean", measured)
+    W = W.astype(means.dtype)
+    variance = statistics.class_variances(first_pass, measured)
+    matrices = [
+        measures.nonzero_rows(rows, measured)
+        for rows in (means, W, measures.centre_rows(W, measured))
+    ]
+    simplex = measures.simplex_cosine(means, measured)
+
+    def of_tile(left, right, counted):
+        (rows, variance), (others, other_variance) = left, right
+        distances = measures.tile_squared_distances(rows[0], others[0], counted)
+        deviations = [
+            jnp.abs(measures.tile_cosines(*pair) - simplex)
+            for pair in zip(rows, others, strict=True)
+        ]
+        return _normalised_variance(variance, other_variance, distances, 1), *deviations
+
+    return mean_over_pairs(of_tile, (matrices, variance), measured, axis_name)
 
 
 def within_class_quotient(
@@ -291,8 +359,7 @@ def within_class_quotient(
     """
     measured = statistics.measured_classes(first_pass, min_count)
     means = statistics.about_mean(first_pass, centring, measured)
-    samples = jnp.sum(first_pass.counts, dtype=jnp.int32, where=measured)
-    samples = samples.astype(means.dtype)
+    samples = statistics.total(first_pass.counts, means.dtype, measured)
     within = jnp.sum(first_pass.scatter, where=measured) / samples
     return within / jnp.mean(jnp.sum(means**2, axis=1), where=measured)
 
@@ -313,10 +380,15 @@ def class_distance_normalised_variance(
     measured = statistics.measured_classes(first_pass, min_count)
     means = statistics.about_mean(first_pass, "class_mean", measured)
     variance = statistics.class_variances(first_pass, measured)
-    distances = statistics.squared_distances(means)
-    j, k = np.triu_indices(variance.shape[0], k=1)
-    pairs, between = None, distances[j, k]
-    if measured is not None:
-        pairs = measured[j] & measured[k]
-        between = jnp.where(pairs, between, 1)
-    return jnp.mean((variance[j] + variance[k]) / (2 * between**power), where=pairs)
+    means = measures.nonzero_rows(means, measured)
+
+    def of_tile(left, right, counted):
+        distances = measures.tile_squared_distances(left[0], right[0], counted)
+        return _normalised_variance(left[1], right[1], distances, power)
+
+    return mean_over_pairs(of_tile, (means, variance), measured)
+
+
+def _normalised_variance(left: Array, right: Array, distances: Array, power: int) -> Array:
+    """Return CDNV (t, u) of pairs from variances (t,), (u,) and squared distances."""
+    return (left[:, None] + right[None]) / (2 * distances**power)

@@ -14,13 +14,25 @@ of one shape.
 """
 
 import math
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ncjax.metrics.inputs import check_rows
+from ncjax.metrics.tiles import (
+    FEW_CLASSES,
+    FEW_DIFFERENCES,
+    mean_over_pairs,
+    squared_differences,
+    sum_over_tiles,
+)
 from ncjax.numerics import at_unit_scale, matmul, root
 from ncjax.types import Array
+
+# Pairs with 1 - cos below this are close: their distance would lose two digits.
+_CLOSE = 2.0**-7
 
 
 def centre_rows(rows: Array, mask: Array | None = None) -> Array:
@@ -64,15 +76,57 @@ def pair_cosines(rows: Array) -> Array:
 def cosine_deviation(rows: Array, mask: Array | None = None) -> Array:
     r"""Mean over pairs of $|\cos(v_j, v_k) + \tfrac{1}{K-1}|$, 0 for a simplex ETF.
 
+    Computed in tiles, so that no array is (K, K) if K is large.
+
     Source: Papyan, Han, Donoho (2020), Figure 3, for `rows` (K, d).
     """
     (rows,) = check_rows(rows)
-    size = len(rows)
-    if mask is None:
-        return jnp.mean(jnp.abs(pair_cosines(rows) + 1 / (size - 1)))
-    cosines = pair_cosines(jnp.where(mask[:, None], rows, 1))
-    j, k = np.triu_indices(size, k=1)
-    return jnp.mean(jnp.abs(cosines + 1 / (_size(rows, mask) - 1)), where=mask[j] & mask[k])
+    simplex = simplex_cosine(rows, mask)
+    rows = nonzero_rows(rows, mask)
+
+    def of_tile(left, right, _):
+        return jnp.abs(tile_cosines(left, right) - simplex)
+
+    return mean_over_pairs(of_tile, rows, mask)
+
+
+def tile_cosines(left: Array, right: Array) -> Array:
+    r"""Return $\cos(v_j, v_k)$ (t, u) of the rows of `left` (t, d) and `right` (u, d)."""
+    return matmul(unit_rows(left), unit_rows(right).T)
+
+
+def tile_squared_distances(left: Array, right: Array, counted: Array) -> Array:
+    r"""Return $|v_j - v_k|^2$ (t, u) of two tiles, 1 at pairs that do not count.
+
+    Small tiles take differences. Else $(|v_j| - |v_k|)^2 + 2 |v_j| |v_k| (1 - \cos)$ costs
+    one product; it loses the digits of close pairs, so a tile with such a pair takes
+    differences too.
+    """
+
+    def by_differences():
+        return squared_differences(left, right)
+
+    def by_cosines():
+        return (norms[0] - norms[1]) ** 2 + 2 * norms[0] * norms[1] * gaps
+
+    if left.shape[0] * right.size <= FEW_DIFFERENCES:
+        squares = by_differences()
+    else:
+        gaps = 1 - tile_cosines(left, right)
+        norms = _norm(left, axis=1)[:, None], _norm(right, axis=1)[None]
+        close = jnp.any(counted & (gaps < _CLOSE))
+        squares = jax.lax.cond(close, by_differences, by_cosines)
+    return jnp.where(counted, squares, 1)
+
+
+def simplex_cosine(rows: Array, mask: Array | None) -> Array | float:
+    """Return -1/(K-1), the cosine of a simplex ETF of the rows (K, d) that count."""
+    return -1 / ((len(rows) if mask is None else _size(rows, mask)) - 1)
+
+
+def nonzero_rows(rows: Array, mask: Array | None) -> Array:
+    """Return `rows` with 1 in rows where `mask` is False: they have a direction."""
+    return rows if mask is None else jnp.where(mask[:, None], rows, 1)
 
 
 def etf_gram_error(rows: Array, mask: Array | None = None) -> Array:
@@ -88,14 +142,26 @@ def etf_gram_error(rows: Array, mask: Array | None = None) -> Array:
 def product_etf_error(rows: Array, others: Array, mask: Array | None = None) -> Array:
     r"""$| V C^\top / |V C^\top|_F - (I - \tfrac1K \mathbf{1 1}^\top) / \sqrt{K-1} |_F$.
 
-    For `rows` V (K, d) and `others` C (K, d).
+    For `rows` V (K, d) and `others` C (K, d). The product (K, K) is in memory up to 2048
+    classes. Beyond, if K > d + 1, the error comes from
+    $|V C^\top|_F^2 = \sum (V^\top V \circ C^\top C)$ and the trace of $V C^\top$: the rank
+    d keeps it away from 0, so that no digits are lost. Else it comes row tile by row tile.
 
     Source: Zhu et al. (2021), NC3.
     """
     rows, others = check_rows(rows, others)
     rows, others = (at_unit_scale(_kept(matrix, mask)) for matrix in (rows, others))
-    product = at_unit_scale(matmul(rows, others.T))
-    return _norm(product / jnp.linalg.norm(product) - _etf_gram(rows, mask))
+    size, dim = rows.shape
+    if size <= FEW_CLASSES:
+        product = at_unit_scale(matmul(rows, others.T))
+        return _norm(product / jnp.linalg.norm(product) - _etf_gram(rows, mask))
+    kept = jnp.ones(size, bool) if mask is None else mask
+    return jax.lax.cond(
+        jnp.sum(kept, dtype=jnp.int32) > dim + 1,
+        _etf_error_by_dimension,
+        _etf_error_by_tile,
+        *(rows, others, kept),
+    )
 
 
 def _etf_gram(rows: Array, mask: Array | None) -> Array:
@@ -106,6 +172,32 @@ def _etf_gram(rows: Array, mask: Array | None) -> Array:
     count = _size(rows, mask)
     gram = (identity - 1 / count) / jnp.sqrt(count - 1)
     return jnp.where(mask[:, None] & mask[None], gram, 0)
+
+
+def _etf_error_by_dimension(rows: Array, others: Array, mask: Array) -> Array:
+    """Return the error of `product_etf_error` from arrays (d, d)."""
+    count = _size(rows, mask)
+    grams = matmul(rows.T, rows), matmul(others.T, others)
+    norm = jnp.sqrt(jnp.sum(jnp.sum(grams[0] * grams[1], axis=1)))
+    trace = jnp.sum(jnp.sum(rows * others, axis=1))
+    inner = trace - jnp.sum(jnp.sum(rows, axis=0) * jnp.sum(others, axis=0)) / count
+    return root(2 - 2 * inner / (norm * jnp.sqrt(count - 1)))
+
+
+def _etf_error_by_tile(rows: Array, others: Array, mask: Array) -> Array:
+    """Return the error of `product_etf_error` from arrays (t, K)."""
+    count = _size(rows, mask)
+
+    def squares(tile, numbers, kept, norm=None):
+        product = matmul(tile, others.T)
+        if norm is not None:
+            own = numbers[:, None] == jnp.arange(len(others), dtype=jnp.int32)[None]
+            etf = (own.astype(tile.dtype) - 1 / count) / jnp.sqrt(count - 1)
+            product = product / norm - jnp.where(mask[None], etf, 0)
+        return jnp.sum(jnp.where(kept, jnp.sum(product**2, axis=1), 0))
+
+    norm = jnp.sqrt(sum_over_tiles(squares, rows, mask))
+    return root(sum_over_tiles(partial(squares, norm=norm), rows, mask))
 
 
 def self_duality(

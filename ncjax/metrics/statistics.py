@@ -4,7 +4,9 @@ Two passes read the data. The first keeps the count, mean and scatter (the sum o
 distances to the mean) of each class. The second knows the means and projects every sample
 on their span. It finds the nearest class centre, the classifier's decision and the whitened
 variation: the deviation from the class mean in units of the spread of the class means. No
-matrix is larger than a batch of samples, K x d or K x K; none is d x d.
+matrix is larger than a batch of samples or K x d; none is d x d. Up to 2048 classes, arrays
+of K x K and of a batch by K are used too. Beyond, all runs in tiles of 1024 classes, and a
+batch touches only the rows of the classes that it holds.
 
 A mean is kept as an anchor, the first sample seen of the class, plus the mean offset from
 it. Differences of neighbouring floating-point numbers are exact, so features keep their
@@ -17,6 +19,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ncjax.arrays import as_array
 from ncjax.checks import (
@@ -32,6 +35,7 @@ from ncjax.metrics.inputs import (
     check_classifier,
     check_counts,
 )
+from ncjax.metrics.tiles import FEW_CLASSES, largest_product, squared_differences
 from ncjax.metrics.whitening import whiten
 from ncjax.numerics import matmul, wide_dtype
 from ncjax.types import Array
@@ -42,7 +46,7 @@ CENTRINGS = ("class_mean", "sample_mean")
 class ClassStatistics(NamedTuple):
     """First pass: counts, means and scatters of K classes."""
 
-    counts: Array  # (K,)    samples seen (int32)
+    counts: Array  # (K,)    samples seen, of `count_dtype`
     anchor: Array  # (K, d)  first sample seen of each class, 0 if none
     offset: Array  # (K, d)  class mean minus anchor
     scatter: Array  # (K,)    sum over samples of |h - class mean|²
@@ -53,7 +57,7 @@ class Reference(NamedTuple):
 
     centred: Array  # (K, d)  class means minus the global mean
     centres: Array  # (K, d)  centres of NC4 minus the global mean
-    distances: Array  # (K, K)  squared distances of class means (rows) to centres
+    distances: Array | None  # (K, K)  squared distances of class means (rows) to centres
     whitening: Array  # (r, d)  T with |T x|² = xᵀ Σ_B⁺ x / K, r at most K - 1
     measured: Array | None  # (K,)  classes measured, None for all
     candidates: Array | None  # (K,)  classes that have a centre, None for all
@@ -62,12 +66,20 @@ class Reference(NamedTuple):
 class Comparison(NamedTuple):
     """Second pass: sums over the samples seen of each of K classes."""
 
-    counts: Array  # (K,)  samples seen (int32)
+    counts: Array  # (K,)  samples seen, of `count_dtype`
     scatter: Array  # (K,)  sum of |h - class mean|², as in the first pass
     whitened_scatter: Array  # (K,)  sum of δᵀ Σ_B⁺ δ / K, δ = h - class mean
-    mismatches: Array  # (K,)  classifier and nearest class mean disagree (int32)
-    errors: Array  # (K,)  classifier is wrong (int32)
-    ncc_errors: Array  # (K,)  nearest class mean is wrong (int32)
+    mismatches: Array  # (K,)  classifier and nearest class mean disagree
+    errors: Array  # (K,)  classifier is wrong
+    ncc_errors: Array  # (K,)  nearest class mean is wrong
+
+
+def count_dtype() -> np.dtype:
+    """Return the dtype of counts: uint32, which ends at 4.29e9 samples of a class.
+
+    With x64 it is uint64.
+    """
+    return jax.dtypes.canonicalize_dtype(np.uint64)
 
 
 def init(num_classes: int, dim: int, dtype=jnp.float32) -> ClassStatistics:
@@ -79,7 +91,7 @@ def init(num_classes: int, dim: int, dtype=jnp.float32) -> ClassStatistics:
     check_sizes(num_classes=num_classes, dim=dim)
     dtype = float_dtype(dtype)
     return ClassStatistics(
-        counts=jnp.zeros(num_classes, jnp.int32),
+        counts=jnp.zeros(num_classes, count_dtype()),
         anchor=jnp.zeros((num_classes, dim), dtype),
         offset=jnp.zeros((num_classes, dim), dtype),
         scatter=jnp.zeros(num_classes, dtype),
@@ -130,31 +142,69 @@ def update(
     features, labels, mask = check_batch(features, labels, mask, dim)
     if not features.shape[0]:
         return statistics
-    members, features, labels = _members(features, labels, mask, num_classes, dtype)
-    first = jnp.argmax(members, axis=0)
-    seen = jnp.any(members, axis=0)
-    anchor = jnp.where(seen[:, None], features[first], 0)
+    valid, features, labels = _valid(features, labels, mask, num_classes, dtype)
+    if num_classes <= features.shape[0]:
+        return merge(statistics, _of_batch(features, labels, valid, num_classes))
+    return _merge_rows(statistics, features, labels, valid)
+
+
+def _of_batch(features, labels, valid, num_classes: int) -> ClassStatistics:
+    """Return the statistics of a batch, for any number of classes up to its size."""
+    count = _class_counts(valid, labels, num_classes)
+    order = jnp.arange(features.shape[0], dtype=jnp.int32)
+    last = features.shape[0] - 1
+    first = jax.ops.segment_min(jnp.where(valid, order, last), labels, num_classes)
+    anchor = jnp.where((count > 0)[:, None], features[jnp.minimum(first, last)], 0)
     from_anchor = features - anchor[labels]
-    count = jnp.sum(members, axis=0, dtype=jnp.int32)
-    total = _class_sums(from_anchor, labels, members)
-    offset = total / jnp.maximum(count, 1)[:, None].astype(dtype)
+    total = _class_sums(from_anchor, labels, valid, num_classes)
+    offset = total / jnp.maximum(count, 1)[:, None].astype(features.dtype)
     squares = jnp.sum((from_anchor - offset[labels]) ** 2, axis=1)
-    scatter = _class_sums(squares, labels, members)
-    return merge(statistics, ClassStatistics(count, anchor, offset, scatter))
+    scatter = _class_sums(squares, labels, valid, num_classes)
+    return ClassStatistics(count, anchor, offset, scatter)
 
 
-def _class_sums(rows: Array, labels: Array, members: Array) -> Array:
+def _merge_rows(statistics, features, labels, valid) -> ClassStatistics:
+    """Add a batch with fewer samples than K: only rows of its classes are read and set."""
+    num_classes, batch = statistics.counts.shape[0], features.shape[0]
+    classes, places = batch_classes(labels, valid, num_classes)
+    old = jax.tree.map(lambda rows: rows[jnp.minimum(classes, num_classes - 1)], statistics)
+    merged = merge(old, _of_batch(features, places, valid, batch))
+    return jax.tree.map(
+        lambda rows, new: rows.at[classes].set(new, mode="drop"), statistics, merged
+    )
+
+
+def batch_classes(labels: Array, valid: Array, num_classes: int) -> tuple[Array, Array]:
+    """Return the classes (B,) of a batch, each once and then K, and places (B,) in them.
+
+    `classes[places[i]]` is the label of sample i, or K if the sample is not valid.
+    """
+    labels = jnp.where(valid, labels, num_classes)
+    order = jnp.argsort(labels)
+    ordered = labels[order]
+    is_new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
+    place = jnp.cumsum(is_new, dtype=jnp.int32) - 1
+    classes = jnp.full_like(labels, num_classes).at[place].set(ordered)
+    return classes, jnp.zeros_like(labels).at[order].set(place)
+
+
+def _class_counts(which: Array, labels: Array, num_classes: int) -> Array:
+    """Return how many samples (B,) of each class are in `which`."""
+    return jax.ops.segment_sum(which.astype(count_dtype()), labels, num_classes)
+
+
+def _class_sums(rows: Array, labels: Array, valid: Array, num_classes: int) -> Array:
     """Return the sum (K, ...) of the rows (B, ...) of each class.
 
     On CPU these are B additions in order. On other platforms the additions would run in any
-    order, so there a product with the memberships takes 2 B K operations per column.
+    order, so there a product with the memberships takes 2 B K operations per column, up to
+    2048 classes.
     """
-    batch, num_classes = members.shape
-    chex.assert_shape(rows, (batch, ...))
-    chex.assert_shape(labels, (batch,))
-    if jax.default_backend() == "cpu":
-        labels = jnp.where(jnp.any(members, axis=1), labels, num_classes)
+    if jax.default_backend() == "cpu" or num_classes > FEW_CLASSES:
+        labels = jnp.where(valid, labels, num_classes)
         return jax.ops.segment_sum(rows, labels, num_classes)
+    classes = jnp.arange(num_classes, dtype=labels.dtype)
+    members = (labels[:, None] == classes[None]) & valid[:, None]
     return matmul(members.T.astype(rows.dtype), rows)
 
 
@@ -169,11 +219,8 @@ def merge(first: ClassStatistics, second: ClassStatistics) -> ClassStatistics:
     dtype = first.anchor.dtype
     count = first.counts + second.counts
     share = fraction(second.counts, jnp.maximum(count, 1), dtype)
-    both = ((first.counts > 0) & (second.counts > 0))[:, None]
     second_only = (first.counts == 0)[:, None]
-    gap = second.anchor - first.anchor
-    # second mean - first mean, from differences alone.
-    shift = jnp.where(both, (gap + second.offset) - first.offset, 0)
+    shift = mean_shift(first, second)
     weight = first.counts.astype(dtype) * share
     return ClassStatistics(
         counts=count,
@@ -181,6 +228,16 @@ def merge(first: ClassStatistics, second: ClassStatistics) -> ClassStatistics:
         offset=jnp.where(second_only, second.offset, first.offset + share[:, None] * shift),
         scatter=first.scatter + second.scatter + weight * jnp.sum(shift**2, axis=1),
     )
+
+
+def mean_shift(first: ClassStatistics, second: ClassStatistics) -> Array:
+    """Return the class means of `second` minus those of `first` (K, d), by differences.
+
+    A row is 0 if one of the two has no sample of the class.
+    """
+    both = ((first.counts > 0) & (second.counts > 0))[:, None]
+    gap = second.anchor - first.anchor
+    return jnp.where(both, (gap + second.offset) - first.offset, 0)
 
 
 def all_merge(statistics: ClassStatistics, axis_name: str) -> ClassStatistics:
@@ -310,6 +367,7 @@ def reference(
     *,
     centres: Array | None = None,
     min_count: int | None = None,
+    distances: bool = True,
 ) -> Reference:
     r"""Return the class means and their whitening, for the second pass.
 
@@ -326,6 +384,8 @@ def reference(
         where the statistics are of a test split. A row with NaN or infinity is no centre.
         None takes the class means of the samples themselves.
       min_count: classes measured, as in `measured_classes`; K is their number.
+      distances: False leaves out the (K, K) distances of means and centres. They are also
+        left out beyond 2048 classes: `compare` then finds the nearest centre in tiles.
 
     Raises:
       ValueError: centring is unknown, the shape of centres does not fit, or as in
@@ -334,18 +394,13 @@ def reference(
     measured = measured_classes(statistics, min_count)
     shares = _shares(statistics, centring, measured)
     centred = about_mean(statistics, centring, measured)
-    # The rows of M, weighted by the shares, sum to zero, so M has rank K - 1 at most. That
-    # null direction is removed exactly, so that no singular value is rounding error alone.
-    rows = centred
-    if measured is not None:
-        first = -jnp.argmax(measured)  # `_complement` needs a first share above 0
-        shares, rows = jnp.roll(shares, first), jnp.roll(rows, first, axis=0)
-    _, whitening = whiten(matmul(_complement(shares), rows))
+    whitening = _whitening(centred, shares, measured)
     candidates, about = measured, centred
     if centres is not None:
         candidates, about = _centres_about_mean(statistics, centring, measured, centres)
-    distances = squared_distances(centred, about)
-    return Reference(centred, about, distances, whitening, measured, candidates)
+    kept = distances and centred.shape[0] <= FEW_CLASSES
+    between = squared_distances(centred, about) if kept else None
+    return Reference(centred, about, between, whitening, measured, candidates)
 
 
 def _centres_about_mean(statistics, centring, measured, centres) -> tuple[Array, Array]:
@@ -365,20 +420,14 @@ def squared_distances(rows: Array, others: Array | None = None) -> Array:
     faster but loses the digits of close pairs.
     """
     rows = as_array("rows", rows)
-    targets = rows if others is None else as_array("others", others)
-
-    def to_all(row):
-        return jnp.sum((targets - row[None]) ** 2, axis=1)
-
-    if rows.shape[0] * targets.size <= 2**22:
-        return jax.vmap(to_all)(rows)
-    return jax.lax.map(to_all, rows)
+    return squared_differences(rows, rows if others is None else as_array("others", others))
 
 
 def init_comparison(num_classes: int, dtype=jnp.float32) -> Comparison:
     """Return a `Comparison` of no sample."""
-    zero, total = jnp.zeros(num_classes, jnp.int32), jnp.zeros(num_classes, dtype)
-    return Comparison(zero, total, total, zero, zero, zero)
+    # Arrays of their own, so that a program may take the memory of each.
+    dtypes = (count_dtype(), dtype, dtype, *(count_dtype(),) * 3)
+    return Comparison(*(jnp.zeros(num_classes, dtype) for dtype in dtypes))
 
 
 def compare(
@@ -421,37 +470,71 @@ def compare(
     W, b = check_classifier(W, b, (num_classes, dim))
     if not features.shape[0]:
         return comparison
-    members, features, labels = _members(features, labels, mask, num_classes, dtype)
+    valid, features, labels = _valid(features, labels, mask, num_classes, dtype)
     if against.measured is not None:
-        members = members & against.measured[None]
+        valid = valid & against.measured[labels]
     deviation = deviations(statistics, features, labels)
+    nearest = _nearest_centre(against, deviation, labels)
+    decided = _decision(features, W.astype(dtype), None if b is None else b.astype(dtype))
+    whitened = matmul(deviation, against.whitening.T)
+    squares = [jnp.sum(rows**2, axis=1) for rows in (deviation, whitened)]
+    sums = _class_sums(jnp.stack(squares, axis=1), labels, valid, num_classes)
+    scatter, whitened_scatter = sums.T
+
+    def count(which):
+        return _class_counts(valid & which, labels, num_classes)
+
+    return Comparison(
+        counts=comparison.counts + count(valid),
+        scatter=comparison.scatter + scatter,
+        whitened_scatter=comparison.whitened_scatter + whitened_scatter,
+        mismatches=comparison.mismatches + count(decided != nearest),
+        errors=comparison.errors + count(decided != labels),
+        ncc_errors=comparison.ncc_errors + count(nearest != labels),
+    )
+
+
+def _nearest_centre(against: Reference, deviation: Array, labels: Array) -> Array:
+    """Return the nearest centre (B,) of samples with deviations from their class means."""
+    if against.distances is None:
+        return _nearest_in_tiles(against, deviation, labels)
     projected = matmul(deviation, against.centres.T)
     # The constant of a sample does not matter, but this one makes the sum small.
     own = jnp.take_along_axis(projected, labels[:, None], axis=1)
     to_centres = 2 * (own - projected) + against.distances[labels]
     if against.candidates is not None:
-        far = float(jnp.finfo(dtype).max)
+        far = float(jnp.finfo(deviation.dtype).max)
         to_centres = jnp.where(against.candidates[None], to_centres, far)
-    nearest = jax.lax.argmin(to_centres, 1, jnp.int32)
-    logits = matmul(features, W.T.astype(dtype))
-    if b is not None:
-        logits = logits + b[None].astype(dtype)
-    decided = jax.lax.argmax(logits, 1, jnp.int32)
-    whitened = matmul(deviation, against.whitening.T)
-    squares = [jnp.sum(rows**2, axis=1) for rows in (deviation, whitened)]
-    scatter, whitened_scatter = _class_sums(jnp.stack(squares, axis=1), labels, members).T
+    return jax.lax.argmin(to_centres, 1, jnp.int32)
 
-    def total(which):
-        return jnp.sum(members & which[:, None], axis=0, dtype=jnp.int32)
 
-    return Comparison(
-        counts=comparison.counts + jnp.sum(members, axis=0, dtype=jnp.int32),
-        scatter=comparison.scatter + scatter,
-        whitened_scatter=comparison.whitened_scatter + whitened_scatter,
-        mismatches=comparison.mismatches + total(decided != nearest),
-        errors=comparison.errors + total(decided != labels),
-        ncc_errors=comparison.ncc_errors + total(nearest != labels),
-    )
+def _nearest_in_tiles(against: Reference, deviation: Array, labels: Array) -> Array:
+    r"""Return the nearest centre (B,) without an array (B, K).
+
+    The largest $x^\top c_j - |c_j|^2 / 2$, with x the sample minus the global mean, loses
+    digits if centres are close. The centre of the own class takes part again in the exact
+    form: $|x - c_j|^2 - |x - c_y|^2 = 2 u^\top v + |v|^2$ with $u = x - c_y$ and
+    $v = c_y - c_j$.
+    """
+    centres = against.centres
+    means = against.centred[labels]
+    half_squares = -jnp.sum(centres**2, axis=1) / 2
+    nearest = largest_product(deviation + means, centres, half_squares, against.candidates)
+    u, v = deviation + (means - centres[labels]), centres[labels] - centres[nearest]
+    excess = jnp.sum(v * (2 * u + v), axis=1)
+    own = (excess > 0) | ((excess == 0) & (labels < nearest))
+    if against.candidates is not None:
+        own = own & against.candidates[labels]
+    return jnp.where(own, labels, nearest)
+
+
+def _decision(features: Array, W: Array, b: Array | None) -> Array:
+    """Return the class (B,) of the largest logit."""
+    if W.shape[0] > FEW_CLASSES:
+        offset = jnp.zeros(W.shape[0], W.dtype) if b is None else b
+        return largest_product(features, W, offset)
+    logits = matmul(features, W.T)
+    return jax.lax.argmax(logits if b is None else logits + b[None], 1, jnp.int32)
 
 
 def same_samples(
@@ -479,22 +562,37 @@ def _shares(statistics: ClassStatistics, centring: str, measured: Array | None) 
     """Return the weight (K,) of each class mean in the global mean of those measured."""
     check_choice("centring", centring, CENTRINGS)
     count, dtype = statistics.counts, statistics.anchor.dtype
-    weights = count if centring == "sample_mean" else (count > 0).astype(jnp.int32)
+    weights = (
+        count.astype(dtype) if centring == "sample_mean" else (count > 0).astype(dtype)
+    )
     if measured is not None:
         weights = jnp.where(measured, weights, 0)
-    return fraction(weights, jnp.sum(weights, dtype=jnp.int32), dtype)
+    return weights / jnp.sum(weights)
 
 
-def _complement(weights: Array) -> Array:
-    """Return an orthonormal basis (K - 1, K) of the complement of `weights` (K,) >= 0.
+def _whitening(centred: Array, shares: Array, measured: Array | None) -> Array:
+    """Return the whitening of `reference` of the centred means (K, d).
 
-    The first weight is above 0. The basis holds all rows but the first of the Householder
-    reflection that maps the weights to the first axis.
+    Their rows M, weighted by the shares, sum to zero, so M has rank K - 1 at most. That
+    null direction is removed exactly, so that no singular value is rounding error alone.
+    """
+    if measured is not None:
+        first = -jnp.argmax(measured)  # `_complement` needs a first share above 0
+        shares, centred = jnp.roll(shares, first), jnp.roll(centred, first, axis=0)
+    return whiten(_complement(shares, centred))[1]
+
+
+def _complement(weights: Array, rows: Array) -> Array:
+    """Return the rows (K, d) in a basis (K - 1, K) of the complement of `weights` (K,).
+
+    The weights are not negative, and the first one is above 0. The basis holds all rows but
+    the first of the Householder reflection that maps the weights to the first axis. The
+    reflection is applied, not formed.
     """
     chex.assert_rank(weights, 1)
-    identity = jnp.eye(weights.shape[0], dtype=weights.dtype)
-    normal = weights / jnp.linalg.norm(weights) + identity[0]
-    return (identity - 2 * jnp.outer(normal, normal) / jnp.sum(normal**2))[1:]
+    normal = (weights / jnp.linalg.norm(weights)).at[0].add(1)
+    along = matmul(normal, rows) * (2 / jnp.sum(normal**2))
+    return rows[1:] - normal[1:, None] * along[None]
 
 
 def fraction(part: Array, whole: Array, dtype) -> Array:
@@ -502,15 +600,19 @@ def fraction(part: Array, whole: Array, dtype) -> Array:
     return part.astype(dtype) / whole.astype(dtype)
 
 
-def _members(features, labels, mask, num_classes, dtype):
-    """Return the membership (B, K), and features and labels with 0 in rows left out.
+def total(counts: Array, dtype, where: Array | None = None) -> Array:
+    """Return the sum of counts in `dtype`: a sum of integers would stop at 2^32."""
+    return jnp.sum(counts.astype(dtype), where=where)
+
+
+def _valid(features, labels, mask, num_classes, dtype):
+    """Return which samples (B,) count, and features and labels with 0 in the other rows.
 
     Labels are int32, because class numbers would wrap in a narrower type.
     """
     valid = (labels >= 0) & (labels < num_classes)
     if mask is not None:
         valid = valid & mask
-    members = labels[:, None] == jnp.arange(num_classes, dtype=jnp.int32)[None]
     zero = jnp.zeros((), features.dtype)
     features = jnp.where(valid[:, None], features, zero).astype(dtype)
-    return members & valid[:, None], features, jnp.where(valid, labels, 0)
+    return valid, features, jnp.where(valid, labels, 0)

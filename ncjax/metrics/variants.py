@@ -87,7 +87,7 @@ def _variation(seen: Comparison, weighting, per_class, min_count) -> Array:
     dtype, counts = seen.whitened_scatter.dtype, seen.counts
     measured = None if min_count is None else counts > 0
     if weighting == "sample":
-        samples = jnp.sum(counts, dtype=jnp.int32).astype(dtype)
+        samples = statistics.total(counts, dtype)
         over_classes = jnp.sum(seen.whitened_scatter) / samples
     else:
         counts = counts if measured is None else jnp.maximum(counts, 1)
@@ -307,9 +307,9 @@ def nearest_centre_accuracy(
 
 @partial(jax.jit, static_argnums=1)
 def _nearest_centre_share(seen: Comparison, min_count: int | None) -> Array:
-    right = jnp.sum(seen.counts - seen.ncc_errors, dtype=jnp.int32)
-    samples = jnp.sum(seen.counts, dtype=jnp.int32)
-    share = statistics.fraction(right, samples, seen.whitened_scatter.dtype)
+    dtype = seen.whitened_scatter.dtype
+    right = statistics.total(seen.counts - seen.ncc_errors, dtype)
+    share = right / statistics.total(seen.counts, dtype)
     complete = jnp.all(seen.counts > 0) | (min_count is not None)
     return jnp.where(complete, share, jnp.nan)
 

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from ncjax.numerics import matmul
 from ncjax.types import Array
 
+# A matrix with this many times more rows than columns is tall.
+_TALL = 4
+
 
 @jax.custom_jvp
 def whiten(rows: Array) -> tuple[Array, Array]:
@@ -26,11 +29,24 @@ def whiten(rows: Array) -> tuple[Array, Array]:
 
     Source of the derivative: Golub, Pereyra (1973), equation (4.12), for $A^+$.
     """
-    left, singular, right = jnp.linalg.svd(rows, full_matrices=False)
+    left, singular, right = _singular_vectors(rows)
     cutoff = min(rows.shape) * jnp.finfo(rows.dtype).eps * jnp.max(singular)
     kept = ~(singular <= cutoff)  # NaN is kept
     inverse = jnp.where(kept, 1 / jnp.where(kept, singular, 1), 0)
     return jnp.where(kept, left, 0), inverse[:, None] * right
+
+
+def _singular_vectors(rows: Array) -> tuple[Array, Array, Array]:
+    """Return the singular value decomposition; a tall matrix is first made triangular.
+
+    The orthogonal factor costs no digits, and the decomposition of a (d, d) triangle is
+    several times faster.
+    """
+    if rows.shape[0] < _TALL * rows.shape[1]:
+        return jnp.linalg.svd(rows, full_matrices=False)
+    basis, triangle = jnp.linalg.qr(rows)
+    left, singular, right = jnp.linalg.svd(triangle, full_matrices=False)
+    return matmul(basis, left), singular, right
 
 
 @whiten.defjvp
