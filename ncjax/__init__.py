@@ -17,7 +17,9 @@ from ncjax.flow import gradient_descent as gradient_descent
 from ncjax.flow import gradient_flow as gradient_flow
 from ncjax.flow import invariant_drift as invariant_drift
 from ncjax.flow import restore_invariants as restore_invariants
+from ncjax.metrics import CollapseMeter as CollapseMeter
 from ncjax.metrics import CollapseMetrics as CollapseMetrics
+from ncjax.metrics import CollapseReport as CollapseReport
 from ncjax.metrics import DualityParts as DualityParts
 from ncjax.metrics import LastLayer as LastLayer
 from ncjax.metrics import balance_norms as balance_norms

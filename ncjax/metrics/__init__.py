@@ -15,7 +15,10 @@ from ncjax.metrics.collapse import metrics_from_statistics as metrics_from_stati
 from ncjax.metrics.collapse import within_class_quotient as within_class_quotient
 from ncjax.metrics.duality import DualityParts as DualityParts
 from ncjax.metrics.duality import duality_parts as duality_parts
+from ncjax.metrics.meter import CollapseMeter as CollapseMeter
+from ncjax.metrics.meter import SecondPass as SecondPass
 from ncjax.metrics.peeling import LastLayer as LastLayer
 from ncjax.metrics.peeling import balance_norms as balance_norms
 from ncjax.metrics.peeling import last_layer as last_layer
 from ncjax.metrics.peeling import peel as peel
+from ncjax.metrics.report import CollapseReport as CollapseReport
