@@ -95,8 +95,8 @@ class CollapseMeter:
             self._scatter = dim * dim <= _MOST_SCATTER
         self._classifier = None
         if classifier is not None:
-            pair = classifier if isinstance(classifier, tuple) else (classifier, None)
-            self._classifier = check_classifier(*pair, self._shape)
+            W, b = classifier if isinstance(classifier, tuple) else (classifier, None)
+            self._classifier = check_classifier(W, b, self._shape)
             self._centres = check_centres(centres, self._shape)
         self._devices = OneDevice() if mesh is None else Mesh(mesh)
         self._batches = Batches(num_classes, dim, ignore_index, self._devices.of_samples)
@@ -129,7 +129,8 @@ class CollapseMeter:
             self._state = self._devices.update(self._state, batch, self._shared)
             self._shared = False
             if self._classifier is not None:
-                self._compare_with_centres(batch)
+                dtype = self._state.first.anchor.dtype
+                self._known = self._compared(batch, *self._classifier, dtype)
         return self
 
     def _empty(self, dtype) -> OnePass:
@@ -137,19 +138,18 @@ class CollapseMeter:
         dtype = self._dtype or wide_dtype(dtype)
         return one_pass.init(num_classes, dim, dtype, scatter=bool(self._scatter))
 
-    def _compare_with_centres(self, batch) -> None:
-        """Add a batch to the counts of NC4 and accuracy against centres known before."""
-        if self._known is None:
-            dtype = self._state.first.anchor.dtype
-            self._known = _Known(
-                *_of_centres(self._centres.astype(dtype)),
-                self._devices.spread(statistics.init_comparison(self._shape[0], dtype)),
-            )
-        known = self._known
+    def _compared(self, batch, W: Array, b: Array | None, dtype) -> "_Known":
+        """Return the comparison with the centres known beforehand, with a batch added."""
+        known = self._known or self._nothing_known(dtype)
         comparison = self._devices.compare(
-            known.comparison, known.statistics, known.against, batch, *self._classifier
+            known.comparison, known.statistics, known.against, batch, W, b
         )
-        self._known = known._replace(comparison=comparison)
+        return known._replace(comparison=comparison)
+
+    def _nothing_known(self, dtype) -> "_Known":
+        first, against = _of_centres(self._centres.astype(dtype))
+        empty = statistics.init_comparison(self._shape[0], dtype)
+        return _Known(first, against, self._devices.spread(empty))
 
     def merge(self, other: "CollapseMeter") -> Self:
         """Add the samples of another meter, disjoint from the samples of this one.
@@ -170,7 +170,7 @@ class CollapseMeter:
             return self
         self._state = self._devices.merge(self._state, other._state)
         self._shared = False
-        if self._known is not None:
+        if self._known is not None and other._known is not None:
             both = self._known.comparison, other._known.comparison
             self._known = self._known._replace(comparison=jax.tree.map(jnp.add, *both))
         return self

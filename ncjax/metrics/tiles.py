@@ -16,6 +16,8 @@ from ncjax.types import Array
 TILE = 1024
 # Up to this many classes, arrays of (K, K) and (B, K) are small: 16 MB of float32.
 FEW_CLASSES = 2048
+# Entries of an array (t, K): 64 MB of float32.
+_MOST_PRODUCTS = 2**24
 # Up to this many differences are taken at once: 16 MB of float32.
 FEW_DIFFERENCES = 2**22
 
@@ -71,12 +73,10 @@ def _tile(arrays, tile, size: int, length: int):
 
 def _scan(sums: Callable, tiles: int, axis_name: str | None):
     """Return the sum over the pairs of tiles, divided over the devices of an axis."""
-    pairs = np.stack(np.triu_indices(tiles), axis=1).astype(np.int32)
+    pairs = jnp.asarray(_tile_pairs(tiles, 1)[:, 0])
     if axis_name is not None:
-        devices = jax.lax.axis_size(axis_name)
-        padding = np.full((-len(pairs) % devices, 2), -1, np.int32)
-        shares = np.concatenate([pairs, padding]).reshape(-1, devices, 2)
-        pairs = jnp.asarray(shares)[:, jax.lax.axis_index(axis_name)]
+        shares = jnp.asarray(_tile_pairs(tiles, jax.lax.axis_size(axis_name)))
+        pairs = shares[:, jax.lax.axis_index(axis_name)]
 
     def body(total, pair):
         tile = jnp.maximum(pair, 0)
@@ -88,8 +88,15 @@ def _scan(sums: Callable, tiles: int, axis_name: str | None):
         return start if axis_name is None else jax.lax.pcast(start, axis_name, to="varying")
 
     shapes = jax.eval_shape(lambda: sums(jnp.int32(0), jnp.int32(0)))
-    total, _ = jax.lax.scan(body, jax.tree.map(zero, shapes), jnp.asarray(pairs))
+    total, _ = jax.lax.scan(body, jax.tree.map(zero, shapes), pairs)
     return total if axis_name is None else jax.lax.psum(total, axis_name)
+
+
+def _tile_pairs(tiles: int, devices: int) -> np.ndarray:
+    """Return the pairs of tiles i <= j in turn by device (steps, devices, 2); -1: none."""
+    pairs = np.stack(np.triu_indices(tiles), axis=1).astype(np.int32)
+    padding = np.full((-len(pairs) % devices, 2), -1, np.int32)
+    return np.concatenate([pairs, padding]).reshape(-1, devices, 2)
 
 
 def _pairs(kept: Array, dtype) -> Array:
@@ -101,6 +108,8 @@ def _pairs(kept: Array, dtype) -> Array:
 def sum_over_tiles(of_tile: Callable, rows: Array, mask: Array) -> Array:
     """Return the sum of `of_tile` over the tiles of rows (K, d).
 
+    A tile has so few rows t that arrays (t, K) stay small.
+
     Args:
       of_tile: function of a tile (t, d), the numbers (t,) of its rows and the mask (t,) of
         the rows that count. It returns a scalar.
@@ -108,7 +117,7 @@ def sum_over_tiles(of_tile: Callable, rows: Array, mask: Array) -> Array:
       mask: (K,) booleans, False for rows to leave out.
     """
     size = len(rows)
-    length = min(size, TILE)
+    length = min(size, TILE, max(1, _MOST_PRODUCTS // size))
 
     def body(total, tile):
         return total + of_tile(*_tile((rows, mask), tile, size, length)), None

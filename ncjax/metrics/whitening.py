@@ -43,7 +43,8 @@ def _singular_vectors(rows: Array) -> tuple[Array, Array, Array]:
     several times faster.
     """
     if rows.shape[0] < _TALL * rows.shape[1]:
-        return jnp.linalg.svd(rows, full_matrices=False)
+        left, singular, right = jnp.linalg.svd(rows, full_matrices=False)
+        return left, singular, right
     basis, triangle = jnp.linalg.qr(rows)
     left, singular, right = jnp.linalg.svd(triangle, full_matrices=False)
     return matmul(basis, left), singular, right
