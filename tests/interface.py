@@ -162,6 +162,8 @@ CALLS = {
     "collapse.class_distance_normalised_variance": lambda p: (
         collapse.class_distance_normalised_variance(_first_pass(p))
     ),
+    "collapse.metrics_of_means": lambda p: collapse.metrics_of_means(_first_pass(p), p.W),
+    "collapse.pair_metrics": lambda p: collapse.pair_metrics(_first_pass(p), p.W),
     "duality.duality_parts": lambda p: ncjax.duality_parts(p.features, p.labels, p.W, p.b),
     "peeling.last_layer": lambda p: ncjax.last_layer(p.features, p.labels, p.W, p.b),
     "peeling.balance_norms": lambda p: ncjax.balance_norms(p.params),
@@ -173,6 +175,12 @@ CALLS = {
     "measures.cosine_deviation": lambda p: measures.cosine_deviation(p.W),
     "measures.etf_gram_error": lambda p: measures.etf_gram_error(p.W),
     "measures.product_etf_error": lambda p: measures.product_etf_error(p.W, p.others),
+    "measures.tile_cosines": lambda p: measures.tile_cosines(p.W, p.others),
+    "measures.tile_squared_distances": lambda p: measures.tile_squared_distances(
+        p.W, p.others, jnp.ones((K, K), bool)
+    ),
+    "measures.simplex_cosine": lambda p: measures.simplex_cosine(p.W, p.b > 0),
+    "measures.nonzero_rows": lambda p: measures.nonzero_rows(p.W, p.b > 0),
     "measures.self_duality": lambda p: measures.self_duality(p.W, p.others),
     "measures.row_cosines": lambda p: measures.row_cosines(p.W, p.others),
     "measures.row_dots": lambda p: measures.row_dots(p.W, p.others),
@@ -182,6 +190,12 @@ CALLS = {
     "statistics.update": _streamed,
     "statistics.merge": lambda p: statistics.merge(_first_pass(p), _streamed(p)),
     "statistics.all_merge": _merged_over_an_axis,
+    "statistics.mean_shift": lambda p: statistics.mean_shift(_first_pass(p), _streamed(p)),
+    "statistics.batch_classes": lambda p: statistics.batch_classes(p.labels, p.mask, K),
+    "statistics.count_dtype": lambda p: jnp.zeros((), statistics.count_dtype()),
+    "statistics.total": lambda p: statistics.total(
+        _first_pass(p).counts, p.W.dtype, p.b > 0
+    ),
     "statistics.class_means": lambda p: statistics.class_means(_first_pass(p)),
     "statistics.global_mean": lambda p: statistics.global_mean(_first_pass(p)),
     "statistics.centred_means": lambda p: statistics.centred_means(

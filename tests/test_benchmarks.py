@@ -147,8 +147,8 @@ SMALL = metrics.Problem(num_classes=4, dim=9, samples=60)
 
 @pytest.mark.usefixtures("no_peers")
 def test_metrics_are_timed_alone_without_peers():
-    (row,), notes = metrics.measure(2, {"small": SMALL})
-    assert (row["program"], row["problem"]) == ("ncjax", "small")
+    measured, notes = metrics.measure(2, {"small": SMALL})
+    assert [row["program"] for row in measured] == ["ncjax", "ncjax, CollapseMeter"]
     assert notes == ["peers left out: none wanted"]
 
 
@@ -160,6 +160,26 @@ def test_torch_and_ncjax_compute_the_same_metrics():
     assert theirs.keys() == ours.keys()
     for name, value in theirs.items():
         np.testing.assert_allclose(value, ours[name], rtol=1e-4, err_msg=name)
+
+
+def test_the_published_loop_and_ncjax_agree_where_they_report_the_same():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from benchmarks import _published_loop
+
+    features, labels, W, _ = metrics.draw(SMALL)
+    ours = ncjax.collapse_metrics_from_features(features, labels, W)
+    tensors = [torch.from_numpy(array) for array in (features, labels, W)]
+    theirs = _published_loop.measures(tensors[0], tensors[1].long(), tensors[2])
+    for name, value in {
+        "variability": ours.within_class_variation,
+        "cdnv": ours.cdnv,
+        "norms": ours.mean_norm_variation,
+        "weights": ours.classifier_norm_variation,
+        "etf": ours.etf_gram_error,
+        "duality": ours.product_etf_error,
+        "agreement": 1 - ours.ncc_mismatch,
+    }.items():
+        np.testing.assert_allclose(theirs[name], value, rtol=1e-4, err_msg=name)
 
 
 @pytest.mark.usefixtures("no_peers")

@@ -29,6 +29,7 @@ MODULES = (
 # Modules that have no page in the reference: they serve others.
 PRIVATE = {
     *("arrays", "checks", "numerics", "metrics.inputs", "metrics.whitening"),
+    *("metrics.batches", "metrics.devices", "metrics.tiles"),
     *("curvature.inputs", "curvature.lanczos", "curvature.meter"),
     *("flow.block_solve", "flow.saving", "flow.settle", "flow.steps"),
     *("networks.grouping", "networks.winograd"),

@@ -252,11 +252,18 @@ def check_counts(counts: np.ndarray, min_count: int | None) -> None:
     missing = np.flatnonzero(counts == 0)
     if min_count is None and missing.size:
         raise ValueError(
-            f"every class needs a sample, none has label {missing.tolist()}: add samples, "
+            f"every class needs a sample, none has label {_first(missing)}: add samples, "
             "or leave these classes out, by min_count=1 or by renumbering the others"
         )
     if min_count is not None and np.count_nonzero(counts >= min_count) < 2:
         raise ValueError(
             f"expected two classes with at least min_count = {min_count} samples, got "
-            f"counts {counts.tolist()}"
+            f"counts {_first(counts)}"
         )
+
+
+def _first(numbers: np.ndarray) -> str:
+    """Return the numbers as text, of many the first ones and how many there are."""
+    if len(numbers) <= 10:
+        return str(numbers.tolist())
+    return f"{str(numbers[:10].tolist())[:-1]}, ... {len(numbers)} in all]"

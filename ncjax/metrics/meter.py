@@ -201,6 +201,7 @@ class CollapseMeter:
         if W is not None:
             W, b = check_classifier(W, b, self._shape)
         state = self._checked()
+        statistics.measured_classes(state.first, min_count)  # outside jit it raises
         metrics = self._devices.metrics(state, self._or_unknown(W, state), min_count)
         if self._known is not None:
             comparison = self._devices.total(self._known.comparison)

@@ -1,0 +1,31 @@
+"""Asserts that a meter over four devices gives the numbers of a meter on one."""
+
+import jax
+import numpy as np
+
+import ncjax
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_enable_x64", True)
+
+rng = np.random.default_rng(0)
+mesh = jax.make_mesh((4,), ("samples",))
+K, d, N = 1100, 6, 1401  # two tiles of classes, and a batch that four does not divide
+labels = np.arange(N) % K
+W, b = rng.normal(size=(K, d)), rng.normal(size=K)
+features = W[labels] + 0.5 * rng.normal(size=(N, d)) + 100
+reports = []
+for devices in (None, mesh):
+    settings = {"min_count": 1, "centres": W + 100, "classifier": (W, b)}
+    meter = ncjax.CollapseMeter(K, d, mesh=devices, **settings)
+    other = ncjax.CollapseMeter(K, d, mesh=devices, **settings)
+    meter.update(features[:700], labels[:700])
+    other.update(features[700:], labels[700:])
+    meter.merge(other)
+    second = meter.second_pass(W, b).update(features, labels)
+    reports += [meter.compute(), second.compute()]
+for one, many in ((0, 2), (1, 3)):
+    expected = reports[one].as_dict()
+    assert not np.isnan(list(expected.values())).any()
+    for name, value in reports[many].as_dict().items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-10, err_msg=name)
