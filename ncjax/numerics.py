@@ -81,9 +81,9 @@ def power_of_two(arrays, axis: int | None = None) -> Array:
       Scalar, or with `axis` an array of length 1 along it. A constant to derivatives.
     """
     largest = _largest(arrays, axis)
-    _, exponent = jnp.frexp(largest)
-    least = jnp.finfo(largest.dtype).minexp
-    return jnp.ldexp(jnp.ones((), largest.dtype), jnp.maximum(exponent - 1, least))
+    half = jnp.asarray(0.5, largest.dtype)
+    is_number = (largest > 0) & (largest < jnp.inf)
+    return jnp.where(is_number, _two_to(_exponent(largest), largest.dtype), half)
 
 
 def at_unit_scale(arrays, axis: int | None = None):
@@ -103,10 +103,29 @@ def root_of_scale(array: ArrayLike) -> Array:
       derivatives.
     """
     largest = _largest(array, None)
-    _, exponent = jnp.frexp(largest)
-    least = jnp.finfo(largest.dtype).minexp
-    exponent = jnp.where(largest > 0, jnp.maximum(exponent - 1, least), least)
-    return jnp.ldexp(jnp.ones((), largest.dtype), exponent // 2)
+    return _two_to(_exponent(largest) // 2, largest.dtype)
+
+
+def _exponent(x: Array) -> Array:
+    """Return the integer part of log2(x) for x >= 0, at least that of the least normal.
+
+    Read from the bits of x: `jnp.frexp` and `jnp.ldexp` are forty operations to compile.
+    """
+    limits, integer = jnp.finfo(x.dtype), _integer_of_bits(x.dtype)
+    exponent = jax.lax.bitcast_convert_type(x, integer) >> limits.nmant
+    return jnp.maximum(exponent - limits.maxexp + 1, limits.minexp)
+
+
+def _two_to(exponent: Array, dtype) -> Array:
+    """Return 2^exponent for exponents of normal numbers."""
+    limits = jnp.finfo(dtype)
+    bits = (exponent + limits.maxexp - 1) << limits.nmant
+    return jax.lax.bitcast_convert_type(bits, dtype)
+
+
+def _integer_of_bits(dtype) -> np.dtype:
+    """Return the signed integer type with as many bits as a floating type."""
+    return np.dtype(f"int{jnp.finfo(dtype).bits}")
 
 
 def _largest(arrays, axis: int | None) -> Array:
