@@ -189,7 +189,7 @@ def batch_classes(labels: Array, valid: Array, num_classes: int) -> tuple[Array,
 
 
 def _class_counts(which: Array, labels: Array, num_classes: int) -> Array:
-    """Return how many samples (B,) of each class are in `which`."""
+    """Return how many samples of each class are in `which` (B, ...): (K, ...)."""
     return jax.ops.segment_sum(which.astype(count_dtype()), labels, num_classes)
 
 
@@ -481,16 +481,19 @@ def compare(
     sums = _class_sums(jnp.stack(squares, axis=1), labels, valid, num_classes)
     scatter, whitened_scatter = sums.T
 
-    def count(which):
-        return _class_counts(valid & which, labels, num_classes)
-
+    which = jnp.stack(
+        [valid, decided != nearest, decided != labels, nearest != labels], axis=1
+    )
+    counts, mismatches, errors, ncc_errors = _class_counts(
+        which & valid[:, None], labels, num_classes
+    ).T
     return Comparison(
-        counts=comparison.counts + count(valid),
+        counts=comparison.counts + counts,
         scatter=comparison.scatter + scatter,
         whitened_scatter=comparison.whitened_scatter + whitened_scatter,
-        mismatches=comparison.mismatches + count(decided != nearest),
-        errors=comparison.errors + count(decided != labels),
-        ncc_errors=comparison.ncc_errors + count(nearest != labels),
+        mismatches=comparison.mismatches + mismatches,
+        errors=comparison.errors + errors,
+        ncc_errors=comparison.ncc_errors + ncc_errors,
     )
 
 
