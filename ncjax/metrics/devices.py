@@ -8,6 +8,7 @@ from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,8 +48,12 @@ class OneDevice:
         """Add a batch; `shared` keeps the old state alive."""
         return (_update if shared else _update_in_place)(state, *batch)
 
+    def replicated(self, arrays):
+        """Return arrays on every device."""
+        return arrays
+
     def compare(self, comparison, first, against, batch, W, b) -> Comparison:
-        """Add a batch to the second pass."""
+        """Add a batch to the second pass; all but sums and batch are `replicated`."""
         return _compare(comparison, first, against, *batch, W, b)
 
     def merge(self, one: OnePass, other: OnePass) -> OnePass:
@@ -94,10 +99,18 @@ class Mesh:
         """Add a batch; `shared` keeps the old state alive."""
         return (self._update if shared else self._update_in_place)(state, *batch)
 
+    def replicated(self, arrays):
+        """Return arrays, which every process holds, on every device."""
+        whole = NamedSharding(self.mesh, P())
+        if jax.process_count() == 1:
+            return jax.device_put(arrays, whole)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(whole, np.asarray(x)), arrays
+        )
+
     def compare(self, comparison, first, against, batch, W, b) -> Comparison:
-        """Add a batch to the second pass."""
-        whole = self._replicated((first, against, W, b))
-        return self._compare(comparison, *whole[:2], *batch, *whole[2:])
+        """Add a batch to the second pass; all but sums and batch are `replicated`."""
+        return self._compare(comparison, first, against, *batch, W, b)
 
     def merge(self, one: OnePass, other: OnePass) -> OnePass:
         """Merge the sums of two meters."""
@@ -113,7 +126,7 @@ class Mesh:
 
     def metrics(self, state: OnePass, W: Array, min_count) -> CollapseMetrics:
         """Return the metrics of one pass; all devices share the pairs of classes."""
-        first, scaled = self._replicated((state.first, W))
+        first, scaled = self.replicated((state.first, W))
         pairs = self._local(self._pairs(min_count)(first, scaled))
         return _metrics(state, W, min_count, pairs)
 
@@ -180,9 +193,6 @@ class Mesh:
     def _pairs(self, min_count):
         function = partial(collapse.pair_metrics, min_count=min_count, axis_name=self._axis)
         return self._over_devices(function, P(), P())
-
-    def _replicated(self, arrays):
-        return jax.device_put(arrays, NamedSharding(self.mesh, P()))
 
     def _local(self, arrays):
         """Return this process's copy of arrays that all devices hold."""

@@ -140,16 +140,18 @@ class CollapseMeter:
 
     def _compared(self, batch, W: Array, b: Array | None, dtype) -> "_Known":
         """Return the comparison with the centres known beforehand, with a batch added."""
-        known = self._known or self._nothing_known(dtype)
+        known = self._known or self._nothing_known(W, b, dtype)
         comparison = self._devices.compare(
-            known.comparison, known.statistics, known.against, batch, W, b
+            known.comparison,
+            *(known.statistics, known.against, batch, known.W, known.b),
         )
         return known._replace(comparison=comparison)
 
-    def _nothing_known(self, dtype) -> "_Known":
+    def _nothing_known(self, W: Array, b: Array | None, dtype) -> "_Known":
         first, against = _of_centres(self._centres.astype(dtype))
+        first, against, W, b = self._devices.replicated((first, against, W, b))
         empty = statistics.init_comparison(self._shape[0], dtype)
-        return _Known(first, against, self._devices.spread(empty))
+        return _Known(first, against, W, b, self._devices.spread(empty))
 
     def merge(self, other: "CollapseMeter") -> Self:
         """Add the samples of another meter, disjoint from the samples of this one.
@@ -270,19 +272,21 @@ class SecondPass:
     def __init__(self, devices, batches, state, W, b, centres, min_count):
         first = state.first
         self._devices, self._batches, self._state = devices, batches, state
-        self._W, self._b, self._min_count = W, b, min_count
+        self._W, self._min_count = W, min_count
         statistics.measured_classes(first, min_count)
         if centres is not None:
             centres = check_centres(centres, first.anchor.shape)
-        self._against = _reference(first, centres, min_count)
+        against = _reference(first, centres, min_count)
+        self._compared = devices.replicated((first, against)), devices.replicated((W, b))
         empty = statistics.init_comparison(len(first.counts), first.anchor.dtype)
         self._comparison = devices.spread(empty)
 
     def update(self, features, labels, mask=None) -> Self:
         """Add a batch; arguments and errors as in `CollapseMeter.update`."""
         for batch in self._batches(features, labels, mask):
+            means, classifier = self._compared
             self._comparison = self._devices.compare(
-                self._comparison, self._state.first, self._against, batch, self._W, self._b
+                self._comparison, *means, batch, *classifier
             )
         return self
 
@@ -308,6 +312,8 @@ class _Known(NamedTuple):
 
     statistics: ClassStatistics
     against: Reference
+    W: Array
+    b: Array | None
     comparison: Comparison
 
 
