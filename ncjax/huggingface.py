@@ -1,6 +1,7 @@
 """Log collapse metrics from the Trainer of Hugging Face; needs the extra `huggingface`."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from ncjax.checks import check_installed
 
@@ -12,7 +13,7 @@ except ModuleNotFoundError:
     raise
 
 from ncjax.history import History
-from ncjax.torch import watch
+from ncjax.torch import Watch, watch
 
 
 class CollapseCallback(TrainerCallback):
@@ -51,43 +52,47 @@ class CollapseCallback(TrainerCallback):
         min_count: int | None = 1,
         **options,
     ):
+        self.history = History()
         self._trainer, self._loader, self._label_name = trainer, dataloader, label_name
-        self._second_pass = second_pass
-        options |= {"layer": layer, "shift": shift, "min_count": min_count}
-        self._watch = watch(trainer.model, num_classes, **options)
+        self._second_pass, self._num_classes = second_pass, num_classes
+        self._options = {"layer": layer, "shift": shift, "min_count": min_count, **options}
+        if trainer.model is not None:  # raise now, not after an epoch
+            self._watch().close()
 
-    @property
-    def history(self) -> History:
-        """The reports of the evaluations."""
-        return self._watch.history
+    def _watch(self) -> Watch:
+        model: Any = self._trainer.model  # `train` makes it anew if it has a `model_init`
+        return watch(model, self._num_classes, **self._options)
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
         """Measure the network and log the metrics that are not NaN."""
-        if not state.is_world_process_zero:
-            return
-        report = self.measure()
-        values = report.as_dict().items()
-        self._trainer.log({f"collapse_{name}": v for name, v in values if v == v})
+        if state.is_world_process_zero:
+            values = self.measure().as_dict().items()
+            self._trainer.log({f"collapse_{name}": v for name, v in values if v == v})
 
     def measure(self):
         """Return the `CollapseReport` of the network now, and append it to the history."""
-        model = self._trainer.model
+        model: Any = self._trainer.model
         was_training = model.training
         model.eval()
         try:
-            with torch.no_grad(), self._trainer.compute_loss_context_manager():
-                self._watch.reset()
-                self._read(model)
+            with self._watch() as watched:
+                self._read(model, watched)
                 if self._second_pass:
-                    with self._watch.second_pass():
-                        self._read(model)
+                    with watched.second_pass():
+                        self._read(model, watched)
         finally:
             model.train(was_training)
-        return self._watch.end_epoch()
+        report = watched.compute()
+        self.history.append(report)
+        return report
 
-    def _read(self, model) -> None:
+    def _read(self, model, watched: Watch) -> None:
         device = self._trainer.args.device
         for batch in self._loader:
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-            with self._watch.labels(inputs[self._label_name]):
+            with (
+                torch.no_grad(),
+                self._trainer.compute_loss_context_manager(),
+                watched.labels(inputs[self._label_name]),
+            ):
                 model(**inputs)

@@ -15,7 +15,7 @@ except ModuleNotFoundError:
 
 from ncjax.arrays import as_array
 from ncjax.checks import float_dtype
-from ncjax.metrics import collapse, statistics
+from ncjax.metrics import one_pass, statistics
 from ncjax.types import Array
 
 
@@ -29,13 +29,14 @@ class Collapse(nnx.Metric):
       num_classes: K.
       dim: d, the number of features.
       min_count: classes measured, as in `ncjax.CollapseMeter`.
-      dtype: dtype of the statistics.
+      within_scatter: whether to keep the (d, d) scatter that NC1 needs in one pass.
+      dtype: dtype of the sums.
 
     Raises:
       ValueError: num_classes is below 2, dim is below 1, or dtype is not floating.
     """
 
-    W: nnx.metrics.MetricState  # beside one for each field of ClassStatistics
+    W: nnx.metrics.MetricState  # beside one for each array of the sums
 
     def __init__(
         self,
@@ -43,16 +44,18 @@ class Collapse(nnx.Metric):
         dim: int,
         *,
         min_count: int | None = None,
+        within_scatter: bool = True,
         dtype=jnp.float32,
     ):
         self.min_count = min_count
         self._shape, self._dtype = (num_classes, dim), float_dtype(dtype)
+        self._scatter = within_scatter
         for name, array in self._empty().items():
             setattr(self, name, nnx.metrics.MetricState(array))
 
     def _empty(self) -> dict[str, Array]:
-        first = statistics.init(*self._shape, self._dtype)
-        return {**first._asdict(), "W": jnp.full(self._shape, jnp.nan, self._dtype)}
+        empty = one_pass.init(*self._shape, self._dtype, scatter=self._scatter)
+        return _arrays(empty) | {"W": jnp.full(self._shape, jnp.nan, self._dtype)}
 
     def reset(self) -> None:
         """Forget all samples."""
@@ -77,17 +80,20 @@ class Collapse(nnx.Metric):
         if features.ndim > 2 and labels.shape == features.shape[:-1]:
             features, labels = features.reshape(-1, features.shape[-1]), labels.ravel()
             mask = None if mask is None else as_array("mask", mask).ravel()
-        first = statistics.update(self._statistics(), features, labels, mask)
-        changed = first._asdict()
+        changed = _arrays(_updated(self._sums(), features, labels, mask))
         if kernel is not None:
-            kernel = as_array("kernel", kernel)
-            if kernel.shape != self._shape[::-1]:
-                raise ValueError(
-                    f"expected kernel {self._shape[::-1]}, got {kernel.shape}: pass the "
-                    "kernel (d, K) of the last layer"
-                )
-            changed["W"] = kernel.T.astype(self._dtype)
+            changed["W"] = self._weight(kernel)
         self._set(changed)
+
+    def _weight(self, kernel) -> Array:
+        kernel = as_array("kernel", kernel)
+        expected = self._shape[::-1]
+        if kernel.shape != expected:
+            raise ValueError(
+                f"expected kernel {expected}, got {kernel.shape}: pass the kernel of "
+                "the last layer, (d, K)"
+            )
+        return kernel.T.astype(self._dtype)
 
     def compute(self) -> dict[str, Array]:
         """Return scalars: the fields of `CollapseMetrics`, and `samples`.
@@ -95,21 +101,39 @@ class Collapse(nnx.Metric):
         Raises:
           ValueError: (outside jit) a class has no sample and `min_count` is None.
         """
-        first = self._statistics()
-        statistics.measured_classes(first, self.min_count)
-        metrics = _metrics(first, self.W[...], self.min_count)
-        return {**metrics._asdict(), "samples": jnp.sum(first.counts)}
+        sums = self._sums()
+        statistics.measured_classes(sums.first, self.min_count)
+        metrics = _metrics(sums, self.W[...], self.min_count)
+        return {**metrics._asdict(), "samples": jnp.sum(sums.first.counts)}
 
-    def _statistics(self) -> statistics.ClassStatistics:
-        names = statistics.ClassStatistics._fields
-        return statistics.ClassStatistics(*(getattr(self, name)[...] for name in names))
+    def _sums(self) -> one_pass.OnePass:
+        def held(name):
+            return getattr(self, name)[...]
+
+        return one_pass.OnePass(
+            first=statistics.ClassStatistics(
+                *map(held, statistics.ClassStatistics._fields)
+            ),
+            within=held("within") if self._scatter else None,
+            norm=held("norm"),
+            outside=held("outside"),
+        )
 
     def _set(self, arrays: dict[str, Array]) -> None:
         for name, array in arrays.items():
             getattr(self, name)[...] = array
 
 
+def _arrays(sums: one_pass.OnePass) -> dict[str, Array]:
+    """Return the arrays of the sums by name."""
+    arrays = {**sums.first._asdict(), **sums._asdict()}
+    return {name: array for name, array in arrays.items() if isinstance(array, jax.Array)}
+
+
+# Outside nnx.jit every operation would be compiled alone.
+_updated = jax.jit(one_pass.update)
+
+
 @partial(jax.jit, static_argnums=2)
-def _metrics(first, W, min_count):
-    second = statistics.init_comparison(W.shape[0], W.dtype)
-    return collapse.metrics_from_statistics(first, second, W, min_count=min_count)
+def _metrics(sums, W, min_count):
+    return one_pass.metrics(sums, W, min_count=min_count)

@@ -99,6 +99,13 @@ def test_the_metrics_of_a_language_model_are_logged(tmp_path, second_pass):
             )
 
 
+def test_an_unclear_layer_is_refused_before_training(tmp_path):
+    args = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    trainer = transformers.Trainer(model=language_model(), args=args)
+    with pytest.raises(ValueError, match="num_classes is 9 but the last layer has 7"):
+        CollapseCallback(trainer, [], "lm_head", num_classes=9)
+
+
 def test_the_mode_of_the_network_stays(tmp_path):
     args = transformers.TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, report_to="none"
@@ -107,3 +114,4 @@ def test_the_mode_of_the_network_stays(tmp_path):
     loader = torch.utils.data.DataLoader(sentences(), 8)
     CollapseCallback(trainer, loader, shift=True).measure()
     assert trainer.model.training
+    assert not trainer.model.lm_head._forward_pre_hooks

@@ -1,5 +1,6 @@
 """The metric of Flax NNX: the numbers of the arrays, alone and compiled with others."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -63,12 +64,13 @@ def test_it_works_compiled_beside_other_metrics(data):
 
     layer = nnx.Linear(D, K, rngs=nnx.Rngs(0))
     layer.kernel[...] = kernel.astype(jnp.float32)
-    for rows in (slice(0, 30), slice(30, N)):
+    for rows in (slice(0, 30), slice(30, N)):  # of one size, so compiled once
         step(metrics, layer, features[rows], labels[rows])
-    got = metrics.compute()
+    with jax.numpy_dtype_promotion("standard"):  # of Flax's own metric
+        got = metrics.compute()
+        inside = nnx.jit(lambda metrics: metrics.compute())(metrics)
     assert got["loss"] == 1
     assert_same(got["collapse"], features, labels, layer.kernel[...].astype(jnp.float64))
-    inside = nnx.jit(lambda metrics: metrics.compute())(metrics)
     np.testing.assert_allclose(inside["collapse"]["cdnv"], got["collapse"]["cdnv"])
 
 
@@ -79,6 +81,15 @@ def test_without_a_kernel_only_the_classifier_is_undefined(data):
     got = metric.compute()
     assert np.isnan(got["self_duality"])
     assert_same(got, *data, names=["cdnv", "etf_gram_error", "mean_cosine_deviation"])
+
+
+def test_without_the_scatter_only_nc1_is_undefined(data):
+    features, labels, kernel = data
+    metric = Collapse(K, D, within_scatter=False, dtype=jnp.float64)
+    metric.update(features=features, labels=labels, kernel=kernel)
+    got = metric.compute()
+    assert np.isnan(got["within_class_variation"])
+    assert_same(got, *data, names=[name for name in FIELDS if name != FIELDS[0]])
 
 
 def test_sequences_masks_and_ignored_labels(data):
@@ -111,11 +122,11 @@ def test_bad_input_is_refused_with_advice(data):
     features, labels, kernel = data
     with pytest.raises(ValueError, match="num_classes must be an integer of at least 2"):
         Collapse(1, D)
-    metric = Collapse(K, D)
+    metric = Collapse(K, D, dtype=jnp.float64)
     with pytest.raises(ValueError, match=r"expected kernel \(5, 3\), got \(3, 5\)"):
         metric.update(features=features, labels=labels, kernel=kernel.T)
     with pytest.raises(ValueError, match="expected features"):
         metric.update(features=features[:, :2], labels=labels)
-    metric.update(features=features[:1], labels=labels[:1])
+    metric.update(features=features, labels=0 * labels)
     with pytest.raises(ValueError, match="every class needs a sample"):
         metric.compute()

@@ -1,10 +1,14 @@
 """The watch of a PyTorch layer: the right layer, the right samples, the right numbers."""
 
+import concurrent.futures
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import subprocesses
 
 import ncjax
+from ncjax.metrics import collapse
 
 torch = pytest.importorskip("torch", reason="needs requirements-hooks.txt")
 nn = torch.nn
@@ -337,6 +341,30 @@ def test_a_layer_without_weight_leaves_the_metrics_of_the_classifier_undefined(d
         watched.second_pass(),
     ):
         pass
+
+
+def test_processes_gather_the_samples_of_all(tmp_path):
+    programs = [
+        subprocesses.command("gathered_watch", str(rank), str(tmp_path / "store"))
+        for rank in range(2)
+    ]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        printed = [text.split() for text in pool.map(subprocesses.output, programs)]
+    features = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    first = ncjax.statistics.class_statistics(features, np.arange(40) % 3, 3)
+    cdnv = collapse.class_distance_normalised_variance(first)
+    for text in printed:
+        np.testing.assert_allclose(float(text[0]), cdnv, rtol=1e-5)
+        assert float(text[1]) == 40
+
+
+def test_gathering_in_one_process_changes_nothing(data):
+    model, (images, labels) = network(), data
+    watched = watch(model)
+    model(images)
+    watched.update(labels)
+    watched.gather()
+    assert watched.compute().as_dict()["samples"] == N
 
 
 # The life of a watch

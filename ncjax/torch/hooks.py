@@ -54,7 +54,9 @@ def watch(
         "dtype": dtype,
         "within_scatter": within_scatter,
     }
-    return Watch(found, num_classes or found.num_classes, shift=shift, options=options)
+    classes = num_classes or found.num_classes
+    assert classes is not None  # `find_layer` has refused such a layer
+    return Watch(found, classes, shift=shift, options=options)
 
 
 class Watch:
@@ -77,9 +79,7 @@ class Watch:
       history: `ncjax.history.History` of the finished epochs.
     """
 
-    def __init__(
-        self, layer: LastLayer, num_classes: int | None, *, shift: bool, options: dict
-    ):
+    def __init__(self, layer: LastLayer, num_classes: int, *, shift: bool, options: dict):
         self.history = History()
         self._layer, self._num_classes = layer, num_classes
         self._shift, self._options = shift, options

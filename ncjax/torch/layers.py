@@ -1,6 +1,6 @@
 """Find the last layer of a PyTorch network, and read its weight and bias."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -32,7 +32,8 @@ class LastLayer(NamedTuple):
         """Return the weight (K, d) and bias (K,) without gradient; None where missing."""
         if self.num_classes is None:
             return None, None
-        weight, bias = self.module.weight, getattr(self.module, "bias", None)
+        layer: Any = self.module
+        weight, bias = layer.weight, getattr(layer, "bias", None)
         return weight.detach().flatten(1), None if bias is None else bias.detach()
 
 
