@@ -21,7 +21,7 @@ def watch(
     shift: bool = False,
     min_count: int | None = None,
     dtype=None,
-    within_scatter: bool = True,
+    within_scatter: bool | None = None,
 ) -> "Watch":
     """Watch the inputs of the last layer of a network.
 
