@@ -150,7 +150,8 @@ class Watch:
         if self._shift:
             features, arrays = features[:, :-1], [array[:, 1:] for array in arrays]
         flat = [array.reshape(-1) for array in arrays]
-        return features.flatten(0, -2), flat[0], flat[1] if mask is not None else None
+        rows = features.reshape(-1, features.shape[-1])
+        return rows, flat[0], flat[1] if mask is not None else None
 
     def _feed(self, features, labels, mask) -> None:
         if self._meter is None:
@@ -220,7 +221,8 @@ class Watch:
         """Give every process of `torch.distributed` the samples of all processes.
 
         Each process must call it once, after its own share of the samples and before
-        `compute`. Without `torch.distributed` it does nothing.
+        `compute`. A second pass after it must read the samples of all processes. Without
+        `torch.distributed` it does nothing.
 
         Raises:
           ValueError: no process saw a sample.
