@@ -167,6 +167,31 @@ def test_a_watched_training_loop_gives_the_metrics_of_the_features(data):
     assert watched.compute().as_dict() == report.as_dict()
 
 
+def test_samples_after_a_second_pass_belong_to_the_first_again(data):
+    model, (images, labels) = network(), data
+    watched = watch(model)
+    with watched.labels(labels[:40]):
+        model(images[:40])
+    with watched.second_pass(), watched.labels(labels[:40]):
+        model(images[:40])
+    with watched.labels(labels[40:]):
+        model(images[40:])
+    report = watched.compute()
+    assert_same(report, expected(model, images, labels))
+    assert np.isnan(report.metrics.ncc_mismatch)
+
+
+def test_a_second_pass_over_other_samples_is_refused(data):
+    model, (images, labels) = network(), data
+    watched = watch(model)
+    with watched.labels(labels):
+        model(images)
+    with watched.second_pass(), watched.labels(labels[:40]):
+        model(images[:40])
+    with pytest.raises(ValueError, match="the second pass must read the samples"):
+        watched.compute()
+
+
 def test_given_centres_decide_nc4_of_a_test_split(data):
     model, (images, labels) = network(), data
     train, test = slice(0, 40), slice(40, N)
