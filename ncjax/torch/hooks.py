@@ -62,13 +62,15 @@ def watch(
 class Watch:
     """The meter of one layer; made by `watch`.
 
-    A forward pass hands its features over with the labels, in one of two ways:
+    Name the labels around the forward passes that have them:
 
-        with watched.labels(labels):  # every forward pass inside has these labels
+        with watched.labels(labels):
             network(images)
 
+    or after one forward pass:
+
         network(images)
-        watched.update(labels)  # the last forward pass had these labels
+        watched.update(labels)
 
     Only one batch of features is held at a time, on its device and without gradient.
     Backward passes, accumulated gradients and the order of the samples do not matter. The
