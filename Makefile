@@ -16,7 +16,8 @@ test: $(VENV)/.installed
 # The hooks with PyTorch, Lightning and Hugging Face themselves; `make test` skips these tests.
 hooks: $(VENV)/.hooks
 	$(VENV)/bin/python -m pytest tests/test_arrays.py tests/test_hooks_*.py \
-	    tests/test_docs.py::test_the_code_of_a_page_runs $(PYTEST_FLAGS)
+	    'tests/test_docs.py::test_the_code_of_a_page_runs[features]' \
+	    'tests/test_docs.py::test_the_code_of_a_page_runs[language_models]' $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
