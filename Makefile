@@ -3,14 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 FLAGS ?=
 PYTEST_FLAGS ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: flow test lint docs dist
+.PHONY: flow test hooks lint docs dist
 
 flow: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.ulpm_flow $(FLAGS)
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -n auto --dist worksteal $(PYTEST_FLAGS)
+
+# The hooks with PyTorch, Lightning and Hugging Face themselves; `make test` skips these tests.
+hooks: $(VENV)/.hooks
+	$(VENV)/bin/python -m pytest tests/test_arrays.py tests/test_hooks_*.py \
+	    'tests/test_docs.py::test_the_code_of_a_page_runs[features]' \
+	    'tests/test_docs.py::test_the_code_of_a_page_runs[language_models]' $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
@@ -36,6 +43,13 @@ $(VENV)/.dist: $(VENV)/.installed
 
 $(VENV)/.docs: $(VENV)/.installed requirements-docs.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
+# PyTorch for the CPU first: its default wheel brings CUDA.
+$(VENV)/.hooks: $(VENV)/.installed requirements-hooks.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --index-url $(TORCH_INDEX) $(shell grep '^torch==' requirements-hooks.txt)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-hooks.txt
 	touch $@
 
 $(VENV)/.installed: requirements.txt setup.cfg pyproject.toml

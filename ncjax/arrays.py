@@ -14,6 +14,8 @@ from ncjax.types import Array
 
 # XLA on CPU shares memory that starts at a multiple of this many bytes.
 _ALIGNMENT = 64
+# Dtypes of tensors that go to JAX on the GPU, without rounding.
+_SHARED = ("torch.float32", "torch.bfloat16", "torch.float16")
 _BATCHES = "join the batches, or stream them with ncjax.statistics.update"
 
 
@@ -43,7 +45,8 @@ def as_array(name: str, value) -> Array:
 def read_array(name: str, value) -> np.ndarray | Array:
     """Return `value` as a NumPy array in its own dtype, which may share its memory.
 
-    JAX arrays and tracers pass unchanged.
+    JAX arrays and tracers pass unchanged. A float tensor of PyTorch on a GPU on which JAX
+    computes becomes a JAX array there.
 
     Raises:
       ValueError: `value` is not an array, or has masked entries.
@@ -55,7 +58,7 @@ def read_array(name: str, value) -> np.ndarray | Array:
     if isinstance(value, np.ndarray):
         return _without_mask(name, value)
     if _is_torch(value):
-        return _from_torch(name, value)
+        return _from_gpu(value) if _is_on_gpu_of_jax(value) else _from_torch(name, value)
     if isinstance(value, list | tuple):
         return _from_sequence(name, value)
     array = _from_object(name, value)
@@ -144,6 +147,22 @@ def _without_mask(name: str, array: np.ndarray) -> np.ndarray:
 def _is_torch(value) -> bool:
     """Whether `value` is a tensor of PyTorch, which this module does not import."""
     return hasattr(value, "detach") and hasattr(value, "cpu")
+
+
+def _is_on_gpu_of_jax(tensor) -> bool:
+    """Whether JAX computes on the kind of device that holds a tensor, in its dtype."""
+    is_dense = getattr(tensor, "is_cuda", False) and not tensor.is_sparse
+    return is_dense and str(tensor.dtype) in _SHARED and jax.default_backend() == "gpu"
+
+
+def _from_gpu(tensor) -> Array:
+    """Return a copy of a tensor, made on its device without a way through the host.
+
+    The copy has ended at the return, so PyTorch may overwrite or free its own memory.
+    """
+    with jax.ensure_compile_time_eval():
+        shared = jax.dlpack.from_dlpack(tensor.detach().contiguous())
+        return jax.block_until_ready(jnp.array(shared, copy=True))
 
 
 def _from_torch(name: str, tensor) -> np.ndarray:

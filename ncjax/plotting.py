@@ -318,6 +318,24 @@ def figure_over_log_log_epochs(
     return _four_panels(ruler, _cut(panels, shown), edge, note)
 
 
+def figure_over_epochs(epochs: np.ndarray, panels: Sequence[Panel]) -> Figure:
+    """Draw panels over the number of epochs, without the guides of power laws.
+
+    Args:
+      epochs: (T,) increasing numbers of epochs.
+      panels: four panels.
+
+    Raises:
+      ValueError: the panels are not four, or a curve is not (S, T).
+    """
+    epochs = np.asarray(epochs)
+    plain = [panel._replace(guide=0) for panel in _cut(panels, np.ones(epochs.shape, bool))]
+    places = MaxNLocator(5, integer=True).tick_values(epochs[0], epochs[-1])
+    ticks = [float(place) for place in places if epochs[0] <= place <= epochs[-1]]
+    ruler = Ruler(epochs, ticks, [f"{tick:.0f}" for tick in ticks], "epoch")
+    return _four_panels(ruler, plain, None, "")
+
+
 def _cut(panels: Sequence[Panel], shown: np.ndarray) -> list[Panel]:
     """Keep the times where `shown` is true.
 

@@ -27,6 +27,11 @@ WINGS = {
     "curvature": BASE,
     "networks": BASE | {"peeled", "metrics"},
     "plotting": {"checks"},
+    "history": {"checks", "plotting"},
+    "nnx": BASE | {"metrics"},
+    "torch": BASE | {"metrics", "history"},
+    "lightning": {"checks", "history", "torch"},
+    "huggingface": {"checks", "history", "torch"},
 }
 
 

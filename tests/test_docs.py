@@ -1,6 +1,7 @@
 """The documentation's code runs, its reference is complete, its notebook works."""
 
 import ast
+import importlib.util
 import json
 import re
 import runpy
@@ -24,7 +25,8 @@ MODULES = (
     *(f"networks.{name}" for name in ("models", "data", "train", "loss_clock")),
     *(f"networks.{name}" for name in ("flow", "full_batch", "homogeneous")),
     "networks.checkpoint",
-    "plotting",
+    *("plotting", "history"),
+    *("torch.hooks", "nnx", "lightning", "huggingface"),
 )
 # Modules that have no page in the reference: they serve others.
 PRIVATE = {
@@ -34,6 +36,7 @@ PRIVATE = {
     *("flow.block_solve", "flow.saving", "flow.settle", "flow.steps"),
     *("networks.grouping", "networks.winograd"),
     *("peeled.kernels", "peeled.logits"),
+    "torch.layers",
 }
 REFERENCE = (DOCS / "reference" / "index.md").read_text()
 NAVIGATION = (ROOT / "mkdocs.yml").read_text()
@@ -53,17 +56,9 @@ def run_blocks(blocks, name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for number, block in enumerate(blocks):
-        if "import torch" in block and not _has_torch():
+        if "import torch" in block and not importlib.util.find_spec("torch"):
             continue
         exec(compile(block, f"{name}, block {number + 1}", "exec"), names)
-
-
-def _has_torch():
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -79,6 +79,10 @@ def test_the_least_versions_are_the_bounds():
     [
         (["requirements.txt"], ["all", "test"]),
         (["requirements.txt", "requirements-docs.txt"], ["docs"]),
+        (
+            ["requirements.txt", "requirements-hooks.txt"],
+            ["torch", "lightning", "huggingface"],
+        ),
     ],
 )
 def test_the_pins_lie_in_the_ranges(files, extras):

@@ -7,10 +7,12 @@ with the other packages hidden: `python tests/programs/light_install.py --hide`.
 import importlib.abc
 import importlib.util
 import sys
+from functools import partial
 
 NETWORKS = {"flax", "optax", "orbax", "tensorflow_datasets", "array_record", "sklearn"}
 EXPERIMENTS = {"matplotlib", "jinja2", "tensorboardX"}
-EXTRAS = NETWORKS | EXPERIMENTS | {"PIL", "tqdm"}
+HOOKS = {"torch", "lightning", "transformers", "accelerate"}
+EXTRAS = NETWORKS | EXPERIMENTS | HOOKS | {"PIL", "tqdm"}
 
 
 class Hidden(importlib.abc.MetaPathFinder):
@@ -54,8 +56,10 @@ def main():
     features, labels = flow.final.H.reshape(6, 4), np.repeat(np.arange(3), 2)
     last = ncjax.collapse_metrics_from_features(features, labels, flow.final.W)
     assert last.accuracy == 1
-    assert names_extra("networks", lambda: importlib.import_module("ncjax.networks"))
-    assert names_extra("experiments", lambda: importlib.import_module("ncjax.plotting"))
+    needs = {"networks": "networks", "plotting": "experiments", "nnx": "networks"}
+    needs |= {hook: hook for hook in ("torch", "lightning", "huggingface")}
+    for module, extra in needs.items():
+        assert names_extra(extra, partial(importlib.import_module, f"ncjax.{module}"))
     loss = ncjax.log_cross_entropy
     for slow in (
         lambda: ncjax.hessian_eig(loss, start, method="lanczos", progress=True),
