@@ -10,11 +10,11 @@ import numpy as np
 
 import ncjax
 from ncjax import losses, measures, separation, statistics, variants
-from ncjax.metrics import classifier, collapse
+from ncjax.metrics import classifier, collapse, directions
 
 K, N, D, SAMPLES = 4, 2, 6, 16
 PUBLIC = (ncjax, losses, separation, measures, statistics, variants)
-PUBLIC += (classifier, collapse)
+PUBLIC += (classifier, collapse, directions)
 
 
 class Points(NamedTuple):
@@ -233,10 +233,6 @@ CALLS = {
     "variants.average_squared_norm": lambda p: variants.average_squared_norm(
         _first_pass(p)
     ),
-    "variants.uniformity_kernel": lambda p: [
-        variants.uniformity_kernel(p.W, kernel) for kernel in variants.KERNELS
-    ],
-    "variants.one_vs_rest_distances": lambda p: variants.one_vs_rest_distances(p.W),
     "variants.mean_logits_norm": lambda p: variants.mean_logits_norm(
         _first_pass(p), p.W, p.b
     ),
@@ -247,6 +243,13 @@ CALLS = {
         p.features, p.labels, p.W, p.b
     ),
     "variants.ood_cosines": lambda p: variants.ood_cosines(p.W, p.others[0]),
+    "directions.uniformity_kernel": lambda p: [
+        directions.uniformity_kernel(p.W, kernel) for kernel in directions.KERNELS
+    ],
+    "directions.uniformity_moments": lambda p: [
+        directions.uniformity_moments(p.W, kernel) for kernel in directions.KERNELS
+    ],
+    "directions.one_vs_rest_distances": lambda p: directions.one_vs_rest_distances(p.W),
     "classifier.cosine_margins": lambda p: classifier.cosine_margins(
         p.features, p.labels, p.W
     ),
@@ -278,7 +281,7 @@ COMPILED = (
     "variants.nearest_centre_accuracy",
     "variants.within_class_variation",
 )
-OUTSIDE_JAX = "variants.one_vs_rest_distances"
+OUTSIDE_JAX = "directions.one_vs_rest_distances"
 RANDOM = ("geometry.init_params", "geometry.simplex_etf", "landscape.spectral_density")
 
 

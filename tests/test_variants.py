@@ -5,15 +5,18 @@ from functools import cache
 from pathlib import Path
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import scipy.optimize
 from formulas import CALLS, UNTRACED, compiled, first_pass, means
 from strategies import RANDOM
 
 import ncjax
 from ncjax import measures, variants
+from ncjax.metrics import directions
 
 FOLDER = Path(__file__).parent / "data"
 VALUES = json.loads((FOLDER / "collapse_values.json").read_text())
@@ -184,6 +187,96 @@ def test_one_vs_rest_distances_of_known_hulls():
     )
 
 
+@pytest.mark.parametrize("shape", [(70, 4), (40, 15), (12, 30)])
+def test_one_vs_rest_distances_are_those_of_one_system_over_all_rows(shape):
+    """The rows of a cluster are near twins, whose own hull is not the nearest part."""
+    rng = np.random.default_rng(4)
+    W = rng.normal(size=shape)
+    W[: shape[0] // 2] = W[0] + 0.05 * W[: shape[0] // 2]
+    unit = W / np.linalg.norm(W, axis=1, keepdims=True)
+
+    def distance(k):
+        gaps = np.delete(unit, k, axis=0) - unit[k]
+        system = np.vstack([gaps.T, np.ones(len(gaps))])
+        weights, _ = scipy.optimize.nnls(system, np.eye(len(system))[-1])
+        return np.linalg.norm(weights @ gaps) / weights.sum()
+
+    exact = [distance(k) for k in range(len(W))]
+    np.testing.assert_allclose(variants.one_vs_rest_distances(W), exact, rtol=1e-11)
+    some = np.array([5, 0, 5])
+    np.testing.assert_allclose(
+        variants.one_vs_rest_distances(W, some), np.array(exact)[some], rtol=1e-11
+    )
+    assert variants.one_vs_rest_distances(W, np.array([], int)).shape == (0,)
+
+
+def test_one_vs_rest_distances_reach_rows_that_are_not_near():
+    """The pole is nearest to the centre of a circle, past twins of the pole on one side."""
+    angles = np.linspace(0, 2 * np.pi, 9)[:-1]
+    circle = np.stack([np.cos(angles), np.sin(angles), np.full(8, -2.0)], axis=1)
+    tilts = 0.5 + 1e-3 * np.arange(20)
+    arc = np.stack([np.sin(tilts), 0 * tilts, np.cos(tilts)], axis=1)
+    W = np.concatenate([[[0.0, 0, 1]], arc, circle])
+    got = variants.one_vs_rest_distances(W, [0])
+    # The segment from the nearest twin to the far side of the circle.
+    a, b = arc[0], np.array([-1.0, 0, -2]) / np.sqrt(5)
+    t = np.clip((W[0] - a) @ (b - a) / np.sum((b - a) ** 2), 0, 1)
+    np.testing.assert_allclose(got, np.linalg.norm(a + t * (b - a) - W[0]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", variants.KERNELS)
+@pytest.mark.parametrize("height", [3, 10])
+def test_uniformity_moments_are_those_of_all_pairs(kernel, height):
+    """With close pairs, and in blocks that do not divide the rows."""
+    rng = np.random.default_rng(5)
+    rows = rng.normal(size=(10, 4)) * 2.0 ** rng.integers(-30, 30, size=(10, 1))
+    rows[7] = rows[2] + 1e-7 * np.linalg.norm(rows[2]) * rng.normal(size=4)
+    got = directions._moments_in_blocks(jnp.asarray(rows), kernel, 2.0, height)
+    pairs = np.array(oracles.uniformity_kernel(rows, kernel))
+    expected = pairs.mean(), pairs.var(), pairs.max()
+    np.testing.assert_allclose(got, expected, rtol=1e-8)
+    np.testing.assert_allclose(
+        got.maximum, np.max(variants.uniformity_kernel(rows, kernel)), rtol=1e-12
+    )
+
+
+def test_uniformity_moments_take_an_exponent_and_float32():
+    rows = np.random.default_rng(6).normal(size=(9, 3)).astype(np.float32)
+    got = variants.uniformity_moments(rows, "riesz", -1.5)
+    pairs = variants.uniformity_kernel(rows.astype(float), "riesz", -1.5)
+    assert got.mean.dtype == np.float32
+    np.testing.assert_allclose(got.mean, np.mean(pairs), rtol=1e-6)
+    np.testing.assert_allclose(got.variance, np.var(pairs), rtol=1e-5)
+
+
+def test_no_array_over_all_pairs_of_many_rows():
+    """XLA's programs hold megabytes, where all pairs of 6000 rows would take 140 MB."""
+    rows = jax.ShapeDtypeStruct((6000, 8), np.float32)
+    program = directions._moments_in_blocks.lower(rows, "log", 6.0, 1024)
+    assert len(program.as_text()) < 2**17  # no constant either
+    assert program.compile().memory_analysis().temp_size_in_bytes < 2**25
+
+
+def test_quotients_of_unequal_classes_need_no_padding_to_the_largest(monkeypatch):
+    """Zipf's law: the largest class has as many samples as the other 63 together."""
+    counts = np.maximum(300 // (1 + np.arange(64)), 1)
+    labels = np.repeat(np.arange(64), counts)
+    order = np.random.default_rng(7).permutation(labels.size)
+    features = np.random.default_rng(8).normal(size=(labels.size, 4))
+    held = []
+    kept = variants._nuclear_quotients
+    monkeypatch.setattr(
+        variants, "_nuclear_quotients", lambda x, rows: held.append(rows) or kept(x, rows)
+    )
+    got = variants.nuclear_over_frobenius(features[order], labels[order], 64)
+    assert sum(rows.size for rows in held) < 2 * labels.size + 8 * 64
+    for k in (0, 1, 10, 63):
+        singular = np.linalg.svd(features[labels == k], compute_uv=False)
+        np.testing.assert_allclose(
+            got[k], singular.sum() / np.linalg.norm(singular), rtol=1e-12
+        )
+
+
 def test_small_losses_keep_their_digits():
     features, labels = np.eye(3), np.arange(3)
     loss = variants.mean_cross_entropy(features, labels, 40 * np.eye(3))
@@ -217,8 +310,9 @@ def test_unknown_names_are_refused():
         variants.within_class_variation(*data[:2], 5, weighting="classes")
     with pytest.raises(ValueError, match="centring must be one of"):
         variants.within_class_variation(*data[:2], 5, centring="mean")
-    with pytest.raises(ValueError, match="kernel must be one of"):
-        variants.uniformity_kernel(jnp.eye(3), "cosine")
+    for function in (variants.uniformity_kernel, variants.uniformity_moments):
+        with pytest.raises(ValueError, match="kernel must be one of"):
+            function(jnp.eye(3), "cosine")
     with pytest.raises(ValueError, match="expected features"):
         variants.nearest_centre_accuracy(data.features[0], data.labels, 5)
 
@@ -281,3 +375,12 @@ def test_a_missing_bias_is_a_bias_of_zeros_in_every_function_that_takes_one():
 def test_rows_without_a_direction_are_refused(W, message):
     with pytest.raises(ValueError, match=message):
         variants.one_vs_rest_distances(W)
+
+
+def test_classes_out_of_range_and_a_single_row_are_refused():
+    with pytest.raises(ValueError, match=r"classes must lie in \[0, 3\), got 3 to 3"):
+        variants.one_vs_rest_distances(np.eye(3), [3])
+    with pytest.raises(ValueError, match="a mask becomes integers"):
+        variants.one_vs_rest_distances(np.eye(3), np.eye(3)[0] > 0)
+    with pytest.raises(ValueError, match=r"with K at least 2, got \(1, 3\)"):
+        variants.uniformity_moments(jnp.ones((1, 3)), "log")
