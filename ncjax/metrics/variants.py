@@ -1,6 +1,6 @@
 r"""Published variants of the collapse metrics in `ncjax.metrics`.
 
-Each function is one formula of one source; `docs/metrics.md` lists the codebases that
+Each function is one formula of one source; `docs/conventions.md` lists the codebases that
 report it. If a variant is a mean, a standard deviation or a maximum over classes, pairs or
 samples, the function returns the array and leaves the last step to the caller.
 
