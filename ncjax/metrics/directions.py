@@ -16,15 +16,12 @@ from ncjax.arrays import read_array
 from ncjax.checks import check_choice
 from ncjax.metrics import measures, statistics
 from ncjax.metrics.inputs import check_rows
-from ncjax.numerics import matmul
+from ncjax.metrics.tiles import TILE
 from ncjax.types import Array
 
 KERNELS = ("distance", "log", "riesz")
-# Rows of a block of pairs, and entries of a product of all rows with some points.
-_BLOCK_ROWS = 1024
+# Entries of a product of all rows with some points.
 _PRODUCT_ENTRIES = 2**22
-# Below this squared distance the Gram form 2 - 2 cos loses more than two bits.
-_CLOSE = 0.25
 
 
 def uniformity_kernel(rows: Array, kernel: str, exponent: float | None = None) -> Array:
@@ -82,7 +79,7 @@ def uniformity_moments(rows: Array, kernel: str, exponent: float | None = None) 
     (rows,) = check_rows(rows)
     if len(rows) < 2:
         raise ValueError(f"expected rows (K, d) with K at least 2, got {rows.shape}")
-    height = min(len(rows), _BLOCK_ROWS)
+    height = min(len(rows), TILE)
     return _moments_in_blocks(rows, kernel, _power(exponent, rows), height)
 
 
@@ -102,23 +99,13 @@ def _moments_in_blocks(rows: Array, kernel: str, power: float, height: int) -> M
         )
         above = (start[0] + steps)[:, None] < (start[1] + steps)[None]
         pairs = above & (start[1] + steps < size)[None]
-        squares = jnp.where(pairs, _squares_of_unit_rows(left, right, pairs), 1)
+        squares = measures.tile_squared_distances(left, right, pairs)
         return _added(state, _kernel_values(squares, kernel, power), pairs), None
 
     zero = jnp.zeros((), unit.dtype)
     state, _ = jax.lax.scan(block, (zero, Moments(zero, zero, zero - jnp.inf)), starts)
     total, moments = state
     return moments._replace(variance=moments.variance / total)
-
-
-def _squares_of_unit_rows(left: Array, right: Array, pairs: Array) -> Array:
-    """Return squared distances (T, T) of unit rows, exact to rounding where `pairs`."""
-    squares = 2 - 2 * matmul(left, right.T)
-    return jax.lax.cond(
-        jnp.any(pairs & ~(squares >= _CLOSE)),
-        lambda: statistics.squared_distances(left, right),
-        lambda: squares,
-    )
 
 
 def _added(state: tuple[Array, Moments], values: Array, mask: Array):
