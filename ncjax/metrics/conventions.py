@@ -26,11 +26,13 @@ from ncjax.metrics.collapse import (
 )
 from ncjax.metrics.inputs import check_features
 from ncjax.metrics.statistics import ClassStatistics, Comparison
+from ncjax.metrics.tiles import FEW_CLASSES
 from ncjax.numerics import at_unit_scale, matmul, power_of_two
+from ncjax.peeled.losses import softmax_cross_entropy
 from ncjax.types import Array
 
-# Elements of one chunk of features with its logits.
-_CHUNK_ELEMENTS = 2**22
+# Elements of one chunk of features with its logits: 32 MB of float32.
+_CHUNK_ELEMENTS = 2**23
 
 Numbers = dict[str, Any]
 
@@ -48,10 +50,9 @@ class _Data:
     def arrays(self) -> tuple[Array, Array, Array, Array | None]:
         return self.features, self.labels, self.W, self.b
 
-    def chunks(self) -> Iterator[tuple[Array, Array]]:
-        """Yield the samples in chunks whose logits take a few MB."""
-        num_classes, dim = self.W.shape
-        size = max(num_classes, _CHUNK_ELEMENTS // (num_classes + dim))
+    def chunks(self, columns: int) -> Iterator[tuple[Array, Array]]:
+        """Yield the samples in chunks that take a few MB with `columns` numbers each."""
+        size = max(1, _CHUNK_ELEMENTS // (self.W.shape[1] + columns))
         if len(self.labels) <= size:
             yield self.features, self.labels
             return
@@ -59,12 +60,16 @@ class _Data:
             part = slice(start, start + size)
             yield self.features[part], self.labels[part]
 
+    def chunks_of_passes(self) -> Iterator[tuple[Array, Array]]:
+        """Yield chunks for `ncjax.statistics`, which reads many classes in tiles."""
+        return self.chunks(min(len(self.W), FEW_CLASSES))
+
     @cached_property
     def first(self) -> ClassStatistics:
         """Counts, means and scatters of the classes."""
         num_classes, dim = self.W.shape
         seen = _no_samples(num_classes, dim, self.W.dtype)
-        for features, labels in self.chunks():
+        for features, labels in self.chunks_of_passes():
             seen = _update(seen, features, labels)
         return seen
 
@@ -76,7 +81,7 @@ class _Data:
         """Return the comparison with class means and classifier, on the host."""
         b = self.b if bias else None
         seen, *given = _prepared(self.features, self.first, self.W, b, centring)
-        for features, labels in self.chunks():
+        for features, labels in self.chunks_of_passes():
             seen = _compare(seen, *given, features, labels)
         return jax.device_get(seen)
 
@@ -84,7 +89,7 @@ class _Data:
         """Return the mean over all samples of a function that is a mean over samples."""
         parts = [
             (float(of_samples(*chunk, self.W, self.b)), len(chunk[1]))
-            for chunk in self.chunks()
+            for chunk in self.chunks(len(self.W))
         ]
         return sum(value * size for value, size in parts) / len(self.labels)
 
@@ -97,12 +102,29 @@ class _Data:
 # One program each instead of one for every operation.
 _no_samples = jax.jit(statistics.init, static_argnums=(0, 1, 2))
 _update = jax.jit(statistics.update)
-_cross_entropy = jax.jit(variants.mean_cross_entropy)
-_squared_error = jax.jit(variants.mean_squared_error)
 _parts = jax.jit(variants.squared_error_parts, static_argnames="weight_decay")
 _margins = jax.jit(variants.cosine_margins, static_argnames="centred_product")
 _collapse_index = jax.jit(variants.variability_collapse_index, static_argnums=2)
 _unit_rows = jax.jit(measures.unit_rows)
+
+
+# The losses of a chunk, which may have fewer samples than there are classes.
+
+
+@jax.jit
+def _cross_entropy(features: Array, labels: Array, W: Array, b: Array | None) -> Array:
+    return jnp.mean(softmax_cross_entropy(_logits(features, W, b), labels))
+
+
+@jax.jit
+def _squared_error(features: Array, labels: Array, W: Array, b: Array | None) -> Array:
+    targets = jax.nn.one_hot(labels, W.shape[0], dtype=W.dtype)
+    return jnp.mean(jnp.sum((_logits(features, W, b) - targets) ** 2, axis=1))
+
+
+def _logits(features: Array, W: Array, b: Array | None) -> Array:
+    product = matmul(features.astype(W.dtype), W.T)
+    return product if b is None else product + b[None]
 
 
 @partial(jax.jit, static_argnums=4)
