@@ -1,11 +1,11 @@
-"""Write the tables of README.md and of two pages of docs/ from the committed results.
+"""Write the tables of README.md and of three pages of docs/ from the committed results.
 
     python docs/make_results.py
 
 A line `<!-- results: NAME -->` and the lines below it, up to the next blank one, belong to
-the function NAME of `TABLES`, which reads `results/*/summary.json` or
-`benchmarks/results.json`. All other text is written by hand. `tests/test_docs.py` fails
-while a page is out of date.
+the function NAME of `TABLES`, which reads `results/*/summary.json`,
+`results/reference_features/*.json` or `benchmarks/results.json`. All other text is written
+by hand. `tests/test_docs.py` fails while a page is out of date.
 """
 
 import json
@@ -20,7 +20,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "network_flow")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("results", "network_flow", "reference_features")
+    ),
 )
 NETWORKS = {
     "vgg13_mnist": "VGG13, MNIST",
@@ -529,6 +532,28 @@ def peel_by() -> str:
     return sources((summary, summary["network"]))
 
 
+def reference_values() -> str:
+    """List what each convention gives on the reference features, and its codebase."""
+    folder = ROOT / "results" / "reference_features"
+    values = json.loads((folder / "values.json").read_text())
+    codebases = json.loads((folder / "codebases.json").read_text())
+    rows = [
+        [f"`{convention}`", f"`{name}`"]
+        + [
+            f"{numbers[name]:.6g}" if name in numbers else "-"
+            for numbers in (
+                found,
+                codebases.get(convention, {}),
+                values["digits"][convention],
+            )
+        ]
+        for convention, found in values["clusters"].items()
+        for name in found
+    ]
+    head = ["convention", "number", "`clusters.npz`", "the codebase", "`digits.npz`"]
+    return table(head, rows)
+
+
 def speed() -> str:
     """List three rows of the benchmarks."""
     sections = json.loads((ROOT / "benchmarks" / "results.json").read_text())
@@ -570,7 +595,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for function in (
         *(found, found_by, flow, constants, flow_by, theorems, saddles, escapes, theory_by),
         *(networks, network_metrics, network_runs, peel, peel_by, speed),
-        *(flow_metrics, flow_exponents, flow_runs, controls),
+        *(flow_metrics, flow_exponents, flow_runs, controls, reference_values),
     )
 }
 _MARKED = re.compile(r"(<!-- results: (\w+) -->\n)(?:.+\n)*")

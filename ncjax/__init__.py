@@ -25,6 +25,7 @@ from ncjax.metrics import LastLayer as LastLayer
 from ncjax.metrics import balance_norms as balance_norms
 from ncjax.metrics import collapse_metrics as collapse_metrics
 from ncjax.metrics import collapse_metrics_from_features as collapse_metrics_from_features
+from ncjax.metrics import conventions as conventions
 from ncjax.metrics import duality_parts as duality_parts
 from ncjax.metrics import last_layer as last_layer
 from ncjax.metrics import measures as measures

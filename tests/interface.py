@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import ncjax
-from ncjax import losses, measures, separation, statistics, variants
-from ncjax.metrics import classifier, collapse
+from ncjax import conventions, losses, measures, separation, statistics, variants
+from ncjax.metrics import classifier, collapse, directions
 
 K, N, D, SAMPLES = 4, 2, 6, 16
 PUBLIC = (ncjax, losses, separation, measures, statistics, variants)
-PUBLIC += (classifier, collapse)
+PUBLIC += (classifier, collapse, conventions, directions)
 
 
 class Points(NamedTuple):
@@ -221,6 +221,9 @@ CALLS = {
     "statistics.fraction": lambda p: statistics.fraction(
         p.labels + 1, p.labels + 2, p.W.dtype
     ),
+    "conventions.measure": lambda p: conventions.measure(
+        "guiding", p.features, p.labels, p.W, p.b
+    ),
     "variants.within_class_variation": lambda p: variants.within_class_variation(
         p.features, p.labels, K
     ),
@@ -233,10 +236,6 @@ CALLS = {
     "variants.average_squared_norm": lambda p: variants.average_squared_norm(
         _first_pass(p)
     ),
-    "variants.uniformity_kernel": lambda p: [
-        variants.uniformity_kernel(p.W, kernel) for kernel in variants.KERNELS
-    ],
-    "variants.one_vs_rest_distances": lambda p: variants.one_vs_rest_distances(p.W),
     "variants.mean_logits_norm": lambda p: variants.mean_logits_norm(
         _first_pass(p), p.W, p.b
     ),
@@ -247,6 +246,13 @@ CALLS = {
         p.features, p.labels, p.W, p.b
     ),
     "variants.ood_cosines": lambda p: variants.ood_cosines(p.W, p.others[0]),
+    "directions.uniformity_kernel": lambda p: [
+        directions.uniformity_kernel(p.W, kernel) for kernel in directions.KERNELS
+    ],
+    "directions.uniformity_moments": lambda p: [
+        directions.uniformity_moments(p.W, kernel) for kernel in directions.KERNELS
+    ],
+    "directions.one_vs_rest_distances": lambda p: directions.one_vs_rest_distances(p.W),
     "classifier.cosine_margins": lambda p: classifier.cosine_margins(
         p.features, p.labels, p.W
     ),
@@ -278,7 +284,8 @@ COMPILED = (
     "variants.nearest_centre_accuracy",
     "variants.within_class_variation",
 )
-OUTSIDE_JAX = "variants.one_vs_rest_distances"
+OUTSIDE_JAX = "directions.one_vs_rest_distances"
+RETURNS_FLOATS = "conventions.measure"  # Python's, so not under jax.jit
 RANDOM = ("geometry.init_params", "geometry.simplex_etf", "landscape.spectral_density")
 
 
@@ -308,8 +315,8 @@ def evaluate(inputs, names=CALLS):
 
 
 def compiled(inputs):
-    """Return the results of all calls in one program, except of the call outside JAX."""
-    names = [name for name in CALLS if name != OUTSIDE_JAX]
+    """Return the results in one program of all calls that `jax.jit` takes."""
+    names = [name for name in CALLS if name not in (OUTSIDE_JAX, RETURNS_FLOATS)]
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def all_calls(inputs):

@@ -1,5 +1,6 @@
 """Measure neural collapse: in the layer-peeled model, in features, in a last layer."""
 
+from ncjax.metrics import conventions as conventions
 from ncjax.metrics import measures as measures
 from ncjax.metrics import statistics as statistics
 from ncjax.metrics import variants as variants

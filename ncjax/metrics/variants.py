@@ -1,6 +1,6 @@
 r"""Published variants of the collapse metrics in `ncjax.metrics`.
 
-Each function is one formula of one source; `docs/metrics.md` lists the codebases that
+Each function is one formula of one source; `docs/conventions.md` lists the codebases that
 report it. If a variant is a mean, a standard deviation or a maximum over classes, pairs or
 samples, the function returns the array and leaves the last step to the caller.
 
@@ -12,14 +12,13 @@ $M$ (K, d), classifier rows $w_k$ (K, d) and bias $b$ (K,), logits $z_i = W h_i 
 functions of statistics stream (`ncjax.statistics`).
 """
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.arrays import as_array, read_array
+from ncjax.arrays import as_array
 from ncjax.checks import check_choice
 from ncjax.metrics import measures, statistics
 from ncjax.metrics.classifier import SquaredErrorParts as SquaredErrorParts
@@ -28,6 +27,11 @@ from ncjax.metrics.classifier import logit_margins as logit_margins
 from ncjax.metrics.classifier import mean_cross_entropy as mean_cross_entropy
 from ncjax.metrics.classifier import mean_squared_error as mean_squared_error
 from ncjax.metrics.classifier import squared_error_parts as squared_error_parts
+from ncjax.metrics.directions import KERNELS as KERNELS
+from ncjax.metrics.directions import Moments as Moments
+from ncjax.metrics.directions import one_vs_rest_distances as one_vs_rest_distances
+from ncjax.metrics.directions import uniformity_kernel as uniformity_kernel
+from ncjax.metrics.directions import uniformity_moments as uniformity_moments
 from ncjax.metrics.inputs import (
     check_centres,
     check_classifier,
@@ -42,7 +46,6 @@ from ncjax.numerics import at_unit_scale, matmul, power_of_two, widen
 from ncjax.types import Array
 
 WEIGHTINGS = ("sample", "class")
-KERNELS = ("distance", "log", "riesz")
 
 
 # NC1: variability collapse
@@ -154,23 +157,41 @@ def nuclear_over_frobenius(
     features = at_unit_scale(features)
     counts = np.bincount(targets, minlength=num_classes)
     order = np.argsort(targets, kind="stable")
-    place = np.arange(targets.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    # Rows of zeros leave the singular values as they are.
-    groups = jnp.zeros((num_classes, counts.max(), features.shape[1]), features.dtype)
-    groups = groups.at[targets[order], place].set(features[order])
-    singular = _singular_values(groups)
-    quotients = jnp.sum(singular, axis=1) / jnp.linalg.norm(singular, axis=1)
-    return jnp.where(counts >= (1 if min_count is None else min_count), quotients, jnp.nan)
+    ends = np.cumsum(counts)
+    quotients = jnp.zeros(num_classes, features.dtype)
+    least = 1 if min_count is None else min_count
+    for height, classes in _by_size(counts, least).items():
+        # Sample numbers of each class, filled up with N.
+        rows = np.full((len(classes), height), targets.size, np.int32)
+        for row, k in zip(rows, classes, strict=True):
+            row[: counts[k]] = order[ends[k] - counts[k] : ends[k]]
+        quotients = quotients.at[classes].set(_nuclear_quotients(features, rows))
+    return jnp.where(counts >= least, quotients, jnp.nan)
+
+
+def _by_size(counts: np.ndarray, least: int) -> dict[int, np.ndarray]:
+    """Return the classes of at least `least` samples by size, rounded to a power of two."""
+    heights = np.maximum(2 ** np.ceil(np.log2(np.maximum(counts, 1))).astype(int), 8)
+    kept = counts >= least
+    return {
+        int(height): np.flatnonzero(kept & (heights == height))
+        for height in np.unique(heights[kept])
+    }
 
 
 @jax.jit
-def _singular_values(groups: Array) -> Array:
-    """Return the singular values of K matrices (K, n, d), one matrix at a time."""
+def _nuclear_quotients(features: Array, rows: Array) -> Array:
+    """Return the quotients (m,) of m classes with samples `rows` (m, n), one at a time.
 
-    def of_one(rows):
-        return jnp.linalg.svd(rows, full_matrices=False, compute_uv=False)
+    A number beyond the samples is a row of zeros, which leaves the singular values alone.
+    """
 
-    return jax.lax.map(of_one, groups)
+    def of_one(numbers):
+        group = features.at[numbers].get(mode="fill", fill_value=0)
+        singular = jnp.linalg.svd(group, full_matrices=False, compute_uv=False)
+        return jnp.sum(singular) / jnp.linalg.norm(singular)
+
+    return jax.lax.map(of_one, rows)
 
 
 def average_squared_norm(
@@ -187,76 +208,6 @@ def average_squared_norm(
     means = statistics.about_mean(first_pass, centring, measured)
     variance = statistics.class_variances(first_pass, measured)
     return jnp.mean(variance + jnp.sum(means**2, axis=1), where=measured)
-
-
-# NC2: the directions of the class means
-
-
-def uniformity_kernel(rows: Array, kernel: str, exponent: float | None = None) -> Array:
-    r"""Return a kernel of distances of unit rows, $g(|v_j/|v_j| - v_k/|v_k||)$, by pair.
-
-    Args:
-      rows: (K, d); in the source the centred class means.
-      kernel: "distance" for $g(r) = r$, "log" for $\log(1/r)$, "riesz" for
-        $\operatorname{sign}(s)\, r^{-s}$.
-      exponent: s of the Riesz kernel, d - 2 if None.
-
-    Returns:
-      (K(K-1)/2,) array over the pairs j < k.
-
-    Raises:
-      ValueError: kernel is none of these.
-
-    Source: Liu et al. (2023), "Generalizing and decoupling neural collapse via
-    hyperspherical uniformity gap", who report mean and variance over pairs.
-    """
-    check_choice("kernel", kernel, KERNELS)
-    unit = measures.unit_rows(rows)
-    squares = statistics.squared_distances(unit)
-    distances = jnp.sqrt(squares[np.triu_indices(len(unit), k=1)])
-    if kernel == "distance":
-        return distances
-    if kernel == "log":
-        return -jnp.log(distances)
-    power = float(unit.shape[1] - 2 if exponent is None else exponent)
-    return math.copysign(1.0, power) * distances**-power
-
-
-def one_vs_rest_distances(W: Array) -> np.ndarray:
-    r"""Return the distance (K,) of each unit row of `W` to the hull of the other unit rows.
-
-    $\min_{u \ge 0,\, \sum u = 1} |\hat w_k - \sum_{j \ne k} u_j \hat w_j|$. Up to its sum,
-    the same u minimises $|\sum_j u_j (\hat w_j - \hat w_k)|^2 + (\sum_j u_j - 1)^2$ over
-    $u \ge 0$: non-negative least squares, which an active-set method solves exactly.
-    Computed in float64 outside JAX; the relative error is 1e-13 unless the distance is near
-    zero.
-
-    Source: Jiang et al. (2024), "Generalized neural collapse for a large number of
-    classes", GNC2, who report the smallest distance. Lawson, Hanson (1974), chapter 23.
-
-    Raises:
-      ValueError: W is not (K, d) with K at least 2, or a row is zero or not finite.
-    """
-    from scipy.optimize import nnls  # type: ignore[import-untyped]  # half a second
-
-    unit = np.asarray(read_array("W", W), np.float64)
-    if unit.ndim != 2 or len(unit) < 2:
-        raise ValueError(f"expected W (K, d) with K at least 2, got {unit.shape}")
-    bad = np.flatnonzero(~np.isfinite(unit).all(axis=1) | ~unit.any(axis=1))
-    if bad.size:
-        raise ValueError(f"rows of W must be finite and not zero, got {unit[bad[0]]}")
-    unit = unit / np.abs(unit).max(axis=1, keepdims=True)
-    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
-    # Rows in a basis of their span: d may be larger than K.
-    rows = np.linalg.qr(unit.T)[1].T
-
-    def distance(k):
-        gaps = np.delete(rows, k, axis=0) - rows[k]
-        system = np.vstack([gaps.T, np.ones(len(gaps))])
-        weights, _ = nnls(system, np.eye(len(system))[-1])
-        return np.linalg.norm(weights @ gaps) / weights.sum()
-
-    return np.array([distance(k) for k in range(len(rows))])
 
 
 # NC3, NC4: the classifier and the class means
