@@ -27,6 +27,7 @@ WINGS = {
     "curvature": BASE,
     "networks": BASE | {"peeled", "metrics"},
     "plotting": {"checks"},
+    "torch_layers": BASE | {"metrics"},
 }
 
 

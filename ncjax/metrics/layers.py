@@ -242,7 +242,7 @@ def over_depth(
     )
 
 
-def pool(features: Array, pooling: str = "flatten") -> np.ndarray | Array:
+def pool(features: Any, pooling: str = "flatten") -> np.ndarray | Array:
     """Return features (N, d) of features (N, ...), as `layerwise` says of `pooling`.
 
     Features (N, d) pass unchanged. NumPy arrays and PyTorch tensors become NumPy arrays.
