@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,7 +133,7 @@ class Layers:
             variables,
             images,
             layers=self._paths,
-            activation=nn.relu,
+            activation=jax.nn.relu,
             train=False,
         )
         return {INPUT: images, FEATURES: features} | found

@@ -1,4 +1,4 @@
-"""Measure collapse in every layer of a trained network, on training and test images."""
+"""Measure collapse and data separation in every layer of a trained network."""
 
 import dataclasses
 import time
