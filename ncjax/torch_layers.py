@@ -86,9 +86,9 @@ def record_layers(
       layers: names as in `model.named_modules()`, or modules of the model, or both, from
         the input to the last layer; or a dict of these by the name that you want. None
         takes every module without a child, in the order of `named_modules()`.
-      side: "output" for what a layer returns, "input" for what it is given: the input of
-        the last linear layer are the features of neural collapse. If it is a tuple, its
-        first tensor.
+      side: "output" for the result of a layer, "input" for its argument. The inputs of the
+        last linear layer are the features of neural collapse. A tuple counts as its first
+        tensor.
       pooling: as in `ncjax.layerwise`. Averages need far less memory than "flatten".
 
     Yields:

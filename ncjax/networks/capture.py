@@ -1,8 +1,8 @@
 """Capture the features of chosen layers of a Flax network, for `ncjax.layerwise`.
 
-Flax records what every submodule returns (`capture_intermediates`). The networks of
-`ncjax.networks.models` apply ReLU between modules, so `activation=nn.relu` turns what a
-module returns into the features that the next layer is given.
+Flax records the output of every submodule (`capture_intermediates`). The networks of
+`ncjax.networks.models` apply ReLU between modules, so `activation=nn.relu` turns the output
+of a module into the input of the next layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ def capture_layers(
       layers: paths of submodules, such as "conv1" or "layer1_0/conv1", or a dict of paths
         by the name that you want. None takes every submodule, in the order in which they
         return.
-      activation: applied to what each module returns, such as `nn.relu`.
+      activation: applied to the output of each module, such as `nn.relu`.
       **keywords: of the network, such as `train=False`.
 
     Returns:
@@ -77,7 +77,7 @@ def capture_layers(
 
 
 def _only_array(path: str, intermediates: Any) -> Array:
-    """Return what the submodule at `path` returned.
+    """Return the output of the submodule at `path`.
 
     Raises:
       ValueError: it ran more than once, or returned no single array.
