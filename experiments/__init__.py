@@ -6,6 +6,7 @@ from experiments import _start
 EXPERIMENTS = (
     *("ulpm_flow", "animation", "saddle_analysis", "theorems"),
     *("network_flow", "train_resnet", "train_vgg", "train_small", "peel"),
+    "layers",
 )
 COMMANDS = (*EXPERIMENTS, "report")
 

@@ -22,6 +22,7 @@ from ncjax.metrics.duality import duality_parts
 from ncjax.networks import checkpoint, flow, full_batch, models, train
 from ncjax.networks.homogeneous import homogeneity, squared_norm_differences
 
+CHECKPOINTS = "checkpoints"
 REACHED, SPENT, STUCK, NOT_FINITE = range(4)
 ENDINGS = (
     "came to the end",
@@ -192,10 +193,8 @@ class Loop:
         """
         if not self.config.resume or checkpoints.newest() is None:
             return self._start(seed, interruption)
-        shapes = jax.eval_shape(lambda: self.programs.begin(self._draw(seed)["params"]))
-        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         with checks():
-            state, notes = checkpoints.restore(empty)
+            state, notes = checkpoints.restore(self._empty_state(seed))
         # Later rows: of steps after the checkpoint, or of the end of a shorter run.
         last = int(notes.get(_LAST_MEASURED, state.gradients))
         stored = [row for row in self.stored if row["seed"] == seed]
@@ -207,6 +206,32 @@ class Loop:
             )
         self.rows += _flow_record.on_grid(rows, self.config.measurements)
         return state
+
+    def _empty_state(self, seed: int) -> flow.FlowState:
+        """Return zeros in the shapes of a state."""
+        shapes = jax.eval_shape(lambda: self.programs.begin(self._draw(seed)["params"]))
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def load_variables(self, seed: int) -> tuple[dict[str, Any], float]:
+        """Load the variables of a seed from its newest checkpoint, and their log t.
+
+        They are for evaluation mode. The checkpoints are only read.
+
+        Raises:
+          BadUse: there is no checkpoint, or it is damaged.
+        """
+        folder = self.checkpoints / f"seed{seed}"
+        if not folder.is_dir():
+            raise BadUse(f"{str(self.folder)!r} holds no checkpoint of seed {seed}")
+        with checks():
+            checkpoints = checkpoint.Checkpoints(folder, read_only=True)
+        with contextlib.closing(checkpoints), checks():
+            if checkpoints.newest() is None:
+                raise BadUse(f"{str(self.folder)!r} holds no checkpoint of seed {seed}")
+            state, _ = checkpoints.restore(self._empty_state(seed))
+        averages = self.programs.statistics(state.params)
+        collections = {"params": state.params, "batch_stats": averages}
+        return collections, float(state.log_time)
 
     def _save(self, checkpoints, seed: int, state: flow.FlowState) -> None:
         """Write a checkpoint, by the number of gradients."""

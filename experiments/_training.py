@@ -434,12 +434,7 @@ def load_trained(folder: Path, data_dir: str = "", seed: int = 0) -> Trained:
     config, options = stored_run(folder, data_dir, seed)
     setup = set_up(config, options)
     loop = _Loop(config, setup, folder)
-    with contextlib.closing(_checkpoints(folder, read_only=True)) as checkpoints:
-        epoch = checkpoints.newest()
-        if epoch is None:
-            raise BadUse(f"{str(folder)!r} holds no checkpoint")
-        with checks():
-            state, _ = checkpoints.restore(loop.start())
+    state, epoch = _newest_state(loop, folder)
     features = train.extract_features(loop.forward, state, loop.sets["train"])
     params = jax.tree.map(train.first_device, state.params)
     if config.seeds > 1:
@@ -448,6 +443,43 @@ def load_trained(folder: Path, data_dir: str = "", seed: int = 0) -> Trained:
     return Trained(
         features, setup.train_set.labels, *train.classifier(params), epoch, title
     )
+
+
+def load_variables(
+    config: Config, setup: Setup, folder: Path, seed: int
+) -> tuple[dict[str, Any], int]:
+    """Load the variables of one network from its newest checkpoint, and its epoch.
+
+    Args:
+      config: the first result of `stored_run`.
+      setup: `set_up` of the results of `stored_run`.
+      folder: folder of the run; it is only read.
+      seed: number of the network.
+
+    Raises:
+      BadUse: the folder holds no checkpoint, or a damaged one.
+    """
+    state, epoch = _newest_state(_Loop(config, setup, folder), folder)
+    collections = {"params": state.params, "batch_stats": state.batch_stats}
+    collections = jax.tree.map(train.first_device, collections)
+    if config.seeds > 1:
+        collections = jax.tree.map(lambda leaf: leaf[seed], collections)
+    return collections, epoch
+
+
+def _newest_state(loop: "_Loop", folder: Path) -> tuple[train.TrainState, int]:
+    """Return the newest state that a run has stored, and its epoch.
+
+    Raises:
+      BadUse: the folder holds no checkpoint, or a damaged one.
+    """
+    with contextlib.closing(_checkpoints(folder, read_only=True)) as checkpoints:
+        epoch = checkpoints.newest()
+        if epoch is None:
+            raise BadUse(f"{str(folder)!r} holds no checkpoint")
+        with checks():
+            state, _ = checkpoints.restore(loop.start())
+    return state, epoch
 
 
 @checks()

@@ -7,18 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from experiments import _flow_record, _record, _training
-from experiments._flow_loop import ENDINGS, Loop
+from experiments._flow_loop import CHECKPOINTS, ENDINGS, Loop
+from experiments._flow_setup import set_up, training_config
 from experiments._runs import cli, files, folders, memory
 from experiments._runs.errors import BadUse, RunFailed
 from experiments._runs.interruption import Interruption
 from ncjax.networks import checkpoint, flow, models
 
 NAME = "network_flow"
-CHECKPOINTS = "checkpoints"
 OUTPUTS = (
     *(_record.METRICS_FILE, CHECKPOINTS),
     *("collapse.png", "collapse.pdf", "margins.png", "margins.pdf"),
@@ -163,7 +160,7 @@ def check(config: Config) -> None:
         raise BadUse(f"--norm={config.norm} is not for --model={config.model}")
     if config.random_labels and config.test_split:
         raise BadUse("--random_labels leaves nothing to test: drop --test_split")
-    _training.check(_training_config(config))
+    _training.check(training_config(config))
     rows = 10.0 * config.measurements * math.log10(config.log_t_max + 10)
     memory.check(8.0 * 40 * rows * config.seeds, "--measurements or --seeds")
 
@@ -182,46 +179,6 @@ def _check_change(config: Config, name: str, folder: Path) -> None:
             f"the run in {str(folder)!r} has already come to {reached:.6g}, with "
             f"--{name}={stored}: give at least {min(stored, reached):.6g}, got {new}"
         )
-
-
-def _training_config(config: Config) -> _training.Config:
-    """Return the flags of a training run with the same network and data."""
-    shared = {field.name for field in dataclasses.fields(_training.Config)}
-    values = {k: v for k, v in dataclasses.asdict(config).items() if k in shared}
-    if not config.warm_epochs:
-        values |= {"batch_size": jax.device_count()}  # not used, but checked
-    if config.norm == "none":
-        values |= {"use_bias": False}
-    if config.model.startswith("vgg") and not config.image_size:
-        values |= {"image_size": models.VGG_LEAST_SIZE}
-    return _training.Config(**values | {"compute_dtype": "float32"})
-
-
-def set_up(config: Config) -> _training.Setup:
-    """Load the data and build the network.
-
-    Raises:
-      BadUse: they do not fit together.
-      OSError: the data cannot be read.
-    """
-    options: dict[str, Any] = {}
-    if config.model.startswith("resnet"):
-        options["stem"] = config.stem
-    elif config.norm == "none" and config.model == "mlp":
-        options["hidden_bias"] = False
-    elif config.norm == "none":
-        options["norm"] = config.norm
-    setup = _training.set_up(_training_config(config), options)
-    size = len(setup.train_set.labels)
-    if size % config.num_groups:
-        raise BadUse(
-            f"--num_groups must divide the {size} training images, got {config.num_groups}"
-        )
-    if config.random_labels:
-        order = np.random.default_rng(config.seed).permutation(size)
-        shuffled = setup.train_set._replace(labels=setup.train_set.labels[order])
-        setup = setup._replace(train_set=shuffled)
-    return setup
 
 
 def _finish(config: Config, setup, folder: Path, loop: Loop, endings, seconds) -> None:

@@ -10,9 +10,10 @@ from experiments._runs.errors import BadUse
 
 NAME = "report"
 # Modules that hold the page of an experiment whose own module needs a network library.
-_PAGE_MODULES = {"peel": "_peel_page", "network_flow": "_flow_page"} | dict.fromkeys(
-    ("train_resnet", "train_vgg", "train_small"), "_network_page"
-)
+_PAGE_MODULES = {
+    **{"peel": "_peel_page", "layers": "_layers_page", "network_flow": "_flow_page"},
+    **dict.fromkeys(("train_resnet", "train_vgg", "train_small"), "_network_page"),
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,12 +22,16 @@ from ncjax.metrics import CollapseMetrics as CollapseMetrics
 from ncjax.metrics import CollapseReport as CollapseReport
 from ncjax.metrics import DualityParts as DualityParts
 from ncjax.metrics import LastLayer as LastLayer
+from ncjax.metrics import Layerwise as Layerwise
 from ncjax.metrics import balance_norms as balance_norms
 from ncjax.metrics import collapse_metrics as collapse_metrics
 from ncjax.metrics import collapse_metrics_from_features as collapse_metrics_from_features
 from ncjax.metrics import conventions as conventions
+from ncjax.metrics import depth as depth
 from ncjax.metrics import duality_parts as duality_parts
 from ncjax.metrics import last_layer as last_layer
+from ncjax.metrics import layers as layers
+from ncjax.metrics import layerwise as layerwise
 from ncjax.metrics import measures as measures
 from ncjax.metrics import peel as peel
 from ncjax.metrics import statistics as statistics

@@ -32,6 +32,7 @@ _STYLE: Any = {
 _WHOLE = "#222222"
 _MEANS, _CLASSIFIER, _SHADE, _GUIDE = "#1b6ca8", "#c8553d", "#ececec", "#8a8a8a"
 _COLOURS = (_MEANS, _CLASSIFIER, "#5b8c5a")
+_SPLITS = {"train": "training set", "test": "test set"}
 _EXPONENTS = (1, 2, 4, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000, 300_000)
 _MOST_TICKS = 9
 _EPOCHS = (2, 3, 5, 10, 20, 50, 100, 200, 350, 500, 1000, 2000, 5000, 10_000)
@@ -521,6 +522,82 @@ def saddle_figure(
             axis.grid(visible=True, axis="y", lw=0.4, color="#dddddd")
         figure.text(0.5, -0.05, "dotted: predicted", ha="center", color="#555555")
     return figure
+
+
+def layers_figure(reports: Mapping[str, Any]) -> Figure:
+    """Draw data separation, accuracy, ranks and NC2 over the layers of a network.
+
+    Shaded is the tunnel of the last split, the test set if there is one. Dotted lines mark
+    the start of the tunnel of each split.
+
+    Args:
+      reports: results of `ncjax.layerwise` by split, "train" and then "test", of the same
+        layers.
+
+    Raises:
+      ValueError: there is no report, or the layers differ.
+    """
+    names = {report.names for report in reports.values()}
+    if len(names) != 1:
+        raise ValueError(f"expected reports of the same layers, got {sorted(names)}")
+    (layers,) = names
+    *_, (split, last) = reports.items()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 5.6), layout="constrained")
+        axes = figure.subplots(2, 2, sharex=True).ravel()
+        for report, colour, label in zip(
+            reports.values(), (_MEANS, _CLASSIFIER), reports, strict=False
+        ):
+            _draw_layers(axes, report, colour, _SPLITS.get(label, label))
+        for axis in axes:
+            _finish_layers(axis, layers, int(last.tunnel.start))
+        axes[0].legend(loc="lower left")
+        handles = axes[1].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper center", ncols=len(reports))
+        shaded = f"shaded: the tunnel of the {_SPLITS.get(split, split)}"
+        note = f"{shaded}; dotted: its start in both"
+        figure.text(0.5, -0.03, note, ha="center", fontsize=8.5, color="#555555")
+    return figure
+
+
+def _draw_layers(axes: Sequence[Axes], report: Any, colour: str, label: str) -> None:
+    """Draw the curves of one split."""
+    fuzziness, accuracy, rank, frame = axes
+    metrics, law = report.metrics, report.law
+    depths = np.arange(len(report.names))
+    line = np.exp(float(law.intercept) + float(law.slope) * depths)
+    text = rf"$\rho$ = {float(law.decay_ratio):.2f}, $R^2$ = {float(law.r_squared):.3f}"
+    fuzziness.plot(depths, metrics.fuzziness, "o", color=colour, ms=4)
+    fuzziness.plot(depths, line, "--", color=colour, lw=1.0, label=text)
+    style: Any = {"color": colour, "ms": 3.5, "lw": 1.4}
+    accuracy.plot(depths, metrics.ncc_accuracy, "-o", label=label, **style)
+    if int(report.tunnel.start) < depths.size:
+        accuracy.axvline(int(report.tunnel.start), color=colour, lw=0.9, ls=":")
+    rank.plot(depths, metrics.numerical_rank, "-o", **style)
+    rank.plot(depths, metrics.effective_rank, ":s", **style | {"mfc": "white"})
+    frame.plot(depths, metrics.mean_cosine_deviation, "-o", **style)
+    frame.plot(depths, metrics.mean_norm_variation, ":s", **style | {"mfc": "white"})
+    fuzziness.set(yscale="log")
+    rank.set(yscale="log")
+    fuzziness.set_title(
+        r"(a) separation fuzziness $D = \mathrm{Tr}(\Sigma_W\,\mathrm{SS}_b^+)$", loc="left"
+    )
+    accuracy.set_title("(b) accuracy of the nearest class mean", loc="left")
+    rank.set_title("(c) rank: numerical (solid), effective (dotted)", loc="left")
+    frame.set_title(r"(d) means: $|\cos + 1/(K-1)|$ (solid), norms (dotted)", loc="left")
+
+
+def _finish_layers(axis: Axes, layers: Sequence[str], start: int) -> None:
+    """Set the names of the layers, the grid and the shade of the tunnel."""
+    size = len(layers)
+    axis.set_xticks(range(size), layers, rotation=60, ha="right", rotation_mode="anchor")
+    axis.set_xlim(-0.4, size - 0.6)
+    axis.grid(visible=True, axis="y", lw=0.4, color="#dddddd")
+    axis.set_axisbelow(True)
+    if axis.get_yscale() == "log":
+        _number_short_axis(axis)
+    if start < size:
+        axis.axvspan(start, size - 0.6, color=_SHADE, lw=0, zorder=0)
 
 
 def render(figure: Figure) -> dict[str, bytes]:

@@ -9,12 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 
 import ncjax
-from ncjax import conventions, losses, measures, separation, statistics, variants
+from ncjax import (
+    conventions,
+    depth,
+    layers,
+    losses,
+    measures,
+    separation,
+    statistics,
+    variants,
+)
 from ncjax.metrics import classifier, collapse, directions
 
 K, N, D, SAMPLES = 4, 2, 6, 16
 PUBLIC = (ncjax, losses, separation, measures, statistics, variants)
-PUBLIC += (classifier, collapse, conventions, directions)
+PUBLIC += (classifier, collapse, conventions, directions, depth, layers)
 
 
 class Points(NamedTuple):
@@ -88,6 +97,11 @@ def _merged_over_an_axis(p):
         return statistics.all_merge(seen, "devices")
 
     return jax.vmap(one, axis_name="devices")(*halves)
+
+
+def _numbers(report):
+    """Return the fields of a report on layers that are arrays."""
+    return report.metrics, report.law, report.tunnel, report.class_means
 
 
 def _quartic(x):
@@ -168,6 +182,30 @@ CALLS = {
     "peeling.last_layer": lambda p: ncjax.last_layer(p.features, p.labels, p.W, p.b),
     "peeling.balance_norms": lambda p: ncjax.balance_norms(p.params),
     "peeling.peel": lambda p: ncjax.peel(p.features, p.labels, p.W, p.b, per_class=2),
+    "layers.layerwise": lambda p: _numbers(
+        ncjax.layerwise(
+            {"first": p.features, "last": jnp.abs(p.features)},
+            p.labels,
+            num_classes=K,
+            classifiers={"first": p.W, "last": (p.W, p.b)},
+        )
+    ),
+    "layers.layer_metrics": lambda p: layers.layer_metrics(
+        p.features, p.labels, K, classifier=p.W, min_count=2
+    ),
+    "layers.over_depth": lambda p: _numbers(
+        layers.over_depth(
+            ("first", "last"),
+            [
+                layers.layer_metrics(rows, p.labels, K, classifier=p.W)[0]
+                for rows in (p.features, jnp.abs(p.features))
+            ],
+        )
+    ),
+    "layers.pool": lambda p: layers.pool(p.params.H, "channels_last"),
+    "depth.feature_rank": lambda p: depth.feature_rank(p.features),
+    "depth.separation_law": lambda p: depth.separation_law(jnp.exp(p.b)),
+    "depth.find_tunnel": lambda p: depth.find_tunnel(jnp.abs(p.b), jnp.abs(p.W[:, 0])),
     "measures.centre_rows": lambda p: measures.centre_rows(p.W),
     "measures.unit_rows": lambda p: measures.unit_rows(p.W),
     "measures.norm_variation": lambda p: measures.norm_variation(p.W),

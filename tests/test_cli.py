@@ -21,8 +21,10 @@ import ncjax
 from benchmarks import run as benchmarks_run
 from experiments import (
     __main__,
+    _layers_network,
     _legs,
     _training,
+    layers,
     peel,
     report,
     saddle_analysis,
@@ -261,6 +263,7 @@ STOPPED = {
     saddle_analysis: (saddle_analysis, "family_row"),
     theorems: (theorems, "_flows"),
     peel: (_training, "load_trained"),
+    layers: (_layers_network, "load"),
     train_small: (_training._Loop, "run"),
 }
 
@@ -275,8 +278,12 @@ def test_a_stopped_run_prints_its_folder_last(
 
     monkeypatch.setattr(*STOPPED[module], stop)
     monkeypatch.setattr(_training, "stored_run", lambda *_: None)
+    monkeypatch.setattr(_layers_network, "check_source", lambda *_: None)
     folder = tmp_path / "my run"
-    flags = (f"--workdir={folder}", *(["--run=somewhere"] if module is peel else []))
+    flags = (
+        f"--workdir={folder}",
+        *(["--run=somewhere"] if module in (peel, layers) else []),
+    )
     code = run_here(*flags, run=module.run, config=module.Config)
     out, err = capsys.readouterr()
     assert out.splitlines()[-1] == str(folder)

@@ -23,10 +23,10 @@ PAGES = [DOCS / "tour.md", *sorted((DOCS / "howto").glob("*.md"))]
 MODULES = (
     "peeled.losses",
     *(f"networks.{name}" for name in ("models", "data", "train", "loss_clock")),
-    *(f"networks.{name}" for name in ("flow", "full_batch", "homogeneous")),
+    *(f"networks.{name}" for name in ("flow", "full_batch", "homogeneous", "capture")),
     "networks.checkpoint",
     *("plotting", "history"),
-    *("torch.hooks", "nnx", "lightning", "huggingface"),
+    *("torch.hooks", "torch.recording", "nnx", "lightning", "huggingface"),
 )
 # Modules that have no page in the reference: they serve others.
 PRIVATE = {

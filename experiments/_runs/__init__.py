@@ -15,6 +15,6 @@ def _is_installed(package: str) -> bool:
 if _missing := [package for package in _PACKAGES if not _is_installed(package)]:
     raise ModuleNotFoundError(
         f"{', '.join(_missing)} not found: pip install 'ncjax[experiments]', in the clone "
-        "pip install '.[experiments]'; to train networks and for peel '.[all]'",
+        "pip install '.[experiments]'; to train networks, for peel and layers '.[all]'",
         name=_missing[0],
     )

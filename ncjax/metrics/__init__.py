@@ -1,6 +1,8 @@
 """Measure neural collapse: in the layer-peeled model, in features, in a last layer."""
 
 from ncjax.metrics import conventions as conventions
+from ncjax.metrics import depth as depth
+from ncjax.metrics import layers as layers
 from ncjax.metrics import measures as measures
 from ncjax.metrics import statistics as statistics
 from ncjax.metrics import variants as variants
@@ -16,6 +18,8 @@ from ncjax.metrics.collapse import metrics_from_statistics as metrics_from_stati
 from ncjax.metrics.collapse import within_class_quotient as within_class_quotient
 from ncjax.metrics.duality import DualityParts as DualityParts
 from ncjax.metrics.duality import duality_parts as duality_parts
+from ncjax.metrics.layers import Layerwise as Layerwise
+from ncjax.metrics.layers import layerwise as layerwise
 from ncjax.metrics.meter import CollapseMeter as CollapseMeter
 from ncjax.metrics.meter import SecondPass as SecondPass
 from ncjax.metrics.peeling import LastLayer as LastLayer

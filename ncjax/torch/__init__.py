@@ -10,3 +10,5 @@ except ModuleNotFoundError:
 
 from ncjax.torch.hooks import Watch as Watch
 from ncjax.torch.hooks import watch as watch
+from ncjax.torch.recording import RecordedLayers as RecordedLayers
+from ncjax.torch.recording import record_layers as record_layers

@@ -12,7 +12,7 @@ import light_install
 
 from experiments import COMMANDS, __main__
 
-TRAIN = {"network_flow", "train_resnet", "train_vgg", "train_small", "peel"}
+TRAIN = {"network_flow", "train_resnet", "train_vgg", "train_small", "peel", "layers"}
 
 
 def message(name):
