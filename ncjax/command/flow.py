@@ -79,7 +79,9 @@ def _solve(starts: Params, log_times: np.ndarray) -> tuple[FlowSolution, dict]:
 
     @jax.jit
     def solve(starts):
-        return jax.vmap(lambda start: gradient_flow(start, log_times, solver=solver))(starts)
+        return jax.vmap(lambda start: gradient_flow(start, log_times, solver=solver))(
+            starts
+        )
 
     solution = solve(starts)
     columns = jax.jit(jax.vmap(jax.vmap(_measured)))(solution.params)
