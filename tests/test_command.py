@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import re
 import signal
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -339,14 +341,14 @@ def test_certify_refuses_points_that_do_not_fit(run):
 
 
 def test_flow_tends_to_collapse(run, tmp_path):
-    size = ("--num-classes=3", "--per-class=1", "--dim=3", "--seeds=2")
+    size = ("--num-classes=3", "--per-class=2", "--dim=3", "--seeds=2")
     command_line = ("flow", *size, "--log-t-max=30", "--json", "--plot=flow.pdf")
     code, out, err = run(*command_line)
     assert (code, err) == (0, "figure: flow.pdf\n")
     assert (tmp_path / "flow.pdf").read_bytes().startswith(b"%PDF")
     found = json.loads(out)
     assert found["settings"]["log_t_max"] == found["log_times"][-1] == 30
-    start = jax.vmap(lambda key: ncjax.init_params(key, 3, 1, 3, 0.1, "float64"))(
+    start = jax.vmap(lambda key: ncjax.init_params(key, 3, 2, 3, 0.1, "float64"))(
         jax.random.split(jax.random.key(0), 2)
     )
     ends = [
@@ -357,3 +359,38 @@ def test_flow_tends_to_collapse(run, tmp_path):
     assert found["final"]["self_duality"] == pytest.approx(np.median(expected), rel=1e-4)
     column = found["median"]["within_class_quotient"]
     assert len(column) == len(found["log_times"])
+
+
+# The page
+
+
+def assert_same_text(found, expected):
+    """Assert that two texts are equal but for their numbers, which are nearly equal."""
+    words = [text.split() for text in (found, expected)]
+    assert [len(line) for line in words] == [len(words[0])] * 2, found
+    for got, right in zip(*words, strict=True):
+        numbers = [re.fullmatch(r"-?[\d.]+(e[-+]\d+)?", word) for word in (got, right)]
+        if all(numbers):
+            assert float(got) == pytest.approx(float(right), rel=0.06, abs=1e-6), found
+        else:
+            assert got == right, found
+
+
+def test_the_page_shows_what_the_command_prints(run):
+    page = Path(__file__).parents[1] / "docs" / "howto" / "command.md"
+    blocks = re.findall(
+        r"^```(python|console)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
+    )
+    names: dict = {}
+    shown = 0
+    for kind, block in blocks:
+        if kind == "console":
+            line, _, expected = block.partition("\n")
+            assert line.startswith("$ ncjax ")
+            code, out, err = run(*line.split()[2:])
+            assert (code, err) == (0, "")
+            assert_same_text(out, expected)
+            shown += 1
+        elif "savez" in block:
+            exec(block, names)
+    assert shown == 4

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -35,7 +36,7 @@ def check_data(features, labels, W, b, num_classes, min_count) -> Data:
         raise ValueError(f"expected features (N, d), got {shape}{advice}")
     if not shape[0]:
         raise ValueError(f"expected features (N, d) of at least one sample, got {shape}")
-    dtype = read_array("features", features[:0]).dtype
+    dtype = _dtype(features)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"features must be floating, got {dtype}: cast them")
     labels = np.asarray(integer_labels(labels, shape[0]))
@@ -46,6 +47,13 @@ def check_data(features, labels, W, b, num_classes, min_count) -> Data:
     num_classes = _num_classes(labels, W, num_classes)
     _check_labels(labels, num_classes, min_count)
     return Data(features, labels, W, b, num_classes)
+
+
+def _dtype(features):
+    """Return the dtype that JAX or NumPy gives the features, without reading them."""
+    if isinstance(features, jax.Array):
+        return features.dtype
+    return read_array("features", features[:0]).dtype
 
 
 def _classifier(shape, W, b) -> tuple[Array, Array | None]:

@@ -55,6 +55,9 @@ def measure(
 def _chunks(data: Data, size: int) -> Iterator[tuple]:
     """Yield features (B, d), labels (B,) and the samples read with them."""
     samples = data.features.shape[0]
+    if size == samples:
+        yield data.features, data.labels, samples
+        return
     for start in range(0, samples, size):
         stop = min(start + size, samples)
         yield data.features[start:stop], data.labels[start:stop], stop

@@ -1,5 +1,7 @@
 """`ncjax flow`: the gradient flow of the layer-peeled model from random starts."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,9 +81,7 @@ def _solve(starts: Params, log_times: np.ndarray) -> tuple[FlowSolution, dict]:
 
     @jax.jit
     def solve(starts):
-        return jax.vmap(lambda start: gradient_flow(start, log_times, solver=solver))(
-            starts
-        )
+        return jax.vmap(partial(gradient_flow, log_times=log_times, solver=solver))(starts)
 
     solution = solve(starts)
     columns = jax.jit(jax.vmap(jax.vmap(_measured)))(solution.params)
