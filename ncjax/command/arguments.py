@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import os
 from collections.abc import Callable, Sequence
 
 from ncjax.command.output import BadUse
@@ -185,7 +186,12 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plot", metavar="FILE", help="write a figure: .png, .pdf or .svg")
+    parser.add_argument(
+        "--plot",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="write a figure: .png, .pdf or .svg",
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the figure if it exists"
     )
