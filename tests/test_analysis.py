@@ -116,6 +116,21 @@ def test_centres_known_beforehand_enter_nc4():
     assert_same(found.report.metrics, expected)
 
 
+def test_a_convention_adds_its_own_numbers_under_its_own_names():
+    x, labels = features(0.1), LABELS.copy()
+    labels[5] = -100
+    found = ncjax.analyze(x, labels, SIMPLEX, convention="zhu2021")
+    rest = labels >= 0
+    expected = ncjax.conventions.measure("zhu2021", x[rest], labels[rest], SIMPLEX)
+    assert found.published == expected
+    for name, value in expected.items():
+        assert found.as_dict()[f"zhu2021/{name}"] == value
+    assert "Convention zhu2021\n" in str(found)
+    assert all(f"<td>{name}</td>" in found._repr_html_() for name in expected)
+    plain = ncjax.analyze(x, labels, SIMPLEX).as_dict()
+    assert found.as_dict().items() >= plain.items()
+
+
 # Verdicts
 
 
@@ -242,6 +257,8 @@ GOOD = {"features": features(0.1), "labels": LABELS, "W": SIMPLEX}
         ({"W": SIMPLEX * np.nan}, "W must be finite, got 28 of 28"),
         ({"W": None, "b": np.ones(K)}, "a bias b needs the weight W"),
         ({"b": np.ones(3)}, r"expected b \(4,\), got \(3,\): pass one entry for each row"),
+        ({"convention": "zhu"}, "convention must be one of .*zhu2021.*, got 'zhu'"),
+        ({"convention": "zhu2021", "W": None}, "'zhu2021' needs the weight W"),
         ({"num_classes": 5}, "num_classes is 5 but W has 4 rows"),
         ({"min_count": 0}, "min_count must be an integer of at least 1, got 0"),
         ({"chunk_size": 0}, "chunk_size must be an integer of at least 1, got 0"),

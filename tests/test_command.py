@@ -126,6 +126,17 @@ def test_a_figure_is_written_once(run, tmp_path):
     assert run("measure", "x.npz", "--plot=x.png", "--overwrite")[0] == 0
 
 
+def test_measure_adds_the_numbers_of_a_convention(run):
+    np.savez("x.npz", **GOOD)
+    _, out, _ = run("measure", "x.npz", "--float64", "--convention=zhu2021", "--json")
+    found = json.loads(out)
+    expected = ncjax.conventions.measure("zhu2021", **GOOD)
+    for name, value in expected.items():
+        assert found[f"zhu2021/{name}"] == pytest.approx(value, rel=1e-9)
+    message = refused(run("measure", "x.npz", "--convention=zhu"))
+    assert message.startswith("x.npz: convention must be one of ")
+
+
 # Bad input
 
 MESSAGES = [

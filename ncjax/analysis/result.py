@@ -1,5 +1,6 @@
 """`analyze`: one call from features, labels and a classifier to all that ncjax says."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -7,9 +8,9 @@ import numpy as np
 
 from ncjax.analysis import table
 from ncjax.analysis import verdict as words
-from ncjax.analysis.inputs import IGNORED, check_data
+from ncjax.analysis.inputs import IGNORED, Data, check_data
 from ncjax.analysis.passes import Progress, measure
-from ncjax.checks import check_integer
+from ncjax.checks import check_choice, check_integer
 from ncjax.metrics.inputs import check_centres
 from ncjax.metrics.report import CollapseReport
 
@@ -26,6 +27,8 @@ class Analysis:
     W: np.ndarray | None  # (K, d) classifier, None if there is none
     min_count: int | None  # least count of a class measured, None if all are
     ignored: int  # samples left out because of their label
+    convention: str | None  # name in `ncjax.conventions` of `published`
+    published: Mapping[str, float]  # numbers of that convention by its own names
 
     @property
     def measured(self) -> np.ndarray:
@@ -49,8 +52,9 @@ class Analysis:
         return found
 
     def as_dict(self) -> dict[str, float]:
-        """Return all numbers by name."""
-        return self.report.as_dict()
+        """Return all numbers by name; numbers of a convention as `CONVENTION/NAME`."""
+        published = {f"{self.convention}/{k}": x for k, x in self.published.items()}
+        return self.report.as_dict() | published
 
     def plot(self) -> "Figure":
         """Return a figure: cosines of class means and of classifier rows, metrics.
@@ -82,8 +86,11 @@ class Analysis:
         samples = self.report.samples
         return f"{samples} samples of {num_classes} classes in {dim} dimensions"
 
-    def _sections(self) -> list[tuple[str, dict[str, float]]]:
-        return table.sections(self.report.as_dict())
+    def _sections(self) -> list[tuple[str, Mapping[str, float]]]:
+        found: list = table.sections(self.report.as_dict())
+        if self.convention is not None:
+            found.append((f"Convention {self.convention}", self.published))
+        return found
 
 
 def analyze(
@@ -92,6 +99,7 @@ def analyze(
     W=None,
     b=None,
     *,
+    convention: str | None = None,
     centres=None,
     min_count: int | None = None,
     num_classes: int | None = None,
@@ -109,6 +117,7 @@ def analyze(
       labels: (N,) integers in [0, K), or -100 for samples to leave out.
       W: (K, d) weight of the last layer. None measures the features alone: NC1 and NC2.
       b: (K,) bias; None for a layer without bias.
+      convention: a name in `ncjax.conventions.NAMES`, whose own numbers are added.
       centres: (K, d) class centres of NC4, as in `ncjax.collapse_metrics_from_features`.
       min_count: None requires a sample of every class. A number m measures the classes
         with at least m samples, as in `ncjax.collapse_metrics_from_features`.
@@ -122,8 +131,8 @@ def analyze(
 
     Raises:
       ValueError: shapes or dtypes do not fit, labels lie out of range, a class has no
-        sample, or a value is NaN or infinite. The message says what was given,
-        what is expected, and how to get there.
+        sample, a value is NaN or infinite, or the convention is unknown. The message says
+        what was given, what is expected, and how to get there.
 
     >>> import numpy as np, ncjax
     >>> rng, labels = np.random.default_rng(0), np.arange(90) % 3
@@ -132,6 +141,8 @@ def analyze(
     >>> print(ncjax.analyze(features, labels, means).verdict[:9])
     Collapsed
     """
+    if convention is not None:
+        _check_convention(convention, W)
     if chunk_size is not None:
         check_integer("chunk_size", chunk_size, least=1)
     data = check_data(features, labels, W, b, num_classes, min_count)
@@ -146,4 +157,25 @@ def analyze(
         W=None if data.W is None else np.asarray(data.W),
         min_count=min_count,
         ignored=int(np.count_nonzero(data.labels == IGNORED)),
+        convention=convention,
+        published={} if convention is None else _published(convention, data, min_count),
     )
+
+
+def _check_convention(name: str, W) -> None:
+    from ncjax.metrics import conventions
+
+    check_choice("convention", name, conventions.NAMES)
+    if W is None:
+        raise ValueError(
+            f"convention {name!r} needs the weight W of the last layer: pass W"
+        )
+
+
+def _published(name: str, data: Data, min_count: int | None) -> dict[str, float]:
+    from ncjax.metrics import conventions
+
+    features, labels, kept = data.features, data.labels, data.labels != IGNORED
+    if not kept.all():
+        features, labels = features[kept], labels[kept]
+    return conventions.measure(name, features, labels, data.W, data.b, min_count=min_count)

@@ -99,6 +99,9 @@ def _measure(parser: argparse.ArgumentParser) -> str:
         ("b", "bias (K,)"),
     ):
         parser.add_argument(f"--{name}", metavar="FILE", help=f".npy file of the {what}")
+    parser.add_argument(
+        "--convention", metavar="NAME", help="add the numbers of a paper by its own names"
+    )
     _add_measuring(parser)
     _add_plot(parser)
     return _DATA + "\nExample: ncjax measure features.npz --plot=collapse.png\n"

@@ -12,7 +12,7 @@ def run(options) -> None:
     output.check_plot(options.plot, options.overwrite)
     found = _arrays(options)
     with device.ready(options.float64):
-        result = analysed(found, options)
+        result = analysed(found, options, options.convention)
         if options.json:
             output.show_json(as_dict(result))
         else:
@@ -21,7 +21,7 @@ def run(options) -> None:
             output.save_plot(result.plot(), options.plot)
 
 
-def analysed(found: arrays.Arrays, options) -> Analysis:
+def analysed(found: arrays.Arrays, options, convention: str | None = None) -> Analysis:
     """Return the analysis of arrays, with errors that name their file."""
     features, labels = found["features"], found["labels"]
     W, b = found.get("W"), found.get("b")
@@ -33,6 +33,7 @@ def analysed(found: arrays.Arrays, options) -> Analysis:
             labels,
             W,
             b,
+            convention=convention,
             min_count=options.min_count,
             progress=output.Progress(f"reading {found.name}"),
         )
