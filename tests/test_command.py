@@ -137,6 +137,28 @@ def test_measure_adds_the_numbers_of_a_convention(run):
     assert message.startswith("x.npz: convention must be one of ")
 
 
+def test_measure_prints_a_row_for_each_layer_in_the_order_of_the_file(run, tmp_path):
+    first, second = FEATURES + RNG.normal(size=(N, D)), FEATURES
+    layers = {"z": first, "a": second}
+    np.savez("x.npz", labels=LABELS, **{f"features/{k}": v for k, v in layers.items()})
+    np.savez("y.npz", labels=LABELS, W=W, **layers)
+    code, out, err = run("measure", "x.npz", "--layers", "--float64", "--plot=x.png")
+    assert (code, err) == (0, "figure: x.png\n")
+    assert (tmp_path / "x.png").exists()
+    assert run("measure", "y.npz", "--layers", "--float64")[1] == out
+    rows = [line.split() for line in out.splitlines()[1:3]]
+    expected = ncjax.layerwise(layers, LABELS)
+    assert [row[0] for row in rows] == ["z", "a"]
+    quotients = [float(row[2]) for row in rows]
+    np.testing.assert_allclose(quotients, expected.metrics.within_class_quotient, 1e-3)
+    assert f"a factor of {float(expected.law.decay_ratio):.3g} per layer" in out
+    found = json.loads(run("measure", "x.npz", "--layers", "--float64", "--json")[1])
+    assert found.keys() == expected.as_dict().keys()
+    np.savez("x.npz", labels=LABELS)
+    message = refused(run("measure", "x.npz", "--layers"))
+    assert message.startswith("x.npz: --layers needs arrays features/NAME, got labels; ")
+
+
 # Bad input
 
 MESSAGES = [

@@ -34,7 +34,7 @@ PRIVATE = {
     *("metrics.batches", "metrics.devices", "metrics.tiles"),
     *(f"analysis.{name}" for name in ("figure", "inputs", "passes", "table")),
     *(f"command.{name}" for name in ("arguments", "arrays", "certify", "compare")),
-    *(f"command.{name}" for name in ("device", "flow", "measure", "output")),
+    *(f"command.{name}" for name in ("device", "flow", "layers", "measure", "output")),
     *("curvature.inputs", "curvature.lanczos", "curvature.meter"),
     *("flow.block_solve", "flow.saving", "flow.settle", "flow.steps"),
     *("networks.grouping", "networks.winograd"),

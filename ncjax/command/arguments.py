@@ -100,6 +100,9 @@ def _measure(parser: argparse.ArgumentParser) -> str:
     ):
         parser.add_argument(f"--{name}", metavar="FILE", help=f".npy file of the {what}")
     parser.add_argument(
+        "--layers", action="store_true", help="measure each layer: arrays features/NAME"
+    )
+    parser.add_argument(
         "--convention", metavar="NAME", help="add the numbers of a paper by its own names"
     )
     _add_measuring(parser)

@@ -46,6 +46,11 @@ class Arrays:
                 f"{self.name}: {key} cannot be read ({error}); write it anew"
             ) from (error)
 
+    def nested(self, folder: str) -> dict[str, np.ndarray]:
+        """Return the arrays `folder/NAME` by NAME, in the order of the file."""
+        prefix = f"{folder}/"
+        return {k.removeprefix(prefix): self[k] for k in self.keys if k.startswith(prefix)}
+
 
 def from_path(path: str) -> Arrays:
     """Return the arrays of a .npz file, or of a folder of .npy files.

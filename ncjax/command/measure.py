@@ -12,6 +12,11 @@ def run(options) -> None:
     output.check_plot(options.plot, options.overwrite)
     found = _arrays(options)
     with device.ready(options.float64):
+        if options.layers:
+            from ncjax.command import layers
+
+            layers.measure(found, options)
+            return
         result = analysed(found, options, options.convention)
         if options.json:
             output.show_json(as_dict(result))
