@@ -17,7 +17,7 @@ except ModuleNotFoundError:
     check_installed("experiments", "matplotlib")
     raise
 
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "STIXGeneral",
     "mathtext.fontset": "stix",
     "font.size": 9.5,
@@ -31,7 +31,7 @@ _STYLE: Any = {
 }
 _WHOLE = "#222222"
 _MEANS, _CLASSIFIER, _SHADE, _GUIDE = "#1b6ca8", "#c8553d", "#ececec", "#8a8a8a"
-_COLOURS = (_MEANS, _CLASSIFIER, "#5b8c5a")
+COLOURS = (_MEANS, _CLASSIFIER, "#5b8c5a")
 _SPLITS = {"train": "training set", "test": "test set"}
 _EXPONENTS = (1, 2, 4, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000, 300_000)
 _MOST_TICKS = 9
@@ -183,7 +183,7 @@ def duality_panels(metrics: Mapping[str, np.ndarray]) -> list[Panel]:
             [
                 Curve(metrics["centred_self_duality"], "self-duality", _WHOLE, width=2.4),
                 Curve(metrics["multiplier_distance"], "history", _CLASSIFIER),
-                Curve(metrics["multiplier_duality"], "unequal multipliers", _COLOURS[2]),
+                Curve(metrics["multiplier_duality"], "unequal multipliers", COLOURS[2]),
             ],
             guide=0,
         ),
@@ -194,7 +194,7 @@ def duality_panels(metrics: Mapping[str, np.ndarray]) -> list[Panel]:
         ),
         Panel(
             "(c) multipliers over pairs of classes: std / mean",
-            [Curve(metrics["multiplier_variation"], "std / mean", _COLOURS[2])],
+            [Curve(metrics["multiplier_variation"], "std / mean", COLOURS[2])],
             guide=0,
         ),
         Panel(
@@ -366,7 +366,7 @@ def _four_panels(
     ruler: Ruler, panels: Sequence[Panel], edge: float | None, note: str
 ) -> Figure:
     """Draw four panels over one ruler, shaded up to `edge`."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 5.2), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True).ravel()
         for axis, panel in zip(axes, panels, strict=True):
@@ -492,7 +492,7 @@ def saddle_figure(
       angles: (A,), in radians.
       descents: label, log L along the circle over |Z|² (A,), its parabola (A,).
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.0), layout="constrained")
         flow, escape, descent = figure.subplots(1, 3)
         for values, label, colour in (
@@ -504,14 +504,14 @@ def saddle_figure(
         flow.set(xscale="log", yscale="log", xlabel=r"$\log t$")
         flow.set_title("(a) flow from random starts", loc="left")
         for (label, times, unstable, exponent), colour in zip(
-            escapes, _COLOURS, strict=False
+            escapes, COLOURS, strict=False
         ):
             _draw(escape, times, Curve(unstable, label, colour))
             line = np.median(unstable[:, -1]) * (times / times[-1]) ** exponent
             escape.plot(times, line, ":", color=_GUIDE, lw=1.2)
         escape.set(xscale="log", yscale="log", xlabel=r"$\log t$")
         escape.set_title(r"(b) unstable part of $Z/|Z|$ off a saddle", loc="left")
-        for (label, computed, predicted), colour in zip(descents, _COLOURS, strict=False):
+        for (label, computed, predicted), colour in zip(descents, COLOURS, strict=False):
             descent.plot(angles, computed, color=colour, lw=1.4, label=label)
             descent.plot(angles, predicted, ":", color=_GUIDE, lw=1.2)
         descent.set(xlabel="angle from the saddle (radians)")
@@ -542,7 +542,7 @@ def layers_figure(reports: Mapping[str, Any]) -> Figure:
         raise ValueError(f"expected reports of the same layers, got {sorted(names)}")
     (layers,) = names
     *_, (split, last) = reports.items()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 5.6), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True).ravel()
         for report, colour, label in zip(
@@ -609,7 +609,7 @@ def render(figure: Figure) -> dict[str, bytes]:
     files = {}
     for suffix, chosen in options.items():
         buffer = io.BytesIO()
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(STYLE):
             figure.savefig(buffer, format=suffix[1:], bbox_inches="tight", **chosen)
         files[suffix] = buffer.getvalue()
     return files

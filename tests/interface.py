@@ -262,6 +262,7 @@ CALLS = {
     "conventions.measure": lambda p: conventions.measure(
         "guiding", p.features, p.labels, p.W, p.b
     ),
+    "result.analyze": lambda p: ncjax.analyze(p.features, p.labels, p.W, p.b).report,
     "variants.within_class_variation": lambda p: variants.within_class_variation(
         p.features, p.labels, K
     ),
@@ -323,7 +324,8 @@ COMPILED = (
     "variants.within_class_variation",
 )
 OUTSIDE_JAX = "directions.one_vs_rest_distances"
-RETURNS_FLOATS = "conventions.measure"  # Python's, so not under jax.jit
+# Python's floats, so not under jax.jit.
+RETURNS_FLOATS = ("conventions.measure", "result.analyze")
 RANDOM = ("geometry.init_params", "geometry.simplex_etf", "landscape.spectral_density")
 
 
@@ -331,7 +333,8 @@ def public_names():
     """Return the function names of the public modules, `wing.function`."""
     names = set()
     for module in PUBLIC:
-        for name, value in vars(module).items():
+        for name in dir(module):  # also names that load on first use
+            value = getattr(module, name)
             if name[0] == "_" or inspect.isclass(value) or not callable(value):
                 continue
             home = value.__module__
@@ -354,7 +357,7 @@ def evaluate(inputs, names=CALLS):
 
 def compiled(inputs):
     """Return the results in one program of all calls that `jax.jit` takes."""
-    names = [name for name in CALLS if name not in (OUTSIDE_JAX, RETURNS_FLOATS)]
+    names = [name for name in CALLS if name not in (OUTSIDE_JAX, *RETURNS_FLOATS)]
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def all_calls(inputs):

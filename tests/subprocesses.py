@@ -29,3 +29,9 @@ def output(command, env=os.environ):
     done = run(command, env)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run_to(command, output, env=os.environ):
+    """Run a command that writes to the file number `output`."""
+    errors = subprocess.PIPE
+    return subprocess.run(command, env=env | PATH, stdout=output, stderr=errors, text=True)

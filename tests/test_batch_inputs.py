@@ -175,7 +175,10 @@ REFUSED = [
     ({"labels": np.eye(K)[LABELS]}, r"got float64 \(12, 3\): take labels.argmax\(1\)"),
     ({"labels": LABELS.astype(str)}, r"got <U21 \(12,\): number the classes by np.unique"),
     ({"labels": LABELS.astype(object)}, r"got object \(12,\): number the classes by"),
-    ({"labels": LABELS[:5]}, r"expected labels of integers \(12,\), got int64 \(5,\)$"),
+    (
+        {"labels": LABELS[:5]},
+        r"integers \(12,\), got int64 \(5,\): pass one label for each row",
+    ),
     ({"labels": jax.random.key(0)}, r"expected labels of integers \(12,\), got key<fry>"),
     ({"mask": np.ones(N)}, r"expected mask of booleans \(12,\), got float64 \(12,\)"),
     ({"mask": [None] * N}, r"expected mask of booleans \(12,\), got object \(12,\)"),

@@ -32,6 +32,9 @@ MODULES = (
 PRIVATE = {
     *("arrays", "checks", "numerics", "metrics.inputs", "metrics.whitening"),
     *("metrics.batches", "metrics.devices", "metrics.tiles"),
+    *(f"analysis.{name}" for name in ("figure", "inputs", "passes", "table")),
+    *(f"command.{name}" for name in ("arguments", "arrays", "certify", "compare")),
+    *(f"command.{name}" for name in ("device", "flow", "layers", "measure", "output")),
     *("curvature.inputs", "curvature.lanczos", "curvature.meter"),
     *("flow.block_solve", "flow.saving", "flow.settle", "flow.steps"),
     *("networks.grouping", "networks.winograd"),
@@ -126,12 +129,23 @@ def public(module):
 
 
 def reexported(package):
-    """Where each name that a package re-exports is defined, or the module itself."""
-    path = ROOT.joinpath(*package.split("."), "__init__.py")
-    if not path.exists():
+    """Where each name that a package re-exports is defined, or the module itself.
+
+    The names of `import ncjax` stand in a stub, because they load on first use. Its own
+    modules, `from . import flow`, are no names of the reference: they have pages.
+    """
+    folder = ROOT.joinpath(*package.split("."))
+    paths = [folder / "__init__.pyi", folder / "__init__.py"]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
         return {}
     nodes = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ImportFrom)]
-    homes = {alias.name: node.module for node in nodes for alias in node.names}
+    homes = {
+        alias.name: f"{package}.{node.module}" if node.level else node.module
+        for node in nodes
+        for alias in node.names
+        if node.module
+    }
     return {
         # A package that re-exports a module of its own defines it.
         name: f"{module}.{name}"

@@ -36,7 +36,7 @@ def test_under_jit_no_function_transfers_anything_implicitly():
     with jax.transfer_guard("disallow"):
         results = interface.compiled(inputs)
         results |= interface.evaluate(inputs, [interface.OUTSIDE_JAX])
-    assert results.keys() == interface.CALLS.keys() - {interface.RETURNS_FLOATS}
+    assert results.keys() == interface.CALLS.keys() - set(interface.RETURNS_FLOATS)
     interface.assert_as_expected(results)
 
 
@@ -54,7 +54,7 @@ def test_float32_without_x64_promotes_nothing():
     with jax.enable_x64(False):
         results = interface.evaluate(interface.points(np.float32))
     for name, result in results.items():
-        if name not in (interface.OUTSIDE_JAX, interface.RETURNS_FLOATS):
+        if name not in (interface.OUTSIDE_JAX, *interface.RETURNS_FLOATS):
             assert all(x.dtype != np.float64 for x in jax.tree.leaves(result)), name
     for name in interface.RANDOM:  # draws depend on the dtype
         del results[name]

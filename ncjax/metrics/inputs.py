@@ -56,7 +56,7 @@ def check_samples(
     shape = features.shape
     if len(shape) != 2:
         raise ValueError(f"expected features (N, d), got {shape}{_advice(shape)}")
-    labels = _integers(labels, shape[0])
+    labels = integer_labels(labels, shape[0])
     check_sizes(num_classes=num_classes, dim=shape[1])
     features = _floating("features", features, features.dtype)
     _check_labels(labels, num_classes, min_count)
@@ -86,7 +86,7 @@ def check_batch(
         expected = "(B, d)" if dim is None else f"(B, {dim})"
         raise ValueError(f"expected features {expected}, got {shape}{_advice(shape)}")
     _check_real("features", features)
-    labels = narrow_labels(_integers(labels, shape[0]))
+    labels = narrow_labels(integer_labels(labels, shape[0]))
     return features, labels, None if mask is None else _booleans(mask, labels.shape)
 
 
@@ -114,7 +114,9 @@ def check_classifier(W, b, shape: tuple[int, ...]) -> tuple[Array, Array | None]
             f"expected W {shape}, got {W.shape}" + (": transpose W" if transposed else "")
         )
     if b is not None and b.shape != shape[:1]:
-        raise ValueError(f"expected b ({shape[0]},), got {b.shape}")
+        raise ValueError(
+            f"expected b ({shape[0]},), got {b.shape}: pass one entry for each row of W"
+        )
     for name, array in (("W", W), ("b", b)):
         if array is not None:
             _check_real(name, array)
@@ -158,7 +160,7 @@ def _advice(shape: tuple[int, ...]) -> str:
     return ": reshape them to (-1, d), or join the batches" if len(shape) > 2 else ""
 
 
-def _integers(labels, num_samples: int) -> np.ndarray | Array:
+def integer_labels(labels, num_samples: int) -> np.ndarray | Array:
     """Return `labels` (N,) in the integer type that the caller gave.
 
     JAX without x64 would turn a label of 2^32 into 0.
@@ -185,7 +187,7 @@ def _label_advice(labels: np.ndarray | Array, num_samples: int) -> str:
     if labels.ndim == 2 and labels.shape[0] == num_samples:
         return ": take labels[:, 0]" if labels.shape[1] == 1 else ": take labels.argmax(1)"
     if labels.shape != (num_samples,):
-        return ""
+        return ": pass one label for each row of features"
     is_floating = jnp.issubdtype(labels.dtype, jnp.floating)
     known = is_floating and not isinstance(labels, jax.core.Tracer)
     if known and np.any(np.asarray(labels) % 1 != 0):
