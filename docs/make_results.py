@@ -566,7 +566,10 @@ def speed() -> str:
         (
             "all collapse metrics, K = 100, d = 512, N = 50 000, float32",
             ("metrics", "K=100, d=512, N=50000", "ncjax"),
-            {"PyTorch, whole arrays": "PyTorch, whole arrays"},
+            {
+                "PyTorch, whole arrays": "PyTorch, whole arrays",
+                "published loop": "PyTorch, the published package's loop",
+            },
         ),
         (
             "32 flows to log t = 10 000, K = 10, n = 5, d = 20, float64",
