@@ -217,6 +217,7 @@ CALLS = {
     "measures.tile_squared_distances": lambda p: measures.tile_squared_distances(
         p.W, p.others, jnp.ones((K, K), bool)
     ),
+    "measures.distances_of_rows": lambda p: measures.distances_of_rows(p.W),
     "measures.simplex_cosine": lambda p: measures.simplex_cosine(p.W, p.b > 0),
     "measures.nonzero_rows": lambda p: measures.nonzero_rows(p.W, p.b > 0),
     "measures.self_duality": lambda p: measures.self_duality(p.W, p.others),

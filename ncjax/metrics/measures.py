@@ -119,6 +119,12 @@ def tile_squared_distances(left: Array, right: Array, counted: Array) -> Array:
     return jnp.where(counted, squares, 1)
 
 
+def distances_of_rows(rows: Array) -> Array:
+    r"""Return $|v_j - v_k|^2$ (K, K) of `rows` (K, d), 0 on the diagonal."""
+    own = jnp.eye(len(rows), dtype=bool)
+    return jnp.where(own, 0, tile_squared_distances(rows, rows, ~own))
+
+
 def simplex_cosine(rows: Array, mask: Array | None) -> Array | float:
     """Return -1/(K-1), the cosine of a simplex ETF of the rows (K, d) that count."""
     return -1 / ((len(rows) if mask is None else _size(rows, mask)) - 1)

@@ -29,6 +29,7 @@ from ncjax.checks import (
     concrete,
     float_dtype,
 )
+from ncjax.metrics import measures
 from ncjax.metrics.inputs import (
     check_batch,
     check_centres,
@@ -399,7 +400,11 @@ def reference(
     if centres is not None:
         candidates, about = _centres_about_mean(statistics, centring, measured, centres)
     kept = distances and centred.shape[0] <= FEW_CLASSES
-    between = squared_distances(centred, about) if kept else None
+    between = None
+    if kept and centres is None:
+        between = measures.distances_of_rows(centred)
+    elif kept:
+        between = squared_distances(centred, about)
     return Reference(centred, about, between, whitening, measured, candidates)
 
 
