@@ -229,6 +229,9 @@ CALLS = {
     "statistics.update": _streamed,
     "statistics.merge": lambda p: statistics.merge(_first_pass(p), _streamed(p)),
     "statistics.all_merge": _merged_over_an_axis,
+    "statistics.add": lambda p: statistics.add(
+        _first_pass(p), p.features, p.labels, p.mask
+    ),
     "statistics.mean_shift": lambda p: statistics.mean_shift(_first_pass(p), _streamed(p)),
     "statistics.batch_classes": lambda p: statistics.batch_classes(p.labels, p.mask, K),
     "statistics.count_dtype": lambda p: jnp.zeros((), statistics.count_dtype()),

@@ -16,6 +16,8 @@ from ncjax.metrics import collapse, one_pass, statistics
 from ncjax.metrics.collapse import CollapseMetrics
 from ncjax.metrics.one_pass import OnePass
 from ncjax.metrics.statistics import Comparison
+from ncjax.metrics.tiles import FEW_CLASSES
+from ncjax.numerics import at_unit_scale
 from ncjax.types import Array
 
 # A state that nobody else holds gives its memory to the new one.
@@ -29,9 +31,26 @@ def _compare(comparison, first, against, features, labels, mask, W, b):
     return statistics.compare(comparison, first, against, features, labels, W, b, mask)
 
 
+_pairs = jax.jit(collapse.pair_metrics, static_argnums=2)
+_whitening = jax.jit(one_pass.whitening_of, static_argnums=1)
+
+
 @partial(jax.jit, static_argnums=2)
-def _metrics(state, W, min_count, pairs=None) -> CollapseMetrics:
-    return one_pass.metrics(state, W, min_count=min_count, pairs=pairs)
+def _whole(state, W, min_count, pairs, whitening) -> CollapseMetrics:
+    return one_pass.metrics(state, W, min_count=min_count, pairs=pairs, whitening=whitening)
+
+
+def _metrics(state: OnePass, W: Array, min_count, pairs=None) -> CollapseMetrics:
+    """Return the metrics of one pass; many classes take the programs one after another.
+
+    One program for all of them would hold eleven arrays (K, d) at once, three hold five.
+    """
+    whitening = None
+    if len(W) > FEW_CLASSES:
+        pairs = _pairs(state.first, at_unit_scale(W), min_count) if pairs is None else pairs
+        if state.within is not None:
+            whitening = _whitening(state.first, min_count)
+    return _whole(state, W, min_count, pairs, whitening)
 
 
 class OneDevice:

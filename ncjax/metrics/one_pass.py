@@ -61,21 +61,20 @@ def update(
     zero = jnp.zeros((), features.dtype)
     features = jnp.where(valid[:, None], features, zero).astype(dtype)
     labels = jnp.where(valid, labels, 0)
-    first = statistics.update(state.first, features, labels, valid)
+    first, before = statistics.add(state.first, features, labels, valid)
     return OnePass(
         first=first,
-        within=_grown(state, first, features, labels, valid),
+        within=_grown(state, first, before, features, labels, valid),
         norm=_mean_norm(state, features, valid),
         outside=state.outside + jnp.sum(kept & ~known, dtype=state.outside.dtype),
     )
 
 
-def _grown(state: OnePass, first, features, labels, valid) -> Array | None:
+def _grown(state: OnePass, first, before, features, labels, valid) -> Array | None:
     """Return the within-class scatter with a batch added."""
     if state.within is None:
         return None
     after = statistics.deviations(first, features, labels)
-    before = statistics.deviations(state.first, features, labels)
     # A class that is new has no mean before; any will do.
     before = jnp.where((state.first.counts[labels] > 0)[:, None], before, after)
     before = jnp.where(valid[:, None], before, 0)
@@ -136,6 +135,7 @@ def metrics(
     *,
     min_count: int | None = None,
     pairs: tuple[Array, ...] | None = None,
+    whitening: Array | None = None,
 ) -> CollapseMetrics:
     """Return `CollapseMetrics` with NaN for `ncc_mismatch` and `accuracy`.
 
@@ -148,6 +148,7 @@ def metrics(
       W: (K, d) classifier.
       min_count: classes measured, as in `ncjax.statistics.measured_classes`.
       pairs: `collapse.pair_metrics` of the same arguments, if they are known.
+      whitening: `whitening` of `ncjax.statistics.reference`, if it is known.
 
     Raises:
       ValueError: as in `ncjax.statistics.measured_classes`.
@@ -155,11 +156,17 @@ def metrics(
     found = collapse.metrics_of_means(state.first, at_unit_scale(W), min_count, pairs)
     if state.within is None:
         return found
-    against = statistics.reference(state.first, min_count=min_count, distances=False)
-    whitened = matmul(against.whitening, state.within) * against.whitening
-    samples = statistics.total(state.first.counts, whitened.dtype, against.measured)
-    variation = jnp.sum(whitened) / samples
-    if against.measured is not None:
-        others = jnp.where(against.measured, 0, state.first.scatter)
+    if whitening is None:
+        whitening = whitening_of(state.first, min_count)
+    measured = statistics.measured_classes(state.first, min_count)
+    samples = statistics.total(state.first.counts, whitening.dtype, measured)
+    variation = jnp.sum(matmul(whitening, state.within) * whitening) / samples
+    if measured is not None:
+        others = jnp.where(measured, 0, state.first.scatter)
         variation = jnp.where(jnp.any(others > 0), jnp.nan, variation)
     return found._replace(within_class_variation=variation)
+
+
+def whitening_of(first: ClassStatistics, min_count: int | None = None) -> Array:
+    """Return `whitening` (r, d) of `ncjax.statistics.reference`."""
+    return statistics.reference(first, min_count=min_count, distances=False).whitening

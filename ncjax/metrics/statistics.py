@@ -144,9 +144,32 @@ def update(
     if not features.shape[0]:
         return statistics
     valid, features, labels = _valid(features, labels, mask, num_classes, dtype)
-    if num_classes <= features.shape[0]:
-        return merge(statistics, _of_batch(features, labels, valid, num_classes))
-    return _merge_rows(statistics, features, labels, valid)
+    return add(statistics, features, labels, valid)[0]
+
+
+def add(statistics, features, labels, valid) -> tuple[ClassStatistics, Array]:
+    """Add a checked batch; also return its deviations (B, d) from the old class means.
+
+    With fewer samples than K, only rows of the batch's classes are read and set. They are
+    read once, so that a program may set them in place.
+
+    Args:
+      statistics: statistics of the samples before.
+      features: (B, d), of the dtype of the statistics.
+      labels: (B,) int32 in [0, K).
+      valid: (B,) booleans; samples at False are left out.
+    """
+    num_classes, batch = statistics.counts.shape[0], features.shape[0]
+    if num_classes <= batch:
+        new = merge(statistics, _of_batch(features, labels, valid, num_classes))
+        return new, deviations(statistics, features, labels)
+    classes, places = batch_classes(labels, valid, num_classes)
+    old = jax.tree.map(lambda rows: rows[jnp.minimum(classes, num_classes - 1)], statistics)
+    merged = merge(old, _of_batch(features, places, valid, batch))
+    new = jax.tree.map(
+        lambda rows, row: rows.at[classes].set(row, mode="drop"), statistics, merged
+    )
+    return new, deviations(old, features, places)
 
 
 def _of_batch(features, labels, valid, num_classes: int) -> ClassStatistics:
@@ -162,17 +185,6 @@ def _of_batch(features, labels, valid, num_classes: int) -> ClassStatistics:
     squares = jnp.sum((from_anchor - offset[labels]) ** 2, axis=1)
     scatter = _class_sums(squares, labels, valid, num_classes)
     return ClassStatistics(count, anchor, offset, scatter)
-
-
-def _merge_rows(statistics, features, labels, valid) -> ClassStatistics:
-    """Add a batch with fewer samples than K: only rows of its classes are read and set."""
-    num_classes, batch = statistics.counts.shape[0], features.shape[0]
-    classes, places = batch_classes(labels, valid, num_classes)
-    old = jax.tree.map(lambda rows: rows[jnp.minimum(classes, num_classes - 1)], statistics)
-    merged = merge(old, _of_batch(features, places, valid, batch))
-    return jax.tree.map(
-        lambda rows, new: rows.at[classes].set(new, mode="drop"), statistics, merged
-    )
 
 
 def batch_classes(labels: Array, valid: Array, num_classes: int) -> tuple[Array, Array]:
