@@ -17,7 +17,7 @@ import numpy as np
 from ncjax.checks import check_integer, check_params, concrete
 from ncjax.metrics import measures, statistics
 from ncjax.metrics.inputs import check_centres, check_classifier, check_features
-from ncjax.metrics.statistics import ClassStatistics, Comparison
+from ncjax.metrics.statistics import ClassStatistics, Comparison, Reference
 from ncjax.metrics.tiles import FEW_CLASSES, mean_over_pairs
 from ncjax.numerics import at_unit_scale, power_of_two, widen
 from ncjax.types import Array, Params
@@ -163,9 +163,9 @@ def collapse_metrics_from_features(
         chunk_size = _chunk_size(W.shape[0], dim)
     check_integer("chunk_size", chunk_size, least=1)
     centres = None if centres is None else check_centres(centres, W.shape)
-    return _metrics_in_chunks(
-        features, labels, W, b, centres, min(chunk_size, samples), min_count
-    )
+    # Programs one after another hold fewer arrays (K, d) at once than one program for all.
+    measure = _in_chunks if W.shape[0] > FEW_CLASSES else _metrics_in_chunks
+    return measure(features, labels, W, b, centres, min(chunk_size, samples), min_count)
 
 
 def _chunk_size(num_classes: int, dim: int) -> int:
@@ -177,36 +177,67 @@ def _chunk_size(num_classes: int, dim: int) -> int:
     return max(1, min(_LARGE_CHUNK, 8 * _CHUNK_ELEMENTS // dim))
 
 
-@partial(jax.jit, static_argnums=(5, 6))
-def _metrics_in_chunks(features, labels, W, b, centres, chunk_size, min_count):
-    samples, dim = features.shape
-    num_classes, dtype = W.shape[0], W.dtype
-    # No metric depends on the scale of features and b, or of W and b; squares may overflow.
-    scale = power_of_two(features).astype(dtype)
-    W, b = at_unit_scale((W, None if b is None else b / scale))
-
-    def fold(take, state):
-        def body(state, chunk):
-            # The last chunk starts early enough to fit; repeated samples are masked.
-            start = jnp.minimum(chunk * chunk_size, samples - chunk_size)
-            mask = start + jnp.arange(chunk_size) >= chunk * chunk_size
-            rows, targets = (
-                jax.lax.dynamic_slice_in_dim(array, start, chunk_size)
-                for array in (features, labels)
-            )
-            return take(state, rows.astype(dtype) / scale, targets, mask), None
-
-        return jax.lax.scan(body, state, jnp.arange(-(-samples // chunk_size)))[0]
-
-    first_pass = fold(statistics.update, statistics.init(num_classes, dim, dtype))
+def _in_chunks(features, labels, W, b, centres, chunk_size, min_count):
+    scale, W, b = _at_unit_scale(features, W, b)
+    samples = features, labels, scale
+    first_pass = _first_pass(samples, W, chunk_size)
     centres = None if centres is None else centres / scale
-    against = statistics.reference(first_pass, centres=centres, min_count=min_count)
+    against = _reference(first_pass, centres, min_count)
+    second_pass = _second_pass(samples, W, b, first_pass, against, chunk_size)
+    pairs = _pair_metrics(first_pass, W, min_count)
+    return _metrics(first_pass, second_pass, W, min_count, pairs)
 
+
+_metrics_in_chunks = jax.jit(_in_chunks, static_argnums=(5, 6))
+
+
+@jax.jit
+def _at_unit_scale(features, W, b):
+    """Return a scale of the features, and W and b for features divided by it.
+
+    No metric depends on the scale of features and b, or of W and b; squares may overflow.
+    """
+    scale = power_of_two(features).astype(W.dtype)
+    return scale, *at_unit_scale((W, None if b is None else b / scale))
+
+
+@partial(jax.jit, static_argnums=2)
+def _first_pass(samples, W, chunk_size) -> ClassStatistics:
+    num_classes, dim = W.shape
+    empty = statistics.init(num_classes, dim, W.dtype)
+    return _fold(statistics.update, empty, samples, chunk_size)
+
+
+@partial(jax.jit, static_argnums=2)
+def _reference(first_pass, centres, min_count) -> Reference:
+    return statistics.reference(first_pass, centres=centres, min_count=min_count)
+
+
+@partial(jax.jit, static_argnums=5)
+def _second_pass(samples, W, b, first_pass, against, chunk_size) -> Comparison:
     def compare(state, features, labels, mask):
         return statistics.compare(state, first_pass, against, features, labels, W, b, mask)
 
-    second_pass = fold(compare, statistics.init_comparison(num_classes, dtype))
-    return _metrics(first_pass, second_pass, W, min_count)
+    empty = statistics.init_comparison(W.shape[0], W.dtype)
+    return _fold(compare, empty, samples, chunk_size)
+
+
+def _fold(take, state, samples, chunk_size: int):
+    """Return `state` after `take` of every chunk of the samples."""
+    features, labels, scale = samples
+    size = len(features)
+
+    def body(state, chunk):
+        # The last chunk starts early enough to fit; repeated samples are masked.
+        start = jnp.minimum(chunk * chunk_size, size - chunk_size)
+        mask = start + jnp.arange(chunk_size) >= chunk * chunk_size
+        rows, targets = (
+            jax.lax.dynamic_slice_in_dim(array, start, chunk_size)
+            for array in (features, labels)
+        )
+        return take(state, rows.astype(scale.dtype) / scale, targets, mask), None
+
+    return jax.lax.scan(body, state, jnp.arange(-(-size // chunk_size)))[0]
 
 
 def metrics_from_statistics(
@@ -254,7 +285,11 @@ _SECOND_PASS = ("within_class_variation", "ncc_mismatch", "accuracy")
 
 @partial(jax.jit, static_argnums=3)
 def _metrics(
-    first_pass: ClassStatistics, second_pass: Comparison, W: Array, min_count: int | None
+    first_pass: ClassStatistics,
+    second_pass: Comparison,
+    W: Array,
+    min_count: int | None,
+    pairs: tuple[Array, ...] | None = None,
 ) -> CollapseMetrics:
     dtype = first_pass.anchor.dtype
     complete = jnp.all(first_pass.counts > 0) | (min_count is not None)
@@ -263,7 +298,7 @@ def _metrics(
     def share(sums):
         return jnp.where(complete, statistics.total(sums, dtype) / samples, jnp.nan)
 
-    return metrics_of_means(first_pass, W, min_count)._replace(
+    return metrics_of_means(first_pass, W, min_count, pairs)._replace(
         within_class_variation=jnp.sum(second_pass.whitened_scatter) / samples,
         ncc_mismatch=share(second_pass.mismatches),
         accuracy=1 - share(second_pass.errors),
@@ -342,6 +377,9 @@ def pair_metrics(
         return _normalised_variance(variance, other_variance, distances, 1), *deviations
 
     return mean_over_pairs(of_tile, (matrices, variance), measured, axis_name)
+
+
+_pair_metrics = jax.jit(pair_metrics, static_argnums=2)
 
 
 def within_class_quotient(
