@@ -111,7 +111,7 @@ def test_measure_leaves_rare_classes_out_on_request(run):
     labels[0] = 2
     np.savez("x.npz", **GOOD | {"labels": labels})
     _, out, _ = run("measure", "x.npz", "--min-count=2")
-    assert "2 of 3 classes have 2 samples or more, and are measured." in out
+    assert "2 of 3 classes have at least 2 samples, and are measured." in out
 
 
 def test_a_figure_is_written_once(run, tmp_path):
