@@ -249,11 +249,24 @@ def test_nothing_is_unpickled(run, tmp_path):
         (["certify", "a", "--tol=x"], "--tol: expected a number that is not negative, got"),
         (["certify", "a", "--multipliers=x"], "--multipliers: invalid choice: 'x' (choose"),
         (["flow", "--log-t-max=1"], "--log-t-max: expected a number above 1, got '1'; see"),
+        (["measure", "--W=w.npy"], "expected --features=FILE too, or DATA; see --help"),
+        (["measure", "-"], "- is a pipe, which ncjax cannot read; save the arrays in"),
+        (["measure", "a", "--layers", "--convention=zhu2021"], "--convention is for the l"),
+        (["flow", f"--seed={2**63}"], "--seed: expected an integer of at most 9223372036"),
+        (["flow", "--per-class=1000000000000"], "this flow needs at least "),
         (["flow", "--num-classes=1"], "--num-classes: expected an integer of at least 2"),
     ],
 )
 def test_bad_use_is_one_line(run, argv, expected):
     assert refused(run(*argv)).startswith(expected)
+
+
+def test_a_closed_stream_is_no_error(tmp_path):
+    for closed in (">&-", "2>&-"):
+        line = f"exec {sys.executable} -m ncjax measure x.npz {closed}"
+        done = subprocesses.run(["sh", "-c", line], cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "Traceback" not in done.stderr
 
 
 def test_an_error_that_nobody_foresaw_has_its_type_and_on_request_its_trace(

@@ -89,8 +89,8 @@ def notes(values: Mapping[str, float], counts: np.ndarray, min_count: int | None
         )
     if most > 1 and least < _FEW:
         found.append(
-            f"The smallest class has {counted(least, 'sample')}, and the mean of few samples "
-            f"lies near them: NC1 comes out about {1 / least:.0%} too low there."
+            f"The smallest class has {counted(least, 'sample')}, and the mean of few "
+            f"samples lies near them: NC1 comes out about {1 / least:.0%} too low there."
         )
     if most > _UNEQUAL * least:
         found.append(
