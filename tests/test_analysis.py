@@ -259,6 +259,7 @@ GOOD = {"features": features(0.1), "labels": LABELS, "W": SIMPLEX}
         ({"labels": LABELS[:5]}, r"got int64 \(5,\): pass one label for each row"),
         ({"labels": LABELS * 1.0}, "expected labels of integers .*: cast them"),
         ({"labels": LABELS + 1}, "got 1 to 4: number the classes from 0"),
+        ({"labels": LABELS - 1}, r"in \[0, 4\), got -1: mark samples to leave out by -100"),
         ({"labels": LABELS * 0}, r"every class needs a sample, none has label \[1, 2, 3\]"),
         ({"labels": LABELS * 0, "W": None}, "expected labels of at least two classes"),
         ({"W": SIMPLEX.T}, r"\(48, 7\) and \(7, 4\): transpose W"),

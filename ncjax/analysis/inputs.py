@@ -93,6 +93,11 @@ def _check_labels(labels: np.ndarray, num_classes: int, min_count: int | None) -
     if min_count is not None:
         check_integer("min_count", min_count, least=1)
     kept = labels[labels != IGNORED]
+    if kept.min(initial=0) < 0:
+        raise ValueError(
+            f"labels must lie in [0, {num_classes}), got {kept.min()}: mark samples to "
+            f"leave out by {IGNORED}"
+        )
     check_label_range(kept, num_classes)
     check_counts(np.bincount(kept.astype(np.int64), minlength=num_classes), min_count)
 

@@ -104,7 +104,9 @@ def _measure(parser: argparse.ArgumentParser) -> str:
         "--layers", action="store_true", help="measure each layer: arrays features/NAME"
     )
     parser.add_argument(
-        "--convention", metavar="NAME", help="add the numbers of a paper by its own names"
+        "--convention",
+        metavar="NAME",
+        help="add the numbers of a paper by its own names, such as papyan2020",
     )
     _add_measuring(parser)
     _add_plot(parser)
