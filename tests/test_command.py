@@ -159,6 +159,13 @@ def test_measure_prints_a_row_for_each_layer_in_the_order_of_the_file(run, tmp_p
     assert message.startswith("x.npz: --layers needs arrays features/NAME, got labels; ")
 
 
+def test_one_layer_has_neither_law_nor_tunnel(run):
+    np.savez("x.npz", labels=LABELS, h=FEATURES)
+    code, out, _ = run("measure", "x.npz", "--layers", "--float64", "--plot=x.png")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["layer", "h"]
+
+
 # Bad input
 
 MESSAGES = [
