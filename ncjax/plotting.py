@@ -551,11 +551,12 @@ def layers_figure(reports: Mapping[str, Any]) -> Figure:
             _draw_layers(axes, report, colour, _SPLITS.get(label, label))
         for axis in axes:
             _finish_layers(axis, layers, int(last.tunnel.start))
-        axes[0].legend(loc="lower left")
+        if axes[0].get_legend_handles_labels()[0]:
+            axes[0].legend(loc="lower left")
         handles = axes[1].get_legend_handles_labels()
         figure.legend(*handles, loc="outside upper center", ncols=len(reports))
         shaded = f"shaded: the tunnel of the {_SPLITS.get(split, split)}"
-        note = f"{shaded}; dotted: its start in both"
+        note = f"{shaded}; dotted: its start" + (" in both" if len(reports) > 1 else "")
         figure.text(0.5, -0.03, note, ha="center", fontsize=8.5, color="#555555")
     return figure
 
@@ -565,10 +566,11 @@ def _draw_layers(axes: Sequence[Axes], report: Any, colour: str, label: str) -> 
     fuzziness, accuracy, rank, frame = axes
     metrics, law = report.metrics, report.law
     depths = np.arange(len(report.names))
-    line = np.exp(float(law.intercept) + float(law.slope) * depths)
-    text = rf"$\rho$ = {float(law.decay_ratio):.2f}, $R^2$ = {float(law.r_squared):.3f}"
     fuzziness.plot(depths, metrics.fuzziness, "o", color=colour, ms=4)
-    fuzziness.plot(depths, line, "--", color=colour, lw=1.0, label=text)
+    if np.isfinite(law.slope):  # one layer has no line
+        line = np.exp(float(law.intercept) + float(law.slope) * depths)
+        text = rf"$\rho$ = {float(law.decay_ratio):.2f}, $R^2$ = {float(law.r_squared):.3f}"
+        fuzziness.plot(depths, line, "--", color=colour, lw=1.0, label=text)
     style: Any = {"color": colour, "ms": 3.5, "lw": 1.4}
     accuracy.plot(depths, metrics.ncc_accuracy, "-o", label=label, **style)
     if int(report.tunnel.start) < depths.size:

@@ -105,7 +105,7 @@ def test_min_count_measures_the_frequent_classes():
     found = ncjax.analyze(x, labels, SIMPLEX, min_count=5)
     expected = ncjax.collapse_metrics_from_features(x, labels, SIMPLEX, min_count=5)
     assert_same(found.report.metrics, expected)
-    assert "3 of 4 classes have 5 samples or more, and are measured." in found.notes
+    assert "3 of 4 classes have at least 5 samples, and are measured." in found.notes
     assert found.plot().axes
 
 
@@ -158,6 +158,8 @@ SKEWED = SIMPLEX * np.array([1, 1, 1, 5])[:, None]
         (0.07, SIMPLEX, SIMPLEX, "Close to collapse: "),
         (1e-3, SKEWED, SKEWED, "Collapsed within classes, but not to a simplex: "),
         (1e-3, SIMPLEX, -SIMPLEX, "but the classifier is 2 from self-duality."),
+        (1.0, SIMPLEX, -SIMPLEX, "and the classifier is 1."),
+        (1e-3, SIMPLEX[:, :1], None, "no simplex of 4 classes fits into 1 dimension."),
         (1e-3, SIMPLEX[:, :2], None, "Collapsed within classes: "),
         (1e-3, SIMPLEX[:, :2], None, "no simplex of 4 classes fits into 2 dimensions."),
         (0.0, np.zeros((K, D)), None, "Undefined: all class means are equal"),
@@ -172,10 +174,15 @@ def test_two_classes_are_always_a_simplex():
     assert "two class means are always a simplex" in ncjax.analyze(x, LABELS % 2).verdict
 
 
+def test_one_sample_of_each_class_has_no_verdict():
+    found = ncjax.analyze(features(1e-3, labels=np.arange(K)), np.arange(K))
+    assert found.verdict.startswith("Undefined: every class has one sample")
+    assert found.notes == []
+
+
 @pytest.mark.parametrize(
     ("labels", "expected"),
     [
-        (np.arange(K), "Every class has one sample"),
         (np.arange(2 * K) % K, "The smallest class has 2 samples"),
         (np.repeat(np.arange(K), [10, 10, 10, 30]), "Classes have 10 to 30 samples"),
     ],
@@ -187,7 +194,7 @@ def test_notes_name_what_limits_the_verdict(labels, expected):
 
 def test_errors_of_the_classifier_are_noted():
     (note,) = ncjax.analyze(features(1e-3), LABELS, SIMPLEX[::-1]).notes
-    assert note.startswith("The classifier is wrong on 1 of the samples")
+    assert note.startswith("The classifier is wrong on 100.0% of the samples")
 
 
 # Table, HTML, figure
@@ -247,10 +254,12 @@ GOOD = {"features": features(0.1), "labels": LABELS, "W": SIMPLEX}
         ({"features": GOOD["features"][0]}, r"expected features \(N, d\), got \(7,\)"),
         ({"features": np.zeros((3, 4, 5))}, r"got \(3, 4, 5\): reshape them"),
         ({"features": np.zeros((0, D)), "labels": []}, "at least one sample"),
+        ({"features": np.zeros((N, 0)), "W": None}, r"d of at least 1, got \(48, 0\)"),
         ({"features": np.ones((N, D), int)}, "features must be floating, got int64: cast"),
         ({"labels": LABELS[:5]}, r"got int64 \(5,\): pass one label for each row"),
         ({"labels": LABELS * 1.0}, "expected labels of integers .*: cast them"),
         ({"labels": LABELS + 1}, "got 1 to 4: number the classes from 0"),
+        ({"labels": LABELS - 1}, r"in \[0, 4\), got -1: mark samples to leave out by -100"),
         ({"labels": LABELS * 0}, r"every class needs a sample, none has label \[1, 2, 3\]"),
         ({"labels": LABELS * 0, "W": None}, "expected labels of at least two classes"),
         ({"W": SIMPLEX.T}, r"\(48, 7\) and \(7, 4\): transpose W"),
@@ -276,6 +285,11 @@ def test_features_that_are_not_finite_are_named_by_their_sample():
     x[17, 3] = np.inf
     with pytest.raises(ValueError, match="in float64 in sample 17 of 48: leave such"):
         ncjax.analyze(x, LABELS, SIMPLEX, chunk_size=20)
+
+
+def test_features_whose_squares_overflow_are_refused_with_advice():
+    with pytest.raises(ValueError, match="squares overflow in float64: divide all"):
+        ncjax.analyze(1e200 * features(0.1), LABELS, SIMPLEX)
 
 
 def test_names_are_the_same_objects_however_they_are_imported():

@@ -111,7 +111,7 @@ def test_measure_leaves_rare_classes_out_on_request(run):
     labels[0] = 2
     np.savez("x.npz", **GOOD | {"labels": labels})
     _, out, _ = run("measure", "x.npz", "--min-count=2")
-    assert "2 of 3 classes have 2 samples or more, and are measured." in out
+    assert "2 of 3 classes have at least 2 samples, and are measured." in out
 
 
 def test_a_figure_is_written_once(run, tmp_path):
@@ -157,6 +157,13 @@ def test_measure_prints_a_row_for_each_layer_in_the_order_of_the_file(run, tmp_p
     np.savez("x.npz", labels=LABELS)
     message = refused(run("measure", "x.npz", "--layers"))
     assert message.startswith("x.npz: --layers needs arrays features/NAME, got labels; ")
+
+
+def test_one_layer_has_neither_law_nor_tunnel(run):
+    np.savez("x.npz", labels=LABELS, h=FEATURES)
+    code, out, _ = run("measure", "x.npz", "--layers", "--float64", "--plot=x.png")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["layer", "h"]
 
 
 # Bad input
@@ -249,11 +256,24 @@ def test_nothing_is_unpickled(run, tmp_path):
         (["certify", "a", "--tol=x"], "--tol: expected a number that is not negative, got"),
         (["certify", "a", "--multipliers=x"], "--multipliers: invalid choice: 'x' (choose"),
         (["flow", "--log-t-max=1"], "--log-t-max: expected a number above 1, got '1'; see"),
+        (["measure", "--W=w.npy"], "expected --features=FILE too, or DATA; see --help"),
+        (["measure", "-"], "- is a pipe, which ncjax cannot read; save the arrays in"),
+        (["measure", "a", "--layers", "--convention=zhu2021"], "--convention is for the l"),
+        (["flow", f"--seed={2**63}"], "--seed: expected an integer of at most 9223372036"),
+        (["flow", "--per-class=1000000000000"], "this flow needs at least "),
         (["flow", "--num-classes=1"], "--num-classes: expected an integer of at least 2"),
     ],
 )
 def test_bad_use_is_one_line(run, argv, expected):
     assert refused(run(*argv)).startswith(expected)
+
+
+def test_a_closed_stream_is_no_error(tmp_path):
+    for closed in (">&-", "2>&-"):
+        line = f"exec {sys.executable} -m ncjax measure x.npz {closed}"
+        done = subprocesses.run(["sh", "-c", line], cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "Traceback" not in done.stderr
 
 
 def test_an_error_that_nobody_foresaw_has_its_type_and_on_request_its_trace(

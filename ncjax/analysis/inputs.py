@@ -1,6 +1,6 @@
 """Check features, labels and classifier before anything reads all features."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ def check_data(features, labels, W, b, num_classes, min_count) -> Data:
         raise ValueError(f"expected features (N, d), got {shape}{advice}")
     if not shape[0]:
         raise ValueError(f"expected features (N, d) of at least one sample, got {shape}")
+    if not shape[1]:
+        raise ValueError(f"expected features (N, d) with d of at least 1, got {shape}")
     dtype = _dtype(features)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"features must be floating, got {dtype}: cast them")
@@ -91,14 +93,20 @@ def _check_labels(labels: np.ndarray, num_classes: int, min_count: int | None) -
     if min_count is not None:
         check_integer("min_count", min_count, least=1)
     kept = labels[labels != IGNORED]
+    if kept.min(initial=0) < 0:
+        raise ValueError(
+            f"labels must lie in [0, {num_classes}), got {kept.min()}: mark samples to "
+            f"leave out by {IGNORED}"
+        )
     check_label_range(kept, num_classes)
     check_counts(np.bincount(kept.astype(np.int64), minlength=num_classes), min_count)
 
 
-def check_rows(features, labels: np.ndarray, chunk_size: int) -> None:
+def refuse_features(features, labels: np.ndarray, chunk_size: int) -> NoReturn:
     """Raise ValueError that names the first sample whose features are not finite.
 
-    Called after a pass that found one.
+    Called after a pass whose sums are not finite: if all samples are, their squares
+    overflow.
     """
     for start in range(0, len(labels), chunk_size):
         rows = np.asarray(as_array("features", features[start : start + chunk_size]))
@@ -109,3 +117,7 @@ def check_rows(features, labels: np.ndarray, chunk_size: int) -> None:
                 f"{start + int(bad.argmax())} of {len(labels)}: leave such samples out, by "
                 f"the label {IGNORED}"
             )
+    raise ValueError(
+        f"features are too large, their squares overflow in {rows.dtype}: divide all "
+        "features by a number"
+    )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ncjax.analysis.inputs import Data, check_rows
+from ncjax.analysis.inputs import Data, refuse_features
 from ncjax.metrics.meter import CollapseMeter
 from ncjax.metrics.report import CollapseReport
 
@@ -24,7 +24,8 @@ def measure(
     """Return the report of both passes, or of one without W, and the class means (K, d).
 
     Raises:
-      ValueError: a sample that is not ignored has features that are not finite.
+      ValueError: a sample that is not ignored has features that are not finite, or whose
+        squares overflow.
     """
     samples, dim = data.features.shape
     size = min(chunk_size or max(1, _CHUNK_NUMBERS // dim), samples)
@@ -39,9 +40,8 @@ def measure(
             progress(read, passes * samples)
     try:
         means = np.asarray(meter.class_means)
-    except ValueError:
-        check_rows(data.features, data.labels, size)
-        raise
+    except ValueError:  # of sums that are not finite
+        refuse_features(data.features, data.labels, size)
     if data.W is None:
         return meter.compute(), means
     second = meter.second_pass(data.W, data.b, centres=centres)

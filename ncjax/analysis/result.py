@@ -38,17 +38,17 @@ class Analysis:
     @property
     def verdict(self) -> str:
         """One sentence: collapsed or not, by the thresholds of `ncjax.analysis.verdict`."""
-        num_classes = int(self.measured.sum())
-        return words.verdict(self._metrics(), num_classes, self.class_means.shape[1])
+        counts = self.report.counts[self.measured]
+        return words.verdict(self._metrics(), counts, self.class_means.shape[1])
 
     @property
     def notes(self) -> list[str]:
         """Sentences on what limits the verdict; none if nothing does."""
         found = words.notes(self._metrics(), self.report.counts, self.min_count)
         if self.ignored:
-            some = "1 sample has" if self.ignored == 1 else f"{self.ignored} samples have"
-            verb = "is" if self.ignored == 1 else "are"
-            found.append(f"{some} the label {IGNORED} and {verb} left out.")
+            has, is_ = ("has", "is") if self.ignored == 1 else ("have", "are")
+            some = words.counted(self.ignored, "sample")
+            found.append(f"{some} {has} the label {IGNORED} and {is_} left out.")
         return found
 
     def as_dict(self) -> dict[str, float]:
@@ -83,8 +83,8 @@ class Analysis:
 
     def _head(self) -> str:
         num_classes, dim = self.class_means.shape
-        samples = self.report.samples
-        return f"{samples} samples of {num_classes} classes in {dim} dimensions"
+        samples = words.counted(self.report.samples, "sample")
+        return f"{samples} of {num_classes} classes in {words.counted(dim, 'dimension')}"
 
     def _sections(self) -> list[tuple[str, Mapping[str, float]]]:
         found: list = table.sections(self.report.as_dict())

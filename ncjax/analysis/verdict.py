@@ -18,18 +18,21 @@ DUALITY = 0.2
 _FEW, _UNEQUAL, _ERRORS = 10, 2.0, 0.001
 
 
-def verdict(values: Mapping[str, float], num_classes: int, dim: int) -> str:
+def verdict(values: Mapping[str, float], counts: np.ndarray, dim: int) -> str:
     """Return one sentence: whether features have collapsed, to what, and the classifier.
 
     Args:
       values: fields of `ncjax.CollapseMetrics` by name.
-      num_classes: K, the number of classes measured.
+      counts: (K,) samples of each class measured.
       dim: d.
     """
-    within = values["within_class_quotient"]
+    if counts.max() == 1:
+        return "Undefined: every class has one sample, so none varies within its class."
+    num_classes, within = counts.size, values["within_class_quotient"]
     if not math.isfinite(within):
         return (
-            "Undefined: all class means are equal, so there is no spread to compare with."
+            "Undefined: all class means are equal, at least in this precision, so there is "
+            "no spread to compare with."
         )
     parts = [
         f"variation within classes is {within:.2g} times the spread of the class means",
@@ -37,7 +40,8 @@ def verdict(values: Mapping[str, float], num_classes: int, dim: int) -> str:
     ]
     duality = values["centred_self_duality"]
     if math.isfinite(duality):
-        joint = "and" if duality <= DUALITY else "but"
+        # "but" if one of the two has collapsed and the other has not
+        joint = "and" if (within <= CLOSE) == (duality <= DUALITY) else "but"
         parts.append(f"{joint} the classifier is {duality:.2g} from self-duality")
     return f"{_head(values, num_classes, dim)}: {', '.join(parts)}."
 
@@ -58,7 +62,7 @@ def _head(values: Mapping[str, float], num_classes: int, dim: int) -> str:
 
 def _angles(deviation: float, num_classes: int, dim: int) -> str:
     if dim < num_classes - 1:
-        return f"no simplex of {num_classes} classes fits into {dim} dimensions"
+        return f"no simplex of {num_classes} classes fits into {counted(dim, 'dimension')}"
     if num_classes == 2:
         return "two class means are always a simplex"
     cosine = -1 / (num_classes - 1)
@@ -80,30 +84,27 @@ def notes(values: Mapping[str, float], counts: np.ndarray, min_count: int | None
     found = []
     if measured.size < counts.size:
         found.append(
-            f"{measured.size} of {counts.size} classes have {min_count} samples or more, "
-            "and are measured."
+            f"{measured.size} of {counts.size} classes have at least "
+            f"{counted(min_count or 1, 'sample')}, and are measured."
         )
-    if most == 1:
+    if most > 1 and least < _FEW:
         found.append(
-            "Every class has one sample, its own mean: NC1 is 0 whatever the network."
-        )
-    elif least < _FEW:
-        found.append(
-            f"The smallest class has {_samples(least)}, which lie near their mean because "
-            f"they are few: NC1 comes out about {1 / least:.0%} too low there."
+            f"The smallest class has {counted(least, 'sample')}, and the mean of few "
+            f"samples lies near them: NC1 comes out about {1 / least:.0%} too low there."
         )
     if most > _UNEQUAL * least:
         found.append(
-            f"Classes have {least} to {_samples(most)}: the theory predicts a simplex and "
-            "self-duality for classes of equal size only."
+            f"Classes have {least} to {counted(most, 'sample')}: the theory predicts a "
+            "simplex and self-duality for classes of equal size only."
         )
     if values["accuracy"] < 1 - _ERRORS:
         found.append(
-            f"The classifier is wrong on {1 - values['accuracy']:.2g} of the samples: the "
+            f"The classifier is wrong on {1 - values['accuracy']:.1%} of the samples: the "
             "theory is about training beyond zero error."
         )
     return found
 
 
-def _samples(count: int) -> str:
-    return "1 sample" if count == 1 else f"{count} samples"
+def counted(count: int, noun: str) -> str:
+    """Return a number and a noun, in the plural unless the number is 1."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from ncjax.command.output import BadUse
 
+_LARGEST_SEED = 2**63 - 1
 _CODES = (
     "Data goes to stdout, notes and errors to stderr.\n"
     "Exit codes: 0 done, 1 failed, 2 bad use or bad input, 130 interrupted."
@@ -103,7 +104,9 @@ def _measure(parser: argparse.ArgumentParser) -> str:
         "--layers", action="store_true", help="measure each layer: arrays features/NAME"
     )
     parser.add_argument(
-        "--convention", metavar="NAME", help="add the numbers of a paper by its own names"
+        "--convention",
+        metavar="NAME",
+        help="add the numbers of a paper by its own names, such as papyan2020",
     )
     _add_measuring(parser)
     _add_plot(parser)
@@ -158,7 +161,7 @@ def _flow(parser: argparse.ArgumentParser) -> str:
             "natural log of the last time",
         ),
         ("seeds", _integer(1), 4, "number of random starts"),
-        ("seed", _integer(0), 0, "seed of the starts"),
+        ("seed", _integer(0, _LARGEST_SEED), 0, "seed of the starts"),
     ):
         parser.add_argument(
             f"--{name}",
@@ -203,7 +206,7 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _integer(least: int) -> Callable[[str], int]:
+def _integer(least: int, most: float = math.inf) -> Callable[[str], int]:
     def convert(text: str) -> int:
         try:
             value = int(text)
@@ -212,6 +215,10 @@ def _integer(least: int) -> Callable[[str], int]:
         if value < least:
             raise argparse.ArgumentTypeError(
                 f"expected an integer of at least {least}, got {text!r}"
+            )
+        if value > most:
+            raise argparse.ArgumentTypeError(
+                f"expected an integer of at most {most}, got {text!r}"
             )
         return value
 

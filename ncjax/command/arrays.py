@@ -1,6 +1,7 @@
 """Read arrays from .npz files, .npy files and folders, without unpickling anything."""
 
 import os
+import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -61,6 +62,10 @@ def from_path(path: str) -> Arrays:
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         return _from_folder(path)
+    if path == "-" or (os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode)):
+        raise BadUse(
+            f"{path} is a pipe, which ncjax cannot read; save the arrays in a file"
+        )
     start = _first_bytes(path)
     if start.startswith(_NPY):
         raise BadUse(

@@ -43,6 +43,8 @@ def table(names: list[str], numbers: list[dict[str, float]]) -> str:
     """Return the lines: name, first, second, second / first or second - first."""
     width = 2 + max(map(len, _shown(numbers)))
     columns = [name[-14:] for name in names]
+    if columns[0] == columns[1]:
+        columns = ["first", "second"]
     lines = [f"{'':<{width}}{columns[0]:>15}{columns[1]:>15}{'change':>12}"]
     for name in _shown(numbers):
         first, second = (values[name] for values in numbers)
@@ -61,7 +63,7 @@ def verdict(names: list[str], numbers: list[dict[str, float]]) -> str:
         ratio = second / first
         nearer += ratio < 1 - _EQUAL
         farther += ratio > 1 + _EQUAL
-        parts.append(f"its {words} is {ratio:.2g} times as large")
+        parts.append(f"its {words} is {_times(ratio)}")
     if not parts:
         return f"{names[0]} and {names[1]} have no number in common to compare."
     if nearer and farther:
@@ -89,7 +91,19 @@ def _change(name: str, before: dict, after: dict) -> tuple[float, str]:
     return ratio, f"x {ratio:.3g}" if math.isfinite(ratio) else "-"
 
 
+def _times(ratio: float) -> str:
+    if abs(ratio - 1) <= _EQUAL:
+        return "as large"
+    return f"{ratio:.2g} times as large" if ratio < 100 else f"{ratio:,.0f} times as large"
+
+
 def _note_limits(names: list[str], results: list[Analysis]) -> None:
+    sizes = [int(result.measured.sum()) for result in results]
+    if sizes[0] != sizes[1]:
+        output.note(
+            f"{names[0]} has {sizes[0]} classes and {names[1]} has {sizes[1]}: most "
+            "metrics depend on the number of classes"
+        )
     for name, result in zip(names, results, strict=True):
         for sentence in result.notes:
             output.note(f"{name}: {sentence}")

@@ -1,5 +1,6 @@
 """`ncjax flow`: the gradient flow of the layer-peeled model from random starts."""
 
+import os
 from functools import partial
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.command import device, output
+from ncjax.command.output import BadUse
 from ncjax.flow import FlowSolution, gradient_flow
 from ncjax.flow.methods import choose_solver
 from ncjax.flow.solve import SUCCESS
@@ -32,6 +34,7 @@ _PRINTED = (
 def run(options) -> None:
     """Solve the flow and print the median of each metric at the last time."""
     output.check_plot(options.plot, options.overwrite)
+    _check_memory(options)
     with device.ready(float64=True):
         log_times = _log_times(options.log_t_max)
         starts = _starts(options)
@@ -52,6 +55,20 @@ def run(options) -> None:
             panels = plotting.collapse_panels(columns)
             figure = plotting.figure_over_log_log_t(log_times, panels)
             output.save_plot(figure, options.plot)
+
+
+def _check_memory(options) -> None:
+    """Raise BadUse if the states at all times and one matrix of margins do not fit."""
+    state = (1 + options.per_class) * options.dim
+    margins = options.per_class * options.num_classes
+    needed = 8 * options.seeds * options.num_classes * (_TIMES * state + margins)
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > installed:
+        raise BadUse(
+            f"this flow needs at least {needed / 1e9:.3g} GB of memory, and the machine "
+            f"has {installed / 1e9:.3g} GB: give smaller --num-classes, --per-class, "
+            "--dim or --seeds"
+        )
 
 
 def _log_times(log_t_max: float) -> np.ndarray:

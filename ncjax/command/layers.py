@@ -44,6 +44,8 @@ def table(result: Layerwise) -> str:
     for row in result.rows():
         numbers = "".join(f"{row[name]:>12.4g}" for name in _COLUMNS)
         lines.append(f"{row['layer']:<{width}}{numbers}")
+    if len(result.names) == 1:  # neither a line nor a tunnel
+        return "\n".join(lines)
     law, tunnel = result.law, result.tunnel
     lines += [
         "",

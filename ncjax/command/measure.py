@@ -10,6 +10,8 @@ _NAMES = ("features", "labels", "W", "b")
 def run(options) -> None:
     """Print the analysis of the arrays that the options name."""
     output.check_plot(options.plot, options.overwrite)
+    if options.layers and options.convention:
+        raise BadUse("--convention is for the last layer; give it without --layers")
     found = _arrays(options)
     with device.ready(options.float64):
         if options.layers:
@@ -55,6 +57,9 @@ def _arrays(options) -> arrays.Arrays:
     if options.data is None:
         if not files:
             raise BadUse("expected DATA, or --features=FILE --labels=FILE; see --help")
+        for name in ("features", "labels"):
+            if name not in files:
+                raise BadUse(f"expected --{name}=FILE too, or DATA; see --help")
         return arrays.from_files(files)
     if files:
         flags = ", ".join(f"--{name}" for name in files)
