@@ -19,7 +19,7 @@ from ncjax.metrics import collapse, statistics
 from ncjax.metrics.collapse import CollapseMetrics
 from ncjax.metrics.inputs import check_batch
 from ncjax.metrics.statistics import ClassStatistics
-from ncjax.numerics import at_unit_scale, matmul
+from ncjax.numerics import at_unit_scale, matmul, power_of_two
 from ncjax.types import Array
 
 
@@ -86,7 +86,9 @@ def _mean_norm(state: OnePass, features: Array, valid: Array) -> Array:
     dtype = features.dtype
     seen = statistics.total(state.first.counts, dtype)
     new = jnp.sum(valid, dtype=jnp.int32).astype(dtype)
-    gap = jnp.sum(jnp.linalg.norm(features, axis=1)) - new * state.norm
+    scale = power_of_two(features)  # of the squares, which may leave the dtype
+    norms = jnp.linalg.norm(features / scale, axis=1)
+    gap = scale * jnp.sum(norms) - new * state.norm
     return state.norm + gap / jnp.maximum(seen + new, 1)
 
 
