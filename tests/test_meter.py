@@ -158,6 +158,25 @@ def test_ignored_and_masked_samples_count_nowhere():
     assert meter.compute().samples == kept.sum()
 
 
+def test_equal_class_means_leave_nc1_undefined_and_not_zero():
+    rows = np.random.default_rng(0).integers(-9, 9, (K, D)) + 0.5  # means without rounding
+    features, labels = np.concatenate([rows, -rows]), np.arange(2 * K) % K
+    report = ncjax.CollapseMeter(K, D).update(features, labels).compute(rows)
+    whole = ncjax.collapse_metrics_from_features(features, labels, rows)
+    layer = ncjax.layerwise({"layer": features}, labels).metrics
+    for metrics in (report.metrics, whole, layer):
+        assert np.isnan(metrics.within_class_variation)
+    assert np.isnan(layer.fuzziness)
+    assert np.isfinite(layer.ncc_accuracy)
+
+
+def test_empty_batches_change_nothing():
+    features, labels, *_ = draw()
+    meter = fill(ncjax.CollapseMeter(K, D), features, labels, [0, 30, 30])
+    assert meter.compute().samples == N
+    assert meter._batches._sizes == [30]
+
+
 def test_sequences_are_flattened():
     features, labels, W, _ = draw()
     flat = ncjax.CollapseMeter(K, D).update(features, labels).compute(W)
@@ -245,6 +264,7 @@ def test_without_the_scatter_one_pass_lacks_one_metric():
             lambda m, x, y: m.update(x, y[:-1]),
             r"labels of integers \(60,\), got int64 \(59,\): pass one label for each row",
         ),
+        (lambda m, x, y: jax.jit(m.update)(x, y), "call update outside jax.jit"),
         (lambda m, x, y: m.update(x, y / 2), r"integers \(60,\), got float64 \(60,\)"),
         (
             lambda m, x, y: m.update(x, y, np.ones(1, bool)),

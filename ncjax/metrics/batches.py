@@ -46,6 +46,8 @@ class Batches:
           ValueError: a shape, dtype or known label does not fit.
         """
         features, labels, mask = self._flat(features, labels, mask)
+        if not len(labels):
+            return
         most = max(self._num_classes, _MOST_ELEMENTS // self._dim)
         size = self._size(min(len(labels), most))
         for start in range(0, len(labels), size):
@@ -55,6 +57,11 @@ class Batches:
     def _flat(self, features, labels, mask):
         """Return features (N, d), labels (N,) and mask (N,), on the host or a device."""
         features, labels = read_array("features", features), read_array("labels", labels)
+        if any(isinstance(array, jax.core.Tracer) for array in (features, labels)):
+            raise ValueError(
+                "a meter must see arrays, got tracers: call update outside jax.jit, or use "
+                "the pure functions of ncjax.statistics inside"
+            )
         if features.ndim > 2 and features.shape[:-1] == labels.shape:
             mask = None if mask is None else _flat(read_array("mask", mask), labels.shape)
             features, labels = features.reshape(-1, features.shape[-1]), labels.reshape(-1)

@@ -418,7 +418,7 @@ def _check_scale(norm: np.floating, scatter: np.floating) -> None:
     least, most = limits.tiny**0.5 / limits.eps, limits.max**0.5 * limits.eps**0.5
     if norm and not (least < norm < most and np.isfinite(scatter)):
         raise ValueError(
-            f"features must have a mean norm between {least:.0e} and {most:.0e} for sums of "
+            f"features must have a mean norm from {least:.0e} to {most:.0e} for sums of "
             f"squares in {norm.dtype}, got {norm:.1e}: multiply features and b by one "
             "factor, which changes no collapse metric"
         )
