@@ -243,7 +243,7 @@ class CollapseMeter:
             raise ValueError("expected samples before compute: call update first")
         state = self._devices.merged(self._state)
         outside, norm, scatter = jax.device_get(
-            (state.outside, state.norm, jnp.sum(state.first.scatter))
+            (state.outside, state.norm, state.first.scatter)
         )
         if outside:
             raise ValueError(
@@ -412,11 +412,10 @@ def _classifier_sums(W: Array | None):
     return (np.nan, np.nan) if W is None else _norms_of_sum(W)
 
 
-def _check_scale(norm: np.floating, scatter: np.floating) -> None:
+def _check_scale(norm: np.floating, scatter: np.ndarray) -> None:
     """Raise ValueError if squares of features or deviations leave the dtype."""
-    limits = np.finfo(norm.dtype)
-    least, most = limits.tiny**0.5 / limits.eps, limits.max**0.5 * limits.eps**0.5
-    if norm and not (least < norm < most and np.isfinite(scatter)):
+    least, most = one_pass.norm_range(norm.dtype)
+    if norm and not (least < norm < most and np.isfinite(scatter).all()):
         raise ValueError(
             f"features must have a mean norm from {least:.0e} to {most:.0e} for sums of "
             f"squares in {norm.dtype}, got {norm:.1e}: multiply features and b by one "

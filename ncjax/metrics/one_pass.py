@@ -92,6 +92,13 @@ def _mean_norm(state: OnePass, features: Array, valid: Array) -> Array:
     return state.norm + gap / jnp.maximum(seen + new, 1)
 
 
+def norm_range(dtype) -> tuple[float, float]:
+    """Return the mean norms of features between which squares of deviations fit `dtype`."""
+    limits = jnp.finfo(dtype)
+    eps = float(limits.eps)
+    return float(limits.tiny) ** 0.5 / eps, float(limits.max) ** 0.5 * eps**0.5
+
+
 def merge(one: OnePass, other: OnePass) -> OnePass:
     """Return the sums over the union of two disjoint sets of samples."""
     dtype = one.first.anchor.dtype
@@ -143,7 +150,7 @@ def metrics(
 
     `within_class_variation` is NaN too if no scatter was kept. The same holds if
     `min_count` leaves out a class with different samples, because the scatter is a sum over
-    all classes.
+    all classes. All forms of NC1 are NaN if `norm_range` does not hold the mean norm.
 
     Args:
       state: sums over all samples.
@@ -155,12 +162,18 @@ def metrics(
       ValueError: as in `ncjax.statistics.measured_classes`.
     """
     found = collapse.metrics_of_means(state.first, at_unit_scale(W), min_count, pairs)
+    least, most = norm_range(state.norm.dtype)
+    fits = (state.norm > least) & (state.norm < most)
+    found = found._replace(
+        within_class_quotient=jnp.where(fits, found.within_class_quotient, jnp.nan),
+        cdnv=jnp.where(fits, found.cdnv, jnp.nan),
+    )
     if state.within is None:
         return found
     against = statistics.reference(state.first, min_count=min_count, distances=False)
     whitened = matmul(against.whitening, state.within) * against.whitening
     samples = statistics.total(state.first.counts, whitened.dtype, against.measured)
-    variation = jnp.sum(whitened) / samples
+    variation = jnp.where(fits, jnp.sum(whitened) / samples, jnp.nan)
     if against.measured is not None:
         others = jnp.where(against.measured, 0, state.first.scatter)
         variation = jnp.where(jnp.any(others > 0), jnp.nan, variation)
