@@ -91,6 +91,13 @@ def test_without_a_classifier_its_metrics_are_nan_and_no_others():
     assert np.isnan(report.classifier_sum)
 
 
+def test_unknown_metrics_are_no_error_under_debug_nans():
+    features, labels, *_ = draw()
+    with jax.debug_nans(True):
+        report = ncjax.CollapseMeter(K, D).update(features, labels).compute()
+    assert np.isnan(report.metrics.self_duality)
+
+
 def test_meters_of_parts_merge_to_the_meter_of_the_whole():
     features, labels, W, _ = draw()
     known = {"centres": W, "classifier": W}

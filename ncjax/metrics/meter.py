@@ -227,7 +227,8 @@ class CollapseMeter:
             W, b = _known_classifier(W, b, self._shape)
         state = self._checked()
         statistics.measured_classes(state.first, min_count)  # outside jit it raises
-        metrics = self._devices.metrics(state, self._or_unknown(W, state), min_count)
+        with jax.debug_nans(False):  # NaN stands for a metric that is unknown
+            metrics = self._devices.metrics(state, self._or_unknown(W, state), min_count)
         if self._known is not None:
             comparison = self._devices.total(self._known.comparison)
             metrics = _with_shares(metrics, comparison, state.first, min_count)
