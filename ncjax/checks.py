@@ -196,6 +196,21 @@ def float_dtype(dtype) -> jnp.dtype:
     return resolved
 
 
+def sum_dtype(dtype) -> jnp.dtype:
+    """Return the dtype of sums over many samples.
+
+    Raises:
+      ValueError: as in `float_dtype`, or dtype is half precision.
+    """
+    resolved = float_dtype(dtype)
+    if resolved.itemsize < 4:
+        raise ValueError(
+            f"dtype must be float32 or float64, got {resolved}: features in half precision "
+            "are summed in float32"
+        )
+    return resolved
+
+
 def check_installed(extra: str, *modules: str) -> None:
     """Raise ModuleNotFoundError with the extra to install if a module is missing."""
     missing = [name for name in modules if not _is_installed(name)]

@@ -14,7 +14,7 @@ except ModuleNotFoundError:
     raise
 
 from ncjax.arrays import as_array
-from ncjax.checks import float_dtype
+from ncjax.checks import sum_dtype
 from ncjax.metrics import one_pass, statistics
 from ncjax.types import Array
 
@@ -48,7 +48,7 @@ class Collapse(nnx.Metric):
         dtype=jnp.float32,
     ):
         self.min_count = min_count
-        self._shape, self._dtype = (num_classes, dim), float_dtype(dtype)
+        self._shape, self._dtype = (num_classes, dim), sum_dtype(dtype)
         self._scatter = within_scatter
         for name, array in self._empty().items():
             setattr(self, name, nnx.metrics.MetricState(array))

@@ -83,6 +83,16 @@ def test_without_a_kernel_only_the_classifier_is_undefined(data):
     assert_same(got, *data, names=["cdnv", "etf_gram_error", "mean_cosine_deviation"])
 
 
+def test_features_whose_squares_underflow_leave_nc1_undefined(data):
+    features, labels, kernel = data
+    metric = Collapse(K, D)
+    metric.update(features=1e-17 * features, labels=labels, kernel=kernel)
+    values = metric.compute()
+    for name in ("within_class_variation", "within_class_quotient", "cdnv"):
+        assert np.isnan(values[name])
+    assert np.isfinite(values["mean_cosine_deviation"])
+
+
 def test_without_the_scatter_only_nc1_is_undefined(data):
     features, labels, kernel = data
     metric = Collapse(K, D, within_scatter=False, dtype=jnp.float64)

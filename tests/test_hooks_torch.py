@@ -192,6 +192,16 @@ def test_a_second_pass_over_other_samples_is_refused(data):
         watched.compute()
 
 
+def test_a_second_pass_that_fails_leaves_the_first(data):
+    model, (images, labels) = network(), data
+    watched = watch(model)
+    with watched.labels(labels):
+        model(images)
+    with pytest.raises(KeyError), watched.second_pass(), watched.labels(labels):
+        raise KeyError
+    assert_same(watched.compute(), expected(model, images, labels))
+
+
 def test_given_centres_decide_nc4_of_a_test_split(data):
     model, (images, labels) = network(), data
     train, test = slice(0, 40), slice(40, N)

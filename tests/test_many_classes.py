@@ -138,6 +138,18 @@ def test_the_distance_of_a_close_pair_keeps_its_digits_in_float32():
     np.testing.assert_allclose(got, values.mean(), rtol=1e-4)
 
 
+def test_a_row_of_zeros_has_its_distances_to_the_others():
+    rows = np.random.default_rng(0).normal(size=(200, 128))
+    rows[3] = 0
+    pairs = np.triu_indices(200, 1)  # none is close
+    counted = np.zeros((200, 200), bool)
+    counted[pairs] = True
+    tile = jnp.asarray(rows)
+    got = jax.jit(measures.tile_squared_distances)(tile, tile, counted)
+    assert rows.shape[0] * rows.size > tiles.FEW_DIFFERENCES
+    np.testing.assert_allclose(got[pairs], pdist(rows) ** 2, rtol=1e-12)
+
+
 def test_the_nearest_of_close_centres_is_found_in_tiles():
     """At collapse each sample is next to its own mean, even if another mean is close."""
     rng = np.random.default_rng(3)

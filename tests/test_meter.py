@@ -91,6 +91,13 @@ def test_without_a_classifier_its_metrics_are_nan_and_no_others():
     assert np.isnan(report.classifier_sum)
 
 
+def test_unknown_metrics_are_no_error_under_debug_nans():
+    features, labels, *_ = draw()
+    with jax.debug_nans(True):
+        report = ncjax.CollapseMeter(K, D).update(features, labels).compute()
+    assert np.isnan(report.metrics.self_duality)
+
+
 def test_meters_of_parts_merge_to_the_meter_of_the_whole():
     features, labels, W, _ = draw()
     known = {"centres": W, "classifier": W}
@@ -103,8 +110,26 @@ def test_meters_of_parts_merge_to_the_meter_of_the_whole():
     for part in parts:
         merged.merge(part)
     assert_metrics(merged.compute().metrics, whole.compute().metrics, 1e-10)
-    # The parts are as they were.
+    # The parts are as they were, and a part that went on is the whole too.
     np.testing.assert_array_equal(parts[0].compute().counts, np.bincount(labels[:20]))
+    copied = ncjax.CollapseMeter(K, D, **known).merge(parts[0])
+    copied.update(features[20:], labels[20:])
+    assert_metrics(copied.compute().metrics, whole.compute().metrics, 1e-10)
+    np.testing.assert_array_equal(parts[0].compute().counts, np.bincount(labels[:20]))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.int64])
+def test_a_classifier_of_any_dtype_has_the_numbers_of_its_float_copy(dtype):
+    features, labels, W, b = draw()
+    given_W, given_b = (np.round(1e4 * x).astype(dtype) for x in (W, b))
+    meter = ncjax.CollapseMeter(K, D).update(features, labels)
+    got, expected = (
+        meter.second_pass(*pair).update(features, labels).compute()
+        for pair in ((given_W, given_b), (given_W.astype(float), given_b.astype(float)))
+    )
+    assert got.as_dict() == pytest.approx(expected.as_dict(), rel=1e-5)
+    total = np.linalg.norm(given_W.astype(float).sum(axis=0))
+    assert meter.compute(given_W).classifier_sum == pytest.approx(total, rel=1e-5)
 
 
 def test_after_reset_a_meter_is_new():
@@ -138,6 +163,25 @@ def test_ignored_and_masked_samples_count_nowhere():
     expected = ncjax.collapse_metrics_from_features(features[kept], labels[kept], W, b)
     assert_metrics(meter.compute(W, b).metrics, expected, 1e-10, SECOND)
     assert meter.compute().samples == kept.sum()
+
+
+def test_equal_class_means_leave_nc1_undefined_and_not_zero():
+    rows = np.random.default_rng(0).integers(-9, 9, (K, D)) + 0.5  # means without rounding
+    features, labels = np.concatenate([rows, -rows]), np.arange(2 * K) % K
+    report = ncjax.CollapseMeter(K, D).update(features, labels).compute(rows)
+    whole = ncjax.collapse_metrics_from_features(features, labels, rows)
+    layer = ncjax.layerwise({"layer": features}, labels).metrics
+    for metrics in (report.metrics, whole, layer):
+        assert np.isnan(metrics.within_class_variation)
+    assert np.isnan(layer.fuzziness)
+    assert np.isfinite(layer.ncc_accuracy)
+
+
+def test_empty_batches_change_nothing():
+    features, labels, *_ = draw()
+    meter = fill(ncjax.CollapseMeter(K, D), features, labels, [0, 30, 30])
+    assert meter.compute().samples == N
+    assert meter._batches._sizes == [30]
 
 
 def test_sequences_are_flattened():
@@ -220,10 +264,35 @@ def test_without_the_scatter_one_pass_lacks_one_metric():
         ),
         (
             lambda m, x, y: m.update(x[:, :3], y),
-            r"expected features \(B, 6\), got \(1, 3\)",
+            r"expected features \(B, 6\), got \(60, 3\)",
         ),
-        (lambda m, x, y: m.update(x, y[:-1]), "one label for each of 60 features, got 59"),
-        (lambda m, x, y: m.update(x, y / 2), "expected labels of integers"),
+        (lambda m, x, y: m.update(x[0], y[0]), r"expected features \(B, 6\), got \(6,\)"),
+        (
+            lambda m, x, y: m.update(x, y[:-1]),
+            r"labels of integers \(60,\), got int64 \(59,\): pass one label for each row",
+        ),
+        (lambda m, x, y: jax.jit(m.update)(x, y), "call update outside jax.jit"),
+        (lambda m, x, y: m.update(x, y / 2), r"integers \(60,\), got float64 \(60,\)"),
+        (
+            lambda m, x, y: m.update(x, y, np.ones(1, bool)),
+            r"mask of booleans \(60,\), got bool \(1,\)",
+        ),
+        (
+            lambda m, x, y: m.update(
+                x.reshape(5, 12, D), y.reshape(5, 12), np.ones((12, 5), bool)
+            ),
+            r"mask of booleans \(60,\), got bool \(12, 5\)",
+        ),
+        (lambda m, x, y: m.update(1e-170 * x, y).compute(), "got .*e-170: multiply"),
+        (
+            lambda m, x, y: m.update(1e170 * x, y).compute(),
+            r"got .*e\+170: multiply",
+        ),
+        (lambda m, x, y: m.update(x, y).compute(x[:4] * np.nan), "W must be finite"),
+        (
+            lambda m, x, y: m.update(x, y).second_pass(x[:4], x[0, :4] * np.inf),
+            "b must be finit",
+        ),
         (lambda m, x, y: m.update(x * np.nan, y).compute(), "features must be finite"),
         (lambda m, x, y: m.update(x, y).compute(x), r"expected W \(4, 6\), got \(60, 6\)"),
         (lambda m, x, y: m.update(x, y * 0).compute(), "every class needs a sample"),
@@ -240,7 +309,18 @@ def test_without_the_scatter_one_pass_lacks_one_metric():
             lambda m, x, y: ncjax.CollapseMeter(K, D, centres=x[:4]),
             "both centres and class",
         ),
+        (
+            lambda m, x, y: ncjax.CollapseMeter(
+                K, D, centres=x[:4], classifier=x[:4]
+            ).merge(ncjax.CollapseMeter(K, D, centres=x[:4], classifier=x[4:8])),
+            "expected a meter with the same centres and classifier",
+        ),
         (lambda m, x, y: ncjax.CollapseMeter(1, D), "num_classes must be an integer of at"),
+        (
+            lambda m, x, y: ncjax.CollapseMeter(K, D, ignore_index="0"),
+            "ignore_index must be",
+        ),
+        (lambda m, x, y: ncjax.CollapseMeter(K, D, dtype="float16"), "float32 or float64"),
     ],
 )
 def test_bad_input_is_refused_with_advice(action, message):

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.arrays import read_array
-from ncjax.metrics.inputs import check_batch
+from ncjax.arrays import as_array, read_array
+from ncjax.metrics.inputs import check_batch, read_batch
 from ncjax.types import Array
 
 # A longer batch is split: entries of features that one program takes at most.
@@ -46,6 +46,8 @@ class Batches:
           ValueError: a shape, dtype or known label does not fit.
         """
         features, labels, mask = self._flat(features, labels, mask)
+        if not len(labels):
+            return
         most = max(self._num_classes, _MOST_ELEMENTS // self._dim)
         size = self._size(min(len(labels), most))
         for start in range(0, len(labels), size):
@@ -55,17 +57,17 @@ class Batches:
     def _flat(self, features, labels, mask):
         """Return features (N, d), labels (N,) and mask (N,), on the host or a device."""
         features, labels = read_array("features", features), read_array("labels", labels)
-        if features.ndim > 2 and features.shape[:-1] == labels.shape:
-            features, labels = features.reshape(-1, features.shape[-1]), labels.reshape(-1)
-            mask = None if mask is None else read_array("mask", mask).reshape(-1)
-        # The checks of one sample are the checks of all.
-        check_batch(features[:1], labels[:1], None if mask is None else mask[:1], self._dim)
-        if len(features) != len(labels):
+        if any(isinstance(array, jax.core.Tracer) for array in (features, labels)):
             raise ValueError(
-                f"expected one label for each of {len(features)} features, got "
-                f"{len(labels)} labels"
+                "a meter must see arrays, got tracers: call update outside jax.jit, or use "
+                "the pure functions of ncjax.statistics inside"
             )
-        kept = np.ones(len(labels), bool) if mask is None else read_array("mask", mask)
+        if features.ndim > 2 and features.shape[:-1] == labels.shape:
+            mask = None if mask is None else _flat(read_array("mask", mask), labels.shape)
+            features, labels = features.reshape(-1, features.shape[-1]), labels.reshape(-1)
+        features, labels, mask = read_batch(features, labels, mask, self._dim)
+        as_array("features", features[:1])  # raises unless the entries are numbers
+        kept = np.ones(len(labels), bool) if mask is None else mask
         if self._ignored is not None:
             kept = kept & (labels != self._ignored)
         self._check_known(labels, kept)
@@ -107,6 +109,11 @@ class Batches:
             jax.make_array_from_process_local_data(self._sharding, np.asarray(array))
             for array in (features, labels, mask)
         )
+
+
+def _flat(array, shape: tuple[int, ...]):
+    """Return an array of this shape with one axis, any other as it is."""
+    return array.reshape(-1) if array.shape == shape else array
 
 
 def _pad(array, missing: int):

@@ -81,16 +81,30 @@ def check_batch(
       ValueError: a shape or dtype does not fit; the message gives the expected one.
     """
     features = as_array("features", features)
+    _, labels, mask = read_batch(features, labels, mask, dim)
+    mask = None if mask is None else as_array("mask", mask)
+    return features, narrow_labels(labels), mask
+
+
+def read_batch(features, labels, mask=None, dim: int | None = None):
+    """Return features (B, d), labels (B,) and mask (B,) or None where they lie.
+
+    Arrays on the host stay there, without a copy of the features.
+
+    Raises:
+      ValueError: as in `check_batch`.
+    """
+    features = read_array("features", features)
     shape = features.shape
     if len(shape) != 2 or dim not in (None, shape[1]):
         expected = "(B, d)" if dim is None else f"(B, {dim})"
         raise ValueError(f"expected features {expected}, got {shape}{_advice(shape)}")
     _check_real("features", features)
-    labels = narrow_labels(integer_labels(labels, shape[0]))
+    labels = integer_labels(labels, shape[0])
     return features, labels, None if mask is None else _booleans(mask, labels.shape)
 
 
-def _booleans(mask, shape: tuple[int, ...]) -> Array:
+def _booleans(mask, shape: tuple[int, ...]) -> np.ndarray | Array:
     """Return `mask` as an array of booleans; raise ValueError if it does not fit."""
     mask = read_array("mask", mask)
     is_boolean = mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)
@@ -98,7 +112,7 @@ def _booleans(mask, shape: tuple[int, ...]) -> Array:
         raise ValueError(
             f"expected mask of booleans {shape}, got {mask.dtype} {mask.shape}"
         )
-    return as_array("mask", mask.astype(bool))
+    return mask.astype(bool)
 
 
 def check_classifier(W, b, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
@@ -201,7 +215,7 @@ def _check_floating(name: str, array: Array) -> None:
         raise ValueError(f"{name} must be floating, got {array.dtype}{advice}")
 
 
-def _check_real(name: str, array: Array) -> None:
+def _check_real(name: str, array: np.ndarray | Array) -> None:
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise ValueError(f"{name} must be real, got {array.dtype}")
 

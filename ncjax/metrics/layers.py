@@ -315,7 +315,8 @@ def _fuzziness(first_pass, features, labels, measured: Array | None) -> Array:
     squares = jnp.sum(matmul(deviation, whitening.T) ** 2, axis=1)
     if measured is not None:
         squares = jnp.where(measured[labels], squares, 0)
-    return jnp.sum(squares) / samples.astype(dtype)
+    fuzziness = jnp.sum(squares) / samples.astype(dtype)
+    return jnp.where(jnp.any(means != 0), fuzziness, jnp.nan)
 
 
 def _without_null_row(rows: Array, unit: Array) -> Array:

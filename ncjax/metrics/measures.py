@@ -114,7 +114,7 @@ def tile_squared_distances(left: Array, right: Array, counted: Array) -> Array:
     else:
         gaps = 1 - tile_cosines(left, right)
         norms = _norm(left, axis=1)[:, None], _norm(right, axis=1)[None]
-        close = jnp.any(counted & (gaps < _CLOSE))
+        close = jnp.any(counted & ~(gaps >= _CLOSE))  # a row of zeros has gaps of NaN
         squares = jax.lax.cond(close, by_differences, by_cosines)
     return jnp.where(counted, squares, 1)
 

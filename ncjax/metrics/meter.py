@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.checks import check_integer, check_sizes, float_dtype
+from ncjax.checks import check_finite, check_integer, check_sizes, sum_dtype
 from ncjax.metrics import collapse, one_pass, statistics
 from ncjax.metrics.batches import Batches
 from ncjax.metrics.collapse import CollapseMetrics
@@ -21,7 +21,7 @@ from ncjax.metrics.one_pass import OnePass
 from ncjax.metrics.report import CollapseReport, report
 from ncjax.metrics.statistics import ClassStatistics, Comparison, Reference
 from ncjax.metrics.tiles import FEW_CLASSES
-from ncjax.numerics import at_unit_scale, wide_dtype
+from ncjax.numerics import at_unit_scale, power_of_two, wide_dtype
 from ncjax.types import Array
 
 # The (d, d) scatter is kept up to this many entries: 256 MB of float32, d = 8192.
@@ -83,20 +83,22 @@ class CollapseMeter:
         check_sizes(num_classes=num_classes, dim=dim)
         if min_count is not None:
             check_integer("min_count", min_count, least=1)
+        if ignore_index is not None:
+            check_integer("ignore_index", ignore_index, least=-(2**31))
         if (centres is None) != (classifier is None):
             raise ValueError(
                 "expected both centres and classifier, or neither: NC4 compares the two"
             )
         self._shape = num_classes, dim
         self._min_count = min_count
-        self._dtype = None if dtype is None else float_dtype(dtype)
+        self._dtype = None if dtype is None else sum_dtype(dtype)
         self._scatter = within_scatter
         if within_scatter is None:
             self._scatter = dim * dim <= _MOST_SCATTER
         self._classifier = None
         if classifier is not None:
             W, b = classifier if isinstance(classifier, tuple) else (classifier, None)
-            self._classifier = check_classifier(W, b, self._shape)
+            self._classifier = _known_classifier(W, b, self._shape)
             self._centres = check_centres(centres, self._shape)
         self._devices = OneDevice() if mesh is None else Mesh(mesh)
         self._batches = Batches(num_classes, dim, ignore_index, self._devices.of_samples)
@@ -157,18 +159,26 @@ class CollapseMeter:
         """Add the samples of another meter, disjoint from the samples of this one.
 
         Raises:
-          ValueError: the other meter has other sizes or other settings.
+          ValueError: the other meter has other sizes, settings, centres or classifier.
         """
         if not isinstance(other, CollapseMeter) or self._settings() != other._settings():
             raise ValueError(
                 "expected a meter of the same sizes and settings, got "
                 f"{_description(other)} for {_description(self)}"
             )
+        if not self._compares_as(other):
+            raise ValueError(
+                "expected a meter with the same centres and classifier, got others: NC4 "
+                "and accuracy would be of two problems"
+            )
         if other._state is None:
             return self
         if self._state is None:
             self._state, self._known = other._state, other._known
             self._shared = other._shared = True
+            if self._known is not None:  # the next batch takes the memory of these sums
+                sums = jax.tree.map(jnp.copy, self._known.comparison)
+                self._known = self._known._replace(comparison=sums)
             return self
         self._state = self._devices.merge(self._state, other._state)
         self._shared = False
@@ -178,7 +188,19 @@ class CollapseMeter:
         return self
 
     def _settings(self):
-        return *self._shape, self._scatter, self._classifier is None, self._devices.mesh
+        return *self._shape, self._scatter, self._devices.mesh
+
+    def _compares_as(self, other: "CollapseMeter") -> bool:
+        """Whether both meters know the same centres and classifier beforehand."""
+        if self._classifier is None or other._classifier is None:
+            return self._classifier is other._classifier
+        ours, others = (
+            jax.device_get(jax.tree.leaves((meter._centres, meter._classifier)))
+            for meter in (self, other)
+        )
+        return len(ours) == len(others) and all(
+            np.array_equal(*pair, equal_nan=True) for pair in zip(ours, others, strict=True)
+        )
 
     def compute(self, W=None, b=None, *, min_count: int | None = None) -> CollapseReport:
         """Return the metrics of all samples so far.
@@ -195,16 +217,18 @@ class CollapseMeter:
 
         Raises:
           ValueError: a shape does not fit, no sample was seen, a label was outside [0, K),
-            a feature is NaN or infinite, or a class has no sample and min_count is None.
+            a value is NaN or infinite, the features are so large or small that their
+            squares leave the dtype, or a class has no sample and min_count is None.
         """
         min_count = self._min_count if min_count is None else min_count
         if W is None and self._classifier is not None:
             W, b = self._classifier
         if W is not None:
-            W, b = check_classifier(W, b, self._shape)
+            W, b = _known_classifier(W, b, self._shape)
         state = self._checked()
         statistics.measured_classes(state.first, min_count)  # outside jit it raises
-        metrics = self._devices.metrics(state, self._or_unknown(W, state), min_count)
+        with jax.debug_nans(False):  # NaN stands for a metric that is unknown
+            metrics = self._devices.metrics(state, self._or_unknown(W, state), min_count)
         if self._known is not None:
             comparison = self._devices.total(self._known.comparison)
             metrics = _with_shares(metrics, comparison, state.first, min_count)
@@ -219,7 +243,9 @@ class CollapseMeter:
         if self._state is None:
             raise ValueError("expected samples before compute: call update first")
         state = self._devices.merged(self._state)
-        outside, norm = jax.device_get((state.outside, state.norm))
+        outside, norm, scatter = jax.device_get(
+            (state.outside, state.norm, state.first.scatter)
+        )
         if outside:
             raise ValueError(
                 f"labels must lie in [0, {self._shape[0]}), got {outside} that do not: "
@@ -230,6 +256,7 @@ class CollapseMeter:
                 "features must be finite, got NaN or infinity in a batch: leave such "
                 "samples out by mask"
             )
+        _check_scale(norm, scatter)
         return state
 
     def second_pass(self, W, b=None, *, centres=None) -> "SecondPass":
@@ -244,7 +271,7 @@ class CollapseMeter:
         Raises:
           ValueError: as in `compute`.
         """
-        W, b = check_classifier(W, b, self._shape)
+        W, b = _known_classifier(W, b, self._shape)
         state = self._checked()
         self._shared = True
         return SecondPass(
@@ -364,15 +391,37 @@ def _with_shares(metrics, comparison, first, min_count) -> CollapseMetrics:
     )
 
 
+def _known_classifier(W, b, shape: tuple[int, int]) -> tuple[Array, Array | None]:
+    """Return W and b, floating and at least float32; raise ValueError unless finite."""
+    W, b = check_classifier(W, b, shape)
+    check_finite("W", W)
+    if b is None:
+        return W.astype(wide_dtype(W.dtype)), None
+    check_finite("b", b)
+    return W.astype(wide_dtype(W.dtype)), b.astype(wide_dtype(b.dtype))
+
+
 @jax.jit
 def _norms_of_sum(W: Array) -> tuple[Array, Array]:
-    total = jnp.linalg.norm(jnp.sum(W, axis=0))
-    return total, total / jnp.sum(jnp.linalg.norm(W, axis=1))
+    scale = power_of_two(W)
+    total = jnp.linalg.norm(jnp.sum(W / scale, axis=0))
+    return scale * total, total / jnp.sum(jnp.linalg.norm(W / scale, axis=1))
 
 
 def _classifier_sums(W: Array | None):
     """Return |Σ_k w_k|, and the same over Σ_k |w_k|; NaN without a classifier."""
     return (np.nan, np.nan) if W is None else _norms_of_sum(W)
+
+
+def _check_scale(norm: np.floating, scatter: np.ndarray) -> None:
+    """Raise ValueError if squares of features or deviations leave the dtype."""
+    least, most = one_pass.norm_range(norm.dtype)
+    if norm and not (least < norm < most and np.isfinite(scatter).all()):
+        raise ValueError(
+            f"features must have a mean norm from {least:.0e} to {most:.0e} for sums of "
+            f"squares in {norm.dtype}, got {norm:.1e}: multiply features and b by one "
+            "factor, which changes no collapse metric"
+        )
 
 
 def _description(meter) -> str:

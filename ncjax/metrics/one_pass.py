@@ -19,7 +19,7 @@ from ncjax.metrics import collapse, statistics
 from ncjax.metrics.collapse import CollapseMetrics
 from ncjax.metrics.inputs import check_batch
 from ncjax.metrics.statistics import ClassStatistics
-from ncjax.numerics import at_unit_scale, matmul
+from ncjax.numerics import at_unit_scale, matmul, power_of_two
 from ncjax.types import Array
 
 
@@ -85,8 +85,17 @@ def _mean_norm(state: OnePass, features: Array, valid: Array) -> Array:
     dtype = features.dtype
     seen = statistics.total(state.first.counts, dtype)
     new = jnp.sum(valid, dtype=jnp.int32).astype(dtype)
-    gap = jnp.sum(jnp.linalg.norm(features, axis=1)) - new * state.norm
+    scale = power_of_two(features)  # of the squares, which may leave the dtype
+    norms = jnp.linalg.norm(features / scale, axis=1)
+    gap = scale * jnp.sum(norms) - new * state.norm
     return state.norm + gap / jnp.maximum(seen + new, 1)
+
+
+def norm_range(dtype) -> tuple[float, float]:
+    """Return the mean norms of features between which squares of deviations fit `dtype`."""
+    limits = jnp.finfo(dtype)
+    eps = float(limits.eps)
+    return float(limits.tiny) ** 0.5 / eps, float(limits.max) ** 0.5 * eps**0.5
 
 
 def merge(one: OnePass, other: OnePass) -> OnePass:
@@ -141,7 +150,7 @@ def metrics(
 
     `within_class_variation` is NaN too if no scatter was kept. The same holds if
     `min_count` leaves out a class with different samples, because the scatter is a sum over
-    all classes.
+    all classes. All forms of NC1 are NaN if `norm_range` does not hold the mean norm.
 
     Args:
       state: sums over all samples.
@@ -154,6 +163,12 @@ def metrics(
       ValueError: as in `ncjax.statistics.measured_classes`.
     """
     found = collapse.metrics_of_means(state.first, at_unit_scale(W), min_count, pairs)
+    least, most = norm_range(state.norm.dtype)
+    fits = (state.norm > least) & (state.norm < most)
+    found = found._replace(
+        within_class_quotient=jnp.where(fits, found.within_class_quotient, jnp.nan),
+        cdnv=jnp.where(fits, found.cdnv, jnp.nan),
+    )
     if state.within is None:
         return found
     if whitening is None:
@@ -161,6 +176,7 @@ def metrics(
     measured = statistics.measured_classes(state.first, min_count)
     samples = statistics.total(state.first.counts, whitening.dtype, measured)
     variation = jnp.sum(matmul(whitening, state.within) * whitening) / samples
+    variation = jnp.where(fits, variation, jnp.nan)
     if measured is not None:
         others = jnp.where(measured, 0, state.first.scatter)
         variation = jnp.where(jnp.any(others > 0), jnp.nan, variation)

@@ -595,11 +595,13 @@ def _whitening(centred: Array, shares: Array, measured: Array | None) -> Array:
 
     Their rows M, weighted by the shares, sum to zero, so M has rank K - 1 at most. That
     null direction is removed exactly, so that no singular value is rounding error alone.
+    Equal means span no direction to measure in: the whitening is NaN.
     """
+    have_spread = jnp.any(centred != 0)
     if measured is not None:
         first = -jnp.argmax(measured)  # `_complement` needs a first share above 0
         shares, centred = jnp.roll(shares, first), jnp.roll(centred, first, axis=0)
-    return whiten(_complement(shares, centred))[1]
+    return jnp.where(have_spread, whiten(_complement(shares, centred))[1], jnp.nan)
 
 
 def _complement(weights: Array, rows: Array) -> Array:

@@ -186,6 +186,8 @@ class Watch:
         After it `compute` returns NC4 and the accuracy too. The weight and bias are read at
         the start of the block.
 
+        If the block fails, the watch has the first pass alone, as before.
+
         Args:
           centres: (K, d) class centres of NC4, for a test split `meter.class_means` of the
             training split. None takes the class means of the first pass.
@@ -203,6 +205,9 @@ class Watch:
         self._compares = True
         try:
             yield
+        except BaseException:
+            self._second = None
+            raise
         finally:
             self._compares = False
 
