@@ -393,6 +393,7 @@ def test_certify_refuses_points_that_do_not_fit(run):
     assert message == "x.npz: expected W and H, or features, labels and W; got W"
 
 
+@pytest.mark.slow  # the page of the command runs a flow too
 def test_flow_tends_to_collapse(run, tmp_path):
     size = ("--num-classes=3", "--per-class=2", "--dim=3", "--seeds=2")
     command_line = ("flow", *size, "--log-t-max=30", "--json", "--plot=flow.pdf")
