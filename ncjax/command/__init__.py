@@ -15,7 +15,7 @@ from typing import TextIO
 from ncjax.command import arguments
 from ncjax.command.output import BadUse, note
 
-# Exit codes: those of a shell for SIGINT and SIGPIPE, and 2 for bad use.
+# A shell gives the exit codes of SIGINT and SIGPIPE; argparse gives 2 for bad use.
 DONE, FAILED, BAD_USE, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
 _MESSAGE_LIMIT = 300  # characters of a message of another library
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
     Args:
-      argv: arguments after the program name; None takes those of the process.
+      argv: arguments after the program name; None takes `sys.argv[1:]`.
 
     Returns:
       0 done, 1 failed, 2 bad use, 130 interrupted, 141 the reader of stdout has gone.

@@ -126,7 +126,7 @@ def _certify(parser: argparse.ArgumentParser) -> str:
         "--multipliers",
         choices=("auto", "nnls", "softmax"),
         default="auto",
-        help="nnls fits them to the direction, softmax takes those of the loss at this "
+        help="nnls fits them to the direction, softmax reads them off the loss at this "
         "norm; auto (default) takes nnls for a small problem",
     )
     parser.add_argument(
