@@ -232,6 +232,7 @@ CALLS = {
     "statistics.add": lambda p: statistics.add(
         _first_pass(p), p.features, p.labels, p.mask
     ),
+    "statistics.complement": lambda p: statistics.complement(jnp.abs(p.b), p.W),
     "statistics.mean_shift": lambda p: statistics.mean_shift(_first_pass(p), _streamed(p)),
     "statistics.batch_classes": lambda p: statistics.batch_classes(p.labels, p.mask, K),
     "statistics.count_dtype": lambda p: jnp.zeros((), statistics.count_dtype()),

@@ -310,25 +310,13 @@ def _fuzziness(first_pass, features, labels, measured: Array | None) -> Array:
     samples = jnp.sum(counts, dtype=jnp.int32)
     weights = jnp.sqrt(statistics.fraction(counts, samples, dtype))
     means = statistics.about_mean(first_pass, "sample_mean", measured)
-    _, whitening = whiten(_without_null_row(weights[:, None] * means, weights))
+    _, whitening = whiten(statistics.complement(weights, weights[:, None] * means))
     deviation = statistics.deviations(first_pass, features, labels)
     squares = jnp.sum(matmul(deviation, whitening.T) ** 2, axis=1)
     if measured is not None:
         squares = jnp.where(measured[labels], squares, 0)
     fuzziness = jnp.sum(squares) / samples.astype(dtype)
     return jnp.where(jnp.any(means != 0), fuzziness, jnp.nan)
-
-
-def _without_null_row(rows: Array, unit: Array) -> Array:
-    r"""Return K - 1 rows with the Gram matrix $A^\top A$ of `rows` A (K, d).
-
-    `unit` (K,) is a unit vector of entries at least 0 with $u^\top A = 0$. A Householder
-    reflection maps it to an axis, which is then left out, so that no singular value of the
-    result is rounding error alone.
-    """
-    axis = unit.at[0].add(1)
-    reflected = rows - axis[:, None] * matmul(axis, rows)[None] / axis[0]
-    return reflected[1:]
 
 
 def _stacked(values: Sequence[Array]) -> Array:
@@ -338,7 +326,7 @@ def _stacked(values: Sequence[Array]) -> Array:
 
 
 def _weight_and_bias(classifier, shape: tuple[int, int], dtype) -> tuple[Array, Array]:
-    """Return W (K, d) and b (K,) of a classifier; zeros for what is not given.
+    """Return W (K, d) and b (K,) of a classifier; zeros if there is none.
 
     One program then serves layers with and without a classifier.
 
@@ -379,7 +367,9 @@ def _names(features_by_layer, classifiers, centres) -> list[str]:
                 f"has {', '.join(map(repr, names))}"
             )
     if centres and (missing := [name for name in names if name not in centres]):
-        raise ValueError(f"centres lacks layer {missing[0]!r}: give those of every layer")
+        raise ValueError(
+            f"centres lacks layer {missing[0]!r}: give the class means of every layer"
+        )
     return names
 
 

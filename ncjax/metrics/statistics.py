@@ -407,7 +407,7 @@ def reference(
     measured = measured_classes(statistics, min_count)
     shares = _shares(statistics, centring, measured)
     centred = about_mean(statistics, centring, measured)
-    whitening = _whitening(centred, shares, measured)
+    whitening = _whitening(centred, shares)
     candidates, about = measured, centred
     if centres is not None:
         candidates, about = _centres_about_mean(statistics, centring, measured, centres)
@@ -590,7 +590,7 @@ def _shares(statistics: ClassStatistics, centring: str, measured: Array | None) 
     return weights / jnp.sum(weights)
 
 
-def _whitening(centred: Array, shares: Array, measured: Array | None) -> Array:
+def _whitening(centred: Array, shares: Array) -> Array:
     """Return the whitening of `reference` of the centred means (K, d).
 
     Their rows M, weighted by the shares, sum to zero, so M has rank K - 1 at most. That
@@ -598,18 +598,15 @@ def _whitening(centred: Array, shares: Array, measured: Array | None) -> Array:
     Equal means span no direction to measure in: the whitening is NaN.
     """
     have_spread = jnp.any(centred != 0)
-    if measured is not None:
-        first = -jnp.argmax(measured)  # `_complement` needs a first share above 0
-        shares, centred = jnp.roll(shares, first), jnp.roll(centred, first, axis=0)
-    return jnp.where(have_spread, whiten(_complement(shares, centred))[1], jnp.nan)
+    return jnp.where(have_spread, whiten(complement(shares, centred))[1], jnp.nan)
 
 
-def _complement(weights: Array, rows: Array) -> Array:
+def complement(weights: Array, rows: Array) -> Array:
     """Return the rows (K, d) in a basis (K - 1, K) of the complement of `weights` (K,).
 
-    The weights are not negative, and the first one is above 0. The basis holds all rows but
-    the first of the Householder reflection that maps the weights to the first axis. The
-    reflection is applied, not formed.
+    The weights are not negative. The basis holds all rows but the first of the Householder
+    reflection that maps the weights to the first axis. The reflection is applied, not
+    formed.
     """
     chex.assert_rank(weights, 1)
     normal = (weights / jnp.linalg.norm(weights)).at[0].add(1)
