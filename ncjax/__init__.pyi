@@ -9,6 +9,7 @@ from . import lightning as lightning
 from . import metrics as metrics
 from . import networks as networks
 from . import nnx as nnx
+from . import objectives as objectives
 from . import peeled as peeled
 from . import plotting as plotting
 from . import torch as torch
@@ -46,6 +47,7 @@ from .metrics import measures as measures
 from .metrics import peel as peel
 from .metrics import statistics as statistics
 from .metrics import variants as variants
+from .objectives import Objective as Objective
 from .peeled import KKT as KKT
 from .peeled import VERDICTS as VERDICTS
 from .peeled import Certificate as Certificate
@@ -60,8 +62,10 @@ from .peeled import log_cross_entropy as log_cross_entropy
 from .peeled import losses as losses
 from .peeled import margin_ratio as margin_ratio
 from .peeled import margins as margins
+from .peeled import sample_weights as sample_weights
 from .peeled import separation as separation
 from .peeled import simplex_etf as simplex_etf
 from .peeled import solve_separation as solve_separation
 from .peeled import squared_norm as squared_norm
+from .types import BiasedParams as BiasedParams
 from .types import Params as Params

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.arrays import as_array
-from ncjax.types import Array, Params
+from ncjax.types import Array, BiasedParams, Params
 
 
 def check_sizes(**sizes: int) -> None:
@@ -31,6 +31,19 @@ def check_count(name: str, value: int, *, least: int) -> None:
     most = np.iinfo(jax.dtypes.canonicalize_dtype(np.int64)).max
     if value > most:
         raise ValueError(f"{name} must be an integer of at most {most}, got {value}")
+
+
+def check_counts(counts) -> tuple[int, ...]:
+    """Return the class sizes n_k (K,) as integers; raise ValueError if they do not fit."""
+    sizes = np.asarray(counts)
+    if sizes.ndim != 1 or sizes.size < 2:
+        raise ValueError(
+            "counts must hold the number of samples of each of K >= 2 classes, such as "
+            f"(4, 4, 1, 1), got {counts!r}"
+        )
+    for size in sizes.tolist():
+        check_integer("counts", size, least=1)
+    return tuple(sizes.tolist())
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -130,6 +143,31 @@ def check_params(params: Params, *, finite: bool = False) -> Params:
         for name, leaf in (("W", W), ("H", H)):
             check_finite(name, leaf)
     return Params(W, H)
+
+
+def check_biased_params(params: BiasedParams, *, finite: bool = False) -> BiasedParams:
+    """Return a point with a bias as JAX arrays, or raise ValueError if it does not fit.
+
+    Args:
+      params: `W` (K, d), `H` (K, n, d) and `b` (K,) with K >= 2, floating, of one dtype.
+      finite: as in `check_params`.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit, or a value is not finite.
+    """
+    if not (isinstance(params, tuple) and len(params) == 3):
+        raise ValueError(
+            f"expected ncjax.BiasedParams(W, H, b), got {type(params).__name__}"
+        )
+    W, H = check_params(Params(*params[:2]), finite=finite)
+    b = as_array("b", params[2])
+    if b.shape != W.shape[:1] or b.dtype != W.dtype:
+        raise ValueError(
+            f"expected b {W.dtype} of shape (K,) = {W.shape[:1]}, got {b.dtype} {b.shape}"
+        )
+    if finite:
+        check_finite("b", b)
+    return BiasedParams(W, H, b)
 
 
 def _advice(W: Array, H: Array) -> str:

@@ -20,10 +20,11 @@ from ncjax import (
     variants,
 )
 from ncjax.metrics import classifier, collapse, directions
+from ncjax.peeled import alternatives
 
 K, N, D, SAMPLES = 4, 2, 6, 16
 PUBLIC = (ncjax, losses, separation, measures, statistics, variants)
-PUBLIC += (classifier, collapse, conventions, directions, depth, layers)
+PUBLIC += (classifier, collapse, conventions, directions, depth, layers, alternatives)
 
 
 class Points(NamedTuple):
@@ -131,6 +132,13 @@ CALLS = {
     "losses.softmax_cross_entropy": lambda p: losses.softmax_cross_entropy(
         p.features[:, :K], p.labels
     ),
+    "alternatives.smoothed_cross_entropy": lambda p: losses.smoothed_cross_entropy(
+        p.params, 0.1
+    ),
+    "alternatives.focal_loss": lambda p: losses.focal_loss(p.params, 2.0),
+    "alternatives.log_focal_loss": lambda p: losses.log_focal_loss(p.params, 2.0),
+    "alternatives.squared_error": lambda p: losses.squared_error(p.params),
+    "weights.sample_weights": lambda p: ncjax.sample_weights((N,) * K, dtype=p.W.dtype),
     "separation.solve_separation": lambda p: ncjax.solve_separation(
         K, N, D, dtype=p.W.dtype
     ),

@@ -23,7 +23,8 @@ WINGS = {
     "checks": {"types", "arrays"},
     "numerics": set(),
     "peeled": BASE,
-    "flow": BASE | {"peeled"},
+    "objectives": BASE | {"peeled"},
+    "flow": BASE | {"peeled", "objectives"},
     "metrics": BASE | {"peeled"},
     "curvature": BASE,
     "networks": BASE | {"peeled", "metrics"},
@@ -34,7 +35,7 @@ WINGS = {
     "lightning": {"checks", "history", "torch"},
     "huggingface": {"checks", "history", "torch"},
     "analysis": BASE | {"metrics", "plotting"},
-    "command": BASE | {"analysis", "peeled", "flow", "metrics", "plotting"},
+    "command": BASE | {"analysis", "objectives", "peeled", "flow", "metrics", "plotting"},
     "__main__": {"command"},
 }
 

@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 PAGES = [DOCS / "tour.md", *sorted((DOCS / "howto").glob("*.md"))]
 # The reference lists all public names of these modules, and of `import ncjax`.
 MODULES = (
-    "peeled.losses",
+    *("peeled.losses", "peeled.alternatives"),
     *(f"networks.{name}" for name in ("models", "data", "train", "loss_clock")),
     *(f"networks.{name}" for name in ("flow", "full_batch", "homogeneous", "capture")),
     "networks.checkpoint",
@@ -38,7 +38,7 @@ PRIVATE = {
     *("curvature.inputs", "curvature.lanczos", "curvature.meter"),
     *("flow.block_solve", "flow.saving", "flow.settle", "flow.steps"),
     *("networks.grouping", "networks.winograd"),
-    *("peeled.kernels", "peeled.logits"),
+    *("peeled.kernels", "peeled.logits", "peeled.samples", "objectives.settings"),
     "torch.layers",
 }
 REFERENCE = (DOCS / "reference" / "index.md").read_text()

@@ -1,8 +1,9 @@
 """The layer-peeled model of Ji et al. (ICLR 2022): points, losses, optimality.
 
 `geometry` draws starts and holds simplex ETF, block saddles, margins and balance. `losses`
-holds the cross entropy in margin form and its logarithm. `separation` holds the
-minimum-norm separation problem: solution, multipliers, KKT residuals and certificate.
+holds the cross entropy in margin form and its logarithm, and other losses. `weights` lets
+classes have any size. `separation` holds the minimum-norm separation problem: solution,
+multipliers, KKT residuals and certificate.
 
 Half precision (float16, bfloat16) is computed in float32. Results are float32; only
 derivatives keep the dtype of the params.
@@ -24,3 +25,4 @@ from ncjax.peeled.separation import certificate as certificate
 from ncjax.peeled.separation import kkt as kkt
 from ncjax.peeled.separation import kkt_angle as kkt_angle
 from ncjax.peeled.separation import solve_separation as solve_separation
+from ncjax.peeled.weights import sample_weights as sample_weights

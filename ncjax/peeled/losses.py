@@ -9,6 +9,10 @@ from ncjax.arrays import as_array, narrow_labels, read_array
 from ncjax.checks import check_label_range, check_params
 from ncjax.numerics import widen
 from ncjax.peeled import kernels
+from ncjax.peeled.alternatives import focal_loss as focal_loss
+from ncjax.peeled.alternatives import log_focal_loss as log_focal_loss
+from ncjax.peeled.alternatives import smoothed_cross_entropy as smoothed_cross_entropy
+from ncjax.peeled.alternatives import squared_error as squared_error
 from ncjax.peeled.logits import log_odds_of_error, own_and_others
 from ncjax.types import Array, Params
 
