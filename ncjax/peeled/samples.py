@@ -17,14 +17,14 @@ from ncjax.types import Array, BiasedParams, Params
 def logits_of(params: Params | BiasedParams) -> Array:
     """`w_j·h_ki + b_j`, (K, n, K)."""
     logits = einsum("kid,jd->kij", params.H, params.W)
-    return logits + params.b if isinstance(params, BiasedParams) else logits
+    return logits + params.b[None, None] if isinstance(params, BiasedParams) else logits
 
 
 def margins_of(params: Params | BiasedParams) -> tuple[Array, Array]:
     """`(w_k - w_j)·h_ki + b_k - b_j` (K, n, K) and the mask of j != k."""
     margins, others = margins_of_params(Params(params.W, params.H))
     if isinstance(params, BiasedParams):
-        margins = margins + (params.b[:, None] - params.b)[:, None, :]
+        margins = margins + (params.b[:, None] - params.b[None])[:, None]
     return margins, others
 
 
