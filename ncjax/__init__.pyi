@@ -47,7 +47,15 @@ from .metrics import measures as measures
 from .metrics import peel as peel
 from .metrics import statistics as statistics
 from .metrics import variants as variants
+from .objectives import CriticalPoint as CriticalPoint
+from .objectives import Minimiser as Minimiser
 from .objectives import Objective as Objective
+from .objectives import Spectrum as Spectrum
+from .objectives import block_point as block_point
+from .objectives import minimiser as minimiser
+from .objectives import minority_collapse_ratio as minority_collapse_ratio
+from .objectives import rank_point as rank_point
+from .objectives import spectrum as spectrum
 from .peeled import KKT as KKT
 from .peeled import VERDICTS as VERDICTS
 from .peeled import Certificate as Certificate

@@ -138,6 +138,30 @@ CALLS = {
     "alternatives.focal_loss": lambda p: losses.focal_loss(p.params, 2.0),
     "alternatives.log_focal_loss": lambda p: losses.log_focal_loss(p.params, 2.0),
     "alternatives.squared_error": lambda p: losses.squared_error(p.params),
+    "minimisers.minimiser": lambda p: (
+        ncjax.minimiser(
+            ncjax.Objective(weight_decay=(0.1, 0.1)), (N,) * K, D, dtype=p.W.dtype
+        ).params
+    ),
+    "step.minority_collapse_ratio": lambda p: jnp.asarray(
+        ncjax.minority_collapse_ratio(2, 2, ball=(16, 4)), p.W.dtype
+    ),
+    "spectra.spectrum": lambda p: jnp.asarray(
+        ncjax.spectrum(
+            ncjax.Objective(weight_decay=(0.1, 0.1)), (N,) * K, D
+        ).multiplicities,
+        p.W.dtype,
+    ),
+    "saddles.block_point": lambda p: (
+        ncjax.block_point(
+            ncjax.Objective(weight_decay=(0.1, 0.1)), 2, 2, N, D, dtype=p.W.dtype
+        ).params
+    ),
+    "saddles.rank_point": lambda p: (
+        ncjax.rank_point(
+            ncjax.Objective("squared_error", weight_decay=(0.1, 0.1)), 2, K, N, D, p.W.dtype
+        ).params
+    ),
     "weights.sample_weights": lambda p: ncjax.sample_weights((N,) * K, dtype=p.W.dtype),
     "separation.solve_separation": lambda p: ncjax.solve_separation(
         K, N, D, dtype=p.W.dtype

@@ -39,6 +39,9 @@ PRIVATE = {
     *("flow.block_solve", "flow.saving", "flow.settle", "flow.steps"),
     *("networks.grouping", "networks.winograd"),
     *("peeled.kernels", "peeled.logits", "peeled.samples", "objectives.settings"),
+    *(f"objectives.{name}" for name in ("roots", "rays", "problem", "factors")),
+    *(f"objectives.{name}" for name in ("collapse", "squared", "fixed", "blocks")),
+    "objectives.simplex",
     "torch.layers",
 }
 REFERENCE = (DOCS / "reference" / "index.md").read_text()

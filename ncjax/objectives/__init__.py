@@ -1,6 +1,16 @@
 """Objectives beside the paper's: weight decay, norm balls, other losses, any class sizes.
 
 `objective` holds `Objective`, a loss with weight decay, on a norm ball, or alone.
+`minimisers` holds its minimisers in closed form, `spectra` the spectra of the Hessian,
+`saddles` critical points that are not minima, and `step` two sizes of classes.
 """
 
+from ncjax.objectives.minimisers import Minimiser as Minimiser
+from ncjax.objectives.minimisers import minimiser as minimiser
 from ncjax.objectives.objective import Objective as Objective
+from ncjax.objectives.saddles import CriticalPoint as CriticalPoint
+from ncjax.objectives.saddles import block_point as block_point
+from ncjax.objectives.saddles import rank_point as rank_point
+from ncjax.objectives.spectra import Spectrum as Spectrum
+from ncjax.objectives.spectra import spectrum as spectrum
+from ncjax.objectives.step import minority_collapse_ratio as minority_collapse_ratio

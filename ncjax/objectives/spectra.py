@@ -1,0 +1,233 @@
+r"""Whole spectra of Hessians in closed form, at the minimiser and at the origin.
+
+Blocks of the Hessian are written for $\lambda_W = \lambda_H = \mu$. For other decay the
+rows of a block that move W gain the factor $r$ and the rows that move H the factor $1/r$,
+with $r^2 = \sqrt{\lambda_W / \lambda_H}$; columns likewise.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from ncjax.checks import check_choice
+from ncjax.objectives.collapse import collapsed, normalised
+from ncjax.objectives.objective import Objective
+from ncjax.objectives.problem import Problem, class_margins, make_problem
+from ncjax.objectives.rays import largest_margin, pull
+from ncjax.objectives.simplex import Curvature
+
+# Eigenvalues closer than this share of the largest one are equal.
+_EQUAL = 1e-12
+POINTS = ("minimiser", "origin")
+
+
+class Spectrum(NamedTuple):
+    """Distinct eigenvalues of a Hessian, ascending, and how often each occurs."""
+
+    eigenvalues: np.ndarray  # (r,)
+    multiplicities: np.ndarray  # (r,) integers, whose sum is the number of variables
+
+
+def spectrum(objective: Objective, counts, dim: int, *, at: str = "minimiser") -> Spectrum:
+    r"""Return the spectrum of the Hessian at the minimiser, in closed form.
+
+    The smallest positive eigenvalue is the rate of the gradient flow at its end:
+    $F - F^* \sim e^{-2 \cdot \text{rate} \cdot t}$. Rotations of the feature space give
+    eigenvalue 0.
+
+    Args:
+      objective: cross entropy, also with label smoothing, with weight decay or on a ball;
+        squared error with weight decay; cross entropy at a temperature. No bias, and no
+        fixed classifier. With a ball this is the spectrum of `objective.on_boundary`.
+      counts: (K,) number of samples of each class. At the minimiser all are equal, and K is
+        at least 3 for the cross entropy.
+      dim: `d`, at least K - 1; at least K for the squared error.
+      at: "minimiser", or "origin", where `objective` may also have the focal loss, counts
+        may differ and dim is at least 1.
+
+    Returns:
+      `Spectrum` of the (K + K n) d variables, n = max(counts). The features of samples
+      that counts leave out count as variables.
+
+    Raises:
+      ValueError: an argument does not fit, or no closed form is known.
+
+    Source: ncjax; the blocks are derived from the symmetry of the ETF.
+
+    >>> import ncjax
+    >>> objective = ncjax.Objective("squared_error", weight_decay=(0.5, 0.5))
+    >>> found = ncjax.spectrum(objective, counts=(1, 1), dim=2)
+    >>> found.eigenvalues.tolist(), found.multiplicities.tolist()
+    ([0.0, 1.0, 2.0], [1, 6, 1])
+    """
+    check_choice("at", at, POINTS)
+    problem = make_problem(objective, counts, dim)
+    _check(objective)
+    if at == "origin":
+        return _merged(_at_origin(problem))
+    _check_sizes_of_minimiser(problem)
+    if objective.loss == "squared_error":
+        return _merged(_of_squared_error(problem))
+    if objective.temperature is not None:
+        return _merged(_of_unit_rows(problem))
+    return _merged(_of_etf(problem))
+
+
+def _check(objective: Objective) -> None:
+    if callable(objective.loss) or objective.bias is not None or objective.fixed_classifier:
+        _refuse("a loss of your own, a bias or a fixed classifier")
+
+
+def _check_sizes_of_minimiser(problem: Problem) -> None:
+    objective, size = problem.objective, problem.num_classes
+    if objective.loss == "focal":
+        _refuse("the focal loss at the minimiser")
+    if objective.temperature is not None and objective.smoothing:
+        _refuse("label smoothing at a temperature")
+    if objective.loss == "squared_error" and objective.weight_decay is None:
+        _refuse("the squared error without weight decay")
+    if not objective.regularised or (
+        objective.weight_decay is not None and problem.mu == 0
+    ):
+        raise ValueError(
+            "spectrum needs positive weight_decay, a ball or a temperature, got none"
+        )
+    if not problem.balanced:
+        _refuse(f"classes of different sizes {problem.counts.astype(int).tolist()}")
+    if objective.loss != "squared_error" and size < 3:
+        _refuse("2 classes")
+    least = size - (objective.loss != "squared_error")
+    if problem.dim < least:
+        raise ValueError(
+            f"dim must be at least {least} for {size} classes, got {problem.dim}"
+        )
+
+
+def _refuse(what: str):
+    raise ValueError(
+        f"no closed form of the spectrum is known for {what}: use ncjax.hessian_eig"
+    )
+
+
+def _merged(pairs) -> Spectrum:
+    """Return the spectrum from pairs of eigenvalue and multiplicity, equal ones merged."""
+    pairs = sorted((float(value), int(count)) for value, count in pairs if count > 0)
+    scale = max(abs(value) for value, _ in pairs)
+    values: list[float] = []
+    counts: list[int] = []
+    for value, count in pairs:
+        value = 0.0 if abs(value) <= _EQUAL * scale else value
+        if values and value - values[-1] <= _EQUAL * scale:
+            counts[-1] += count
+        else:
+            values.append(value)
+            counts.append(count)
+    return Spectrum(np.array(values), np.array(counts))
+
+
+def _eigenvalues(block: list[list[float]], of_W: list[bool], factor: float):
+    """Eigenvalues of a block whose rows and columns of W gain `factor`, of H lose it."""
+    scale = np.array([factor if is_W else 1 / factor for is_W in of_W])
+    return np.linalg.eigvalsh(scale[:, None] * np.array(block) * scale)
+
+
+def _of_etf(problem: Problem):
+    """Pairs of eigenvalue and multiplicity at the ETF of weight decay or a ball."""
+    K, d, n = problem.num_classes, problem.dim, int(problem.counts[0])
+    optimum = collapsed(problem)
+    margin = float(class_margins(problem, optimum).min())
+    if margin <= 0:
+        yield from _at_origin(problem)
+        return
+    objective = problem.objective
+    mu = problem.mu
+    if objective.ball is not None:
+        if margin >= largest_margin(objective, K):
+            _refuse("a ball that holds a minimiser of the loss")
+        mu = math.sqrt(n) * pull(objective, K, margin)
+    r2 = 1 / math.sqrt(problem.ratio)
+    r = math.sqrt(r2)
+    curve = Curvature.at(K, margin)
+    s2, eps, kap = math.sqrt(n) * margin, curve.eps, curve.kap
+    a, b = s2 * curve.A / curve.c2, s2 * curve.B / math.sqrt(curve.c2)
+    pair, triple = [True, False], [True, False, False]
+
+    if objective.ball is not None:
+        yield 0, 2
+    else:
+        radial = [[s2 * kap + mu, s2 * kap - mu], [s2 * kap - mu, s2 * kap + mu]]
+        yield from ((x, 1) for x in _eigenvalues(radial, pair, r))
+    plus, minus = s2 * eps + mu, s2 * eps - mu
+    for block, count in (
+        ([[plus, plus], [plus, plus]], (K - 1) * (K - 2) // 2),
+        ([[plus, minus], [minus, plus]], K * (K - 3) // 2),
+        ([[mu, -mu], [-mu, mu]], (K - 1) * (d - K + 1)),
+    ):
+        yield from ((x, count) for x in _eigenvalues(block, pair, r))
+    mixed = [[a + mu, a - mu, b], [a - mu, a + mu, b], [b, b, s2 * curve.C + mu]]
+    yield from ((x, K - 1) for x in _eigenvalues(mixed, triple, r))
+    yield mu * r2, d
+    yield mu / r2, (K * n - K + 1) * (d - K + 1)
+    yield (mu + s2 * eps) / r2, (n - 1) * K * (K - 2)
+    yield (mu + s2 * kap) / r2, (n - 1) * K
+
+
+def _of_unit_rows(problem: Problem):
+    """Pairs of eigenvalue and multiplicity at the ETF of the normalised model."""
+    K, d, n = problem.num_classes, problem.dim, int(problem.counts[0])
+    normalised(problem)
+    t0 = float(problem.objective.temperature or 1)
+    curve = Curvature.at(K, t0 * K / (K - 1))
+    g = t0 * K * curve.eps
+    s = g * t0 / (K - 1)
+    yield 0, K + K * n + (K - 1) * (d - K + 1) + (K - 1) * (K - 2) // 2
+    yield g * (n + 1), (K - 1) * (d - K + 1)
+    yield n * g, d - K + 1
+    yield g, (K * n - K + 1) * (d - K + 1)
+    yield g + s, (n - 1) * K * (K - 2)
+    yield (n + 1) * (g + s), (K - 1) * (K - 2) // 2
+    total = (n + 1) * (g + s)
+    root = math.sqrt(total**2 - 16 * n * g * s)
+    yield (total - root) / 2, K * (K - 3) // 2
+    yield (total + root) / 2, K * (K - 3) // 2
+    yield from ((x, K - 1) for x in np.linalg.eigvalsh(curve.unit_block(n, t0, g)))
+
+
+def _of_squared_error(problem: Problem):
+    """Pairs of eigenvalue and multiplicity at the minimiser of the squared error."""
+    K, d, n = problem.num_classes, problem.dim, int(problem.counts[0])
+    mu, root_n = problem.mu, math.sqrt(n)
+    if mu >= root_n:
+        yield from _at_origin(problem)
+        return
+    r2 = 1 / math.sqrt(problem.ratio)
+    pair, r = [True, False], math.sqrt(r2)
+    near, far = root_n - 2 * mu, root_n
+    for block, count in (
+        ([[far, near], [near, far]], K * (K + 1) // 2),
+        ([[far, far], [far, far]], K * (K - 1) // 2),
+        ([[mu, -mu], [-mu, mu]], K * (d - K)),
+    ):
+        yield from ((x, count) for x in _eigenvalues(block, pair, r))
+    yield root_n / r2, (n - 1) * K**2
+    yield mu / r2, (K * n - K) * (d - K)
+
+
+def _at_origin(problem: Problem):
+    """Pairs of eigenvalue and multiplicity at W = 0, H = 0."""
+    objective, K = problem.objective, problem.num_classes
+    if objective.temperature is not None:
+        _refuse("a temperature at the origin, where unit rows do not exist")
+    targets = np.eye(K)
+    if objective.loss != "squared_error":
+        targets = pull(objective, K, 0.0) * (targets - 1 / K)
+    values = np.linalg.svd(targets * np.sqrt(problem.counts), compute_uv=False)
+    values = values[values > _EQUAL * values[0]]
+    decay = objective.weight_decay or (0.0, 0.0)
+    mean, half = (decay[0] + decay[1]) / 2, (decay[0] - decay[1]) / 2
+    for value in values:
+        yield mean - math.hypot(half, value), problem.dim
+        yield mean + math.hypot(half, value), problem.dim
+    yield decay[0], (K - len(values)) * problem.dim
+    yield decay[1], (K * int(problem.counts.max()) - len(values)) * problem.dim
