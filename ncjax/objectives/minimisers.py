@@ -86,13 +86,13 @@ def minimiser(
     """
     dtype = float_dtype(dtype)
     problem = make_problem(objective, counts, dim, class_weights)
-    weights = sample_weights(counts, class_weights, dtype)
+    equal = class_weights is None and len(np.unique(problem.counts)) == 1
+    weights = None if equal else sample_weights(counts, class_weights, dtype)
     optimum = _solver(problem)(problem)
     margins = class_margins(problem, optimum)
-    equal = class_weights is None and len(np.unique(problem.counts)) == 1
     return Minimiser(
         params=_params(problem, optimum, dtype),
-        weights=None if equal else weights,
+        weights=weights,
         value=value_of(problem, optimum),
         margin=float(margins.min()),
         margins=margins,
