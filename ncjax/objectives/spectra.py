@@ -48,7 +48,7 @@ def spectrum(objective: Objective, counts, dim: int, *, at: str = "minimiser") -
 
     Returns:
       `Spectrum` of the (K + K n) d variables, n = max(counts). The features of samples
-      that counts leave out count as variables.
+      that counts leave out count as variables; their eigenvalue is 0.
 
     Raises:
       ValueError: an argument does not fit, or no closed form is known.
@@ -143,7 +143,7 @@ def _of_etf(problem: Problem):
     objective = problem.objective
     mu = problem.mu
     if objective.ball is not None:
-        if margin >= largest_margin(objective, K):
+        if problem.tau >= (K - 1) * math.sqrt(n) * largest_margin(objective, K):
             _refuse("a ball that holds a minimiser of the loss")
         mu = math.sqrt(n) * pull(objective, K, margin)
     r2 = 1 / math.sqrt(problem.ratio)
@@ -224,10 +224,12 @@ def _at_origin(problem: Problem):
         targets = pull(objective, K, 0.0) * (targets - 1 / K)
     values = np.linalg.svd(targets * np.sqrt(problem.counts), compute_uv=False)
     values = values[values > _EQUAL * values[0]]
+    samples = int(problem.counts.sum())
     decay = objective.weight_decay or (0.0, 0.0)
     mean, half = (decay[0] + decay[1]) / 2, (decay[0] - decay[1]) / 2
     for value in values:
         yield mean - math.hypot(half, value), problem.dim
         yield mean + math.hypot(half, value), problem.dim
     yield decay[0], (K - len(values)) * problem.dim
-    yield decay[1], (K * int(problem.counts.max()) - len(values)) * problem.dim
+    yield decay[1], (samples - len(values)) * problem.dim
+    yield 0, (K * int(problem.counts.max()) - samples) * problem.dim

@@ -168,7 +168,8 @@ def _width(first: Group, second: Group) -> float:
 
 
 def _tau(ball) -> float:
-    a, b = ball
-    if not (0 < a < math.inf and 0 < b < math.inf):
+    """Return sqrt(a b), or raise ValueError if the ball does not fit."""
+    bounds = np.asarray(ball, float)
+    if bounds.shape != (2,) or not ((bounds > 0) & np.isfinite(bounds)).all():
         raise ValueError(f"ball must be two positive numbers (a, b), got {ball!r}")
-    return math.sqrt(a * b)
+    return math.sqrt(bounds[0]) * math.sqrt(bounds[1])
