@@ -79,6 +79,10 @@ OTHERS = [
 CASES = [row[:2] for row in REFERENCE] + OTHERS
 
 
+def equal(decay):
+    return Objective(weight_decay=(decay, decay))
+
+
 def name(value):
     if isinstance(value, ncjax.Objective):
         fields = vars(value) | {"loss": None}
@@ -378,6 +382,19 @@ def test_dtype_is_the_dtype_of_the_point():
     best = ncjax.minimiser(objective, (3, 3), 2, dtype=jnp.float32)
     assert {leaf.dtype for leaf in best.params} == {jnp.dtype("float32")}
     assert isinstance(best.value, float)
+
+
+def test_numbers_under_jit_get_one_line():
+    with pytest.raises(ValueError, match="traced ones"):
+        jax.jit(lambda decay: ncjax.minimiser(equal(decay), EQUAL, 6).value)(0.1)
+
+
+def test_five_hundred_classes_and_two_classes():
+    many = ncjax.minimiser(equal(0.1), (2,) * 500, 499)
+    assert many.margin == pytest.approx(math.log(500 * 2**0.5 / 0.1 - 499), rel=1e-12)
+    two = ncjax.minimiser(equal(0.1), (2, 1), 1)
+    assert two.params.W.shape == (2, 1)
+    assert two.margins.min() > 0
 
 
 def test_a_large_ball_needs_no_overflow():

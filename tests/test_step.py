@@ -111,6 +111,23 @@ def test_from_which_ratio_on_the_minority_merges(K_A, K_B, product, ratio):
     assert distance(found * (1 - 1e-6)) > 1e-5
 
 
+@given(st.integers(1, 6), st.integers(2, 6), st.floats(1, 1e8), st.floats(1.001, 10))
+def test_the_norm_at_the_threshold_grows_with_the_ratio(K_A, K_B, R, factor):
+    """So there is one ratio from which on the minority merges."""
+    small, large = (
+        solve_penalty(0.0, *of_means(K_A, K_B, ratio, 1)) for ratio in (R, R * factor)
+    )
+    assert small.beta == large.beta == 0
+    if small.norm > 0:
+        assert large.norm > small.norm
+        for before, after in zip(small, large, strict=True):
+            assert after >= before
+
+
+def test_a_huge_ball_lets_no_finite_minority_merge():
+    assert ncjax.minority_collapse_ratio(2, 2, ball=(1e9, 1e9)) == math.inf
+
+
 @pytest.mark.parametrize(
     ("R", "cosine"), [(2, -0.0902615), (10, -0.0202319), (100, 0.3106899)]
 )

@@ -31,7 +31,7 @@ from ncjax.types import Array, BiasedParams, Params
 
 
 class Minimiser(NamedTuple):
-    """A minimiser of an objective, with what is known about it."""
+    """A minimiser of an objective, its value, its margins and its source."""
 
     params: Params | BiasedParams
     weights: Array | None  # (K, n) weights of the samples; None if all are 1

@@ -1,14 +1,17 @@
-"""What a minimiser is asked for, and the point that answers, one row per class."""
+"""The problem of a minimiser and its solution, one row per class."""
 
 import math
 from typing import NamedTuple, NoReturn
 
+import jax
 import numpy as np
 
 from ncjax.checks import check_counts, check_integer
 from ncjax.objectives.objective import Objective
 
 FLOW = "find it by ncjax.gradient_flow(params, times=..., objective=objective)"
+
+_ROUNDING = 1e-14
 
 
 class Problem(NamedTuple):
@@ -69,6 +72,11 @@ def make_problem(objective, counts, dim, class_weights=None) -> Problem:
         raise ValueError(
             f"objective must be an ncjax.Objective, got {type(objective).__name__}"
         )
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(objective)):
+        raise ValueError(
+            "objective must have known numbers, got traced ones: closed forms are computed "
+            "on the host, outside of jax.jit and jax.vmap"
+        )
     counts = np.asarray(check_counts(counts), float)
     check_integer("dim", dim, least=1)
     weights = np.ones(len(counts)) if class_weights is None else class_weights
@@ -95,9 +103,10 @@ def value_of(problem: Problem, optimum: Optimum) -> float:
 
 
 def class_margins(problem: Problem, optimum: Optimum) -> np.ndarray:
-    """Return the least margin (K,) of each class."""
-    margins = _margins(optimum.logits * (problem.objective.temperature or 1.0))
-    return margins.min(axis=1)
+    """Return the least margin (K,) of each class; rounding errors of 0 are 0."""
+    logits = optimum.logits * (problem.objective.temperature or 1.0)
+    margins = _margins(logits).min(axis=1)
+    return np.where(np.abs(margins) <= _ROUNDING * np.max(np.abs(logits)), 0.0, margins)
 
 
 def _margins(logits: np.ndarray) -> np.ndarray:

@@ -27,8 +27,8 @@ from ncjax.checks import check_integer
 from ncjax.objectives.blocks import log_pull_within
 from ncjax.objectives.roots import root, root_above, root_below
 
-# Log tangents of the smallest and the largest angle.
-_STEEPEST = 700.0
+# Largest logarithm of a tangent or of a ratio; its exponential is finite.
+_LARGEST_LOG = 700.0
 
 
 class Group(NamedTuple):
@@ -61,7 +61,7 @@ def solve_penalty(log_mu: float, first: Group, second: Group) -> Step:
         excess = a * roots[0] * math.exp(log_sin) - b * roots[1] * math.exp(log_cos)
         return (alpha, beta, a, b), excess
 
-    log_tangent = root(lambda x: sides(x)[1], -_STEEPEST, _STEEPEST)
+    log_tangent = root(lambda x: sides(x)[1], -_LARGEST_LOG, _LARGEST_LOG)
     (alpha, beta, a, b), _ = sides(log_tangent)
     if min(a, b) <= 0:
         alpha = _apart(first, second.size, log_mu)
@@ -95,8 +95,14 @@ def minority_collapse_ratio(num_majority: int, num_minority: int, ball) -> float
 
     is the layer-peeled model on class means. All minority classifiers are equal from
     $R = R_0$ on. The bounds of Fang et al., $|w_k|^2 \le E_W$ and $|h_k|^2 \le E_H$ on
-    average, are `ball=(K * E_W, K * E_H)`. In the model with weight decay no search is
-    needed: the minority merges if and only if $\mu \ge \sqrt{n_B}$.
+    average, are `ball=(K * E_W, K * E_H)`.
+
+    The minority merges where the multiplier of the norm is at least 1. At the multiplier 1
+    the optimal norm grows with R, so $R_0$ is unique: at a fixed angle $\alpha$ and a grow
+    with R, hence the angle falls, and a smaller angle makes $\alpha$, a and b larger.
+
+    In the model with weight decay no search is needed: the minority merges if and only if
+    $\mu \ge \sqrt{n_B}$.
 
     Args:
       num_majority: $K_A$, classes of size R, at least 1.
@@ -104,7 +110,7 @@ def minority_collapse_ratio(num_majority: int, num_minority: int, ball) -> float
       ball: (a, b), bounds on $|W|_F^2$ and $|H|_F^2$.
 
     Returns:
-      $R_0$ as a float. That it is the only one is observed, not proved.
+      $R_0$ as a float, infinite beyond e^700.
 
     Raises:
       ValueError: a number of classes or the ball is out of range.
@@ -123,6 +129,8 @@ def minority_collapse_ratio(num_majority: int, num_minority: int, ball) -> float
         large = Group(num_majority, math.exp(log_ratio), 1.0)
         return tau - solve_penalty(0.0, large, Group(num_minority, 1.0, 1.0)).norm
 
+    if deficit(_LARGEST_LOG) > 0:
+        return math.inf
     return math.exp(root_above(deficit, 0.0))
 
 
