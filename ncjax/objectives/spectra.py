@@ -39,7 +39,7 @@ def spectrum(objective: Objective, counts, dim: int, *, at: str = "minimiser") -
     Args:
       objective: cross entropy, also with label smoothing, with weight decay or on a ball;
         squared error with weight decay; cross entropy at a temperature. No bias, and no
-        fixed classifier. With a ball this is the spectrum of `objective.on_boundary`.
+        fixed classifier. With a ball the minimiser is one of `objective.on_boundary`.
       counts: (K,) number of samples of each class. At the minimiser all are equal, and K is
         at least 3 for the cross entropy.
       dim: `d`, at least K - 1; at least K for the squared error.
