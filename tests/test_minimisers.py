@@ -412,7 +412,12 @@ def test_a_large_ball_needs_no_overflow():
         (Squared(), EQUAL, 6, "unbounded set"),
         (Objective(weight_decay=(0.1, 0)), EQUAL, 6, "weight_decay must be positive"),
         (Objective(weight_decay=(0, 0.1)), EQUAL, 6, "weight_decay must be positive"),
-        (Objective(weight_decay=(0.1, 0.1)), EQUAL, 2, "dim must be at least 3"),
+        (
+            Objective(weight_decay=(0.1, 0.1)),
+            EQUAL,
+            2,
+            "dim must be at least num_classes - 1",
+        ),
         (Objective(temperature=1.0), EQUAL, 2, "dim must be at least num_classes - 1"),
         (Objective(weight_decay=(0.1, 0.1)), (3, 2, 1), 6, "3 different sizes"),
         (Objective(weight_decay=(0.1, 0.1), bias=0.0), (3, 2), 6, "a bias and classes"),

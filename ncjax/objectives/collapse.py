@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from ncjax.objectives.factors import factorise, unit_etf
+from ncjax.objectives.factors import unit_etf
 from ncjax.objectives.problem import Optimum, Problem, refuse
 from ncjax.objectives.rays import (
     is_convex_at,
@@ -15,19 +15,26 @@ from ncjax.objectives.rays import (
 
 
 def collapsed(problem: Problem) -> Optimum:
-    r"""Return the ETF of weight decay or of the ball, with bias 0.
+    """Return the ETF of weight decay or of the ball, with bias 0."""
+    size, dim = problem.num_classes, problem.dim
+    margin, proved = optimal_margin(problem)
+    etf = unit_etf(size, dim) if margin > 0 else np.zeros((size, dim))
+    product = margin * (size - 1) / size
+    spread = (problem.ratio * problem.counts[0]) ** 0.25  # balances W and H
+    W, H = (math.sqrt(product) * scale * etf for scale in (spread, 1 / spread))
+    bias = None if problem.objective.bias is None else np.zeros(size)
+    return Optimum(W, H, proved, _source(problem, proved), bias)
+
+
+def optimal_margin(problem: Problem) -> tuple[float, bool]:
+    r"""Return the margin of the ETF, and whether it is proved to be optimal.
 
     Weight decay: $\text{pull}(m) = \mu / (\omega \sqrt n)$. Ball: $(K-1) \sqrt n\, m =
     \tau$, or the margin at which a smoothed loss is least, if the ball holds it.
     """
     if problem.objective.ball is not None:
-        margin, proved = _margin_in_ball(problem)
-    else:
-        margin, proved = _margin_of_decay(problem)
-    logits = margin * (np.eye(problem.num_classes) - 1 / problem.num_classes)
-    W, H = factorise(problem, logits)
-    bias = None if problem.objective.bias is None else np.zeros(problem.num_classes)
-    return Optimum(W, H, proved, _source(problem, proved), bias)
+        return _margin_in_ball(problem)
+    return _margin_of_decay(problem)
 
 
 def normalised(problem: Problem) -> Optimum:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ncjax.checks import check_choice
-from ncjax.objectives.collapse import collapsed, normalised
+from ncjax.objectives.collapse import normalised, optimal_margin
 from ncjax.objectives.objective import Objective
-from ncjax.objectives.problem import Problem, class_margins, make_problem
+from ncjax.objectives.problem import Problem, make_problem
 from ncjax.objectives.rays import largest_margin, pull
 from ncjax.objectives.simplex import Curvature
 
@@ -135,8 +135,7 @@ def _eigenvalues(block: list[list[float]], of_W: list[bool], factor: float):
 def _of_etf(problem: Problem):
     """Pairs of eigenvalue and multiplicity at the ETF of weight decay or a ball."""
     K, d, n = problem.num_classes, problem.dim, int(problem.counts[0])
-    optimum = collapsed(problem)
-    margin = float(class_margins(problem, optimum).min())
+    margin, _ = optimal_margin(problem)
     if margin <= 0:
         yield from _at_origin(problem)
         return
