@@ -59,6 +59,7 @@ from .objectives import spectrum as spectrum
 from .peeled import KKT as KKT
 from .peeled import VERDICTS as VERDICTS
 from .peeled import Certificate as Certificate
+from .peeled import Separation as Separation
 from .peeled import balance as balance
 from .peeled import block_saddle as block_saddle
 from .peeled import certificate as certificate
@@ -72,6 +73,7 @@ from .peeled import margin_ratio as margin_ratio
 from .peeled import margins as margins
 from .peeled import sample_weights as sample_weights
 from .peeled import separation as separation
+from .peeled import separation_value as separation_value
 from .peeled import simplex_etf as simplex_etf
 from .peeled import solve_separation as solve_separation
 from .peeled import squared_norm as squared_norm

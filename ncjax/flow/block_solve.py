@@ -20,16 +20,21 @@ class Factored(NamedTuple):
 
     params: Params  # W (K, d), H (K, n, d)
     c: Array  # ()
-    P: Array  # (N, K)        slopes of each sample's loss in its logits, over L
+    P: Array  # (N, K)        slopes of each sample's weighted loss in its logits, over L
     E: Array  # (N, K, K)     (I + c D_a W Wᵀ)⁻¹ D_a
     schur: Array  # (K d, K d)    inverse of the Schur complement, the matrix for dW
 
 
-def factor(params: Params, slopes: tuple[Array, Array, Array], c: Array) -> Factored:
+def factor(
+    params: Params,
+    slopes: tuple[Array, Array, Array],
+    c: Array,
+    weights: Array | None = None,
+) -> Factored:
     r"""Prepare $I + c\, \nabla^2 \mathcal L / \mathcal L$ for `solve`.
 
     With the slopes $P_a = \nabla \ell_a / \mathcal L$ and curvatures $D_a = \nabla^2
-    \ell_a / \mathcal L$ of each sample's loss in its logits $W h_a$, and $E_a = (I + c D_a
+    \ell_a / \mathcal L$ of each sample's weighted loss in its logits $W h_a$, and $E_a = (I + c D_a
     W W^\top)^{-1} D_a$, eliminating the features leaves for $dW$
 
     $$dW - c^2 \sum_a P_a P_a^\top dW + c \sum_a T_a^* E_a T_a\, dW, \qquad
@@ -37,8 +42,9 @@ def factor(params: Params, slopes: tuple[Array, Array, Array], c: Array) -> Fact
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
-      slopes: `kernels.error_slopes(params)`; the caller needs its log loss too.
+      slopes: `kernels.error_slopes(params, weights)`; the caller needs its log loss too.
       c: positive scalar, small enough that the matrix is positive definite.
+      weights: (K, n) weights of the samples, None for 1.
 
     Returns:
       `Factored`; NaN or wrong if the matrix is singular.
@@ -48,7 +54,7 @@ def factor(params: Params, slopes: tuple[Array, Array, Array], c: Array) -> Fact
     W, H = params
     num_classes, dim = W.shape
     h = H.reshape(-1, dim)
-    P, E = _slopes_and_eliminated_curvatures(params, slopes, c)
+    P, E = _slopes_and_eliminated_curvatures(params, slopes, c, weights)
     # Sums over samples are matrix products that contract the samples.
     samples = h.shape[0]
     chex.assert_shape([P, E], [(samples, num_classes), (samples, num_classes, num_classes)])
@@ -102,13 +108,13 @@ def solve(factored: Factored, right: Params) -> Params:
 
 
 def _slopes_and_eliminated_curvatures(
-    params: Params, slopes, c: Array
+    params: Params, slopes, c: Array, weights: Array | None
 ) -> tuple[Array, Array]:
     r"""Return `P` (N, K) and `E` (N, K, K), inverting positive definite matrices only.
 
-    In the logits of the other classes minus the logit of the own class,
-    $D = \operatorname{diag}(r)\, (I - \mathcal L\, r r^\top) \operatorname{diag}(r)$ with
-    $r_j^2 = P_j$. Its root is known, $D = F F^\top$ with
+    In the logits of the other classes minus the logit of the own class, and with the weight
+    $\omega$ of the sample, $D = \operatorname{diag}(r)\, (I - (\mathcal L / \omega)\, r r^\top)
+    \operatorname{diag}(r)$ with $r_j^2 = P_j$. Its root is known, $D = F F^\top$ with
     $F = \operatorname{diag}(r)\, (I - \beta r r^\top)$. Therefore
     $E = F (I + c F^\top V V^\top F)^{-1} F^\top$, where V holds the differences of the rows
     of W.
@@ -118,6 +124,9 @@ def _slopes_and_eliminated_curvatures(
     others = ~jnp.eye(num_classes, dtype=bool)[:, None, :]
     root = jnp.sqrt(jnp.where(others, P, 0))  # r, (K, n, K)
     beta = jnp.exp(log_loss) / (1 + jnp.sqrt(right))  # (K, n)
+    if weights is not None:
+        # A sample left out has r = 0, whatever beta is.
+        beta = beta / jnp.where(weights > 0, weights, 1)
 
     def scale(matrix):
         return root[..., :, None] * matrix * root[..., None, :]

@@ -8,16 +8,46 @@ $$\frac{dY}{dx} = -s\, e^{-x/2}\, \nabla \log \mathcal L(e^{x/2} Y) - \frac{Y}{2
 
 Because s contains the loss, the rank-one terms of $\nabla^2 \log \mathcal L$ and of $\nabla
 s$ cancel, and the Jacobian is exactly $-s\, \nabla^2 \mathcal L / \mathcal L - I/2$.
+
+$\mathcal L$ is the cross entropy or the focal loss, of weighted samples if there are weights.
+A loss $\mathcal L \sim e^{-\chi q}$ keeps $u + \log \mathcal L$ bounded for any $\chi > 0$.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ncjax.flow import block_solve
 from ncjax.flow.rosenbrock import Rodas5P
-from ncjax.numerics import einsum
+from ncjax.numerics import einsum, on_device
+from ncjax.objectives import Objective
 from ncjax.peeled.kernels import error_slopes
 from ncjax.types import Array, Params
+
+
+class Loss(NamedTuple):
+    """The loss of the flow, an argument of its equation. Without weights it is no array."""
+
+    weights: Array | None = None  # (K, n), None for 1
+    gamma: Array | None = None  # () of the focal loss, None for cross entropy
+
+
+def check_objective(objective: Objective | None, dtype) -> Array | None:
+    """Return gamma of the focal loss, () in `dtype`, or None for cross entropy.
+
+    Raises:
+      ValueError: the objective is not cross entropy or focal loss alone.
+    """
+    if objective is None:
+        return None
+    alone = Objective(objective.loss, gamma=objective.gamma)
+    if objective.loss not in ("cross_entropy", "focal") or objective != alone:
+        raise ValueError(
+            "log_times need the cross entropy or the focal loss alone, got "
+            f"{objective}: pass plain times t as times= for any objective"
+        )
+    return None if objective.gamma is None else on_device(objective.gamma, dtype)
 
 
 def clock(log_times: Array) -> Array:
@@ -30,10 +60,10 @@ def unscaled(x: Array, scaled: Params) -> Params:
     return jax.tree.map(lambda leaf: jnp.exp(x / 2) * leaf, scaled)
 
 
-def field(x, scaled: Params, _args=None) -> Params:
+def field(x, scaled: Params, loss: Loss) -> Params:
     """`dY/dx`. The loss depends on `W h` alone, so W takes the scale of both factors."""
     W, H = scaled
-    log_loss, P, _ = error_slopes(Params(jnp.exp(x) * W, H))
+    log_loss, P, _ = error_slopes(Params(jnp.exp(x) * W, H), *loss)
     P = speed(x, log_loss) * P
     dW = einsum("kij,kid->jd", P, H)
     dH = einsum("kij,jd->kid", P, W)
@@ -46,14 +76,14 @@ def speed(x: Array, log_loss: Array) -> Array:
     return (1 + u) * jnp.exp(u + log_loss)
 
 
-def _factor(x, scaled, _args, c):
-    """`I - c J = (1 + c/2) (I + c s / (1 + c/2) ∇²L / L)`."""
+def _factor(x, scaled, loss: Loss, c):
+    """`I - c J = (1 + c/2) (I + c s / (1 + c/2) ∇²L / L)` for cross entropy."""
     params = unscaled(x, scaled)
-    slopes = error_slopes(params)
+    slopes = error_slopes(params, loss.weights)
     log_loss, _, _ = slopes
     outer = 1 + c / 2
     inner = c / outer * speed(x, log_loss)
-    return outer, block_solve.factor(params, slopes, inner)
+    return outer, block_solve.factor(params, slopes, inner, loss.weights)
 
 
 def _solve(factored, right):
@@ -61,8 +91,8 @@ def _solve(factored, right):
     return block_solve.solve(inner, jax.tree.map(lambda leaf: leaf / outer, right))
 
 
-def _time_derivative(x, scaled, _args):
-    return jax.jvp(lambda x: field(x, scaled), (x,), (jnp.ones_like(x),))[1]
+def _time_derivative(x, scaled, loss: Loss):
+    return jax.jvp(lambda x: field(x, scaled, loss), (x,), (jnp.ones_like(x),))[1]
 
 
 # Rodas5P for `field`. There is one object, because compiled functions take it as a static

@@ -12,6 +12,7 @@ from ncjax.arrays import as_array, read_array
 from ncjax.checks import check_integer, check_params, check_positive
 from ncjax.numerics import on_device, widen
 from ncjax.peeled.kernels import cross_entropy, log_cross_entropy
+from ncjax.peeled.weights import check_weights, without_left_out
 from ncjax.types import Array, Params
 
 
@@ -31,6 +32,7 @@ def gradient_descent(
     step_size: float,
     num_steps: int,
     *,
+    weights=None,
     save_steps=None,
     record: Callable[[Params], Any] | None = None,
 ) -> DescentSolution:
@@ -44,6 +46,8 @@ def gradient_descent(
       params: start, `W` (K, d) and `H` (K, n, d). Half precision is descended in float32.
       step_size: eta, positive.
       num_steps: number of steps, at least 1.
+      weights: (K, n) or (K,) weights of the samples or classes in the loss, not negative.
+        Samples of weight 0 are left out: their rows of H are zero. None is 1 everywhere.
       save_steps: (T,) strictly increasing step counts in [0, num_steps] at which the state
         is saved. None saves about 200, evenly spaced in the logarithm, up to `num_steps`.
       record: function of the state; its value is saved instead of the state.
@@ -53,8 +57,8 @@ def gradient_descent(
       `jax_debug_infs` reports.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, a number is out of range, save_steps do not
-        increase, or (outside jit) params hold NaN or infinity.
+      ValueError: shapes, dtypes or weights do not fit, a number is out of range,
+        save_steps do not increase, or (outside jit) params hold NaN or infinity.
 
     Source: Ji et al. (ICLR 2022), Section 3 (simulations).
 
@@ -64,6 +68,7 @@ def gradient_descent(
     (3, 2, 4)
     """
     params = widen(check_params(params, finite=True))
+    weights = check_weights(weights, params)
     check_integer("num_steps", num_steps, least=1)
     if num_steps >= 2**31:
         raise ValueError(f"num_steps must be below 2**31, got {num_steps}")
@@ -81,7 +86,8 @@ def gradient_descent(
             f"save_steps must lie in [0, num_steps = {num_steps}], got {steps}"
         )
     return _descend(
-        params,
+        without_left_out(params, weights),
+        weights,
         on_device(step_size, params.W.dtype),
         as_array("save_steps", steps.astype(np.int32)),
         on_device(num_steps, np.int32),
@@ -89,17 +95,17 @@ def gradient_descent(
     )
 
 
-@partial(jax.jit, static_argnums=4)
-def _descend(params, step_size, steps, num_steps, record):
+@partial(jax.jit, static_argnums=5)
+def _descend(params, weights, step_size, steps, num_steps, record):
     def step(_index, state):
-        gradient = jax.grad(cross_entropy)(state)
+        gradient = jax.grad(cross_entropy)(state, weights)
         return jax.tree.map(lambda leaf, g: leaf - step_size * g, state, gradient)
 
     def until_saved(carry, target):
         state, done = carry
         state = jax.lax.fori_loop(done, target, step, state)
         recorded = state if record is None else record(state)
-        return (state, target), (recorded, log_cross_entropy(state))
+        return (state, target), (recorded, log_cross_entropy(state, weights))
 
     start = (params, jnp.zeros((), jnp.int32))
     (state, done), (recorded, log_loss) = jax.lax.scan(until_saved, start, steps)

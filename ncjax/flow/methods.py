@@ -20,7 +20,7 @@ class Finish(NamedTuple):
 
     # Length of x before a saved time where the state to start from is kept.
     lead: float
-    # (x_before, before, x, interpolated, *, rtol, atol, initial) -> Z at x
+    # (x_before, before, x, interpolated, *, rtol, atol, initial, loss) -> Z at x
     improve: Callable[..., Params]
 
 
@@ -32,6 +32,7 @@ class Method(NamedTuple):
     pcoeff: float = 0.0  # of the step size controller, proportional
     icoeff: float = 1.0  # and integral
     finish: Finish | None = None  # None keeps the interpolated states
+    needs_curvature: bool = False  # of the cross entropy, by `block_solve`
 
 
 METHODS = {
@@ -43,6 +44,7 @@ METHODS = {
         LINEARLY_IMPLICIT,
         steps.first_implicit_step,
         finish=Finish(settle.LENGTH, settle.settle),
+        needs_curvature=True,
     ),
 }
 SOLVERS = ("auto", *METHODS)
@@ -60,7 +62,13 @@ _LARGEST_SYSTEM = 2000
 
 
 def choose_solver(
-    num_classes: int, dim: int, log_t_max: float, dtype, rtol: float | None = None
+    num_classes: int,
+    dim: int,
+    log_t_max: float,
+    dtype,
+    rtol: float | None = None,
+    *,
+    focal: bool = False,
 ) -> str:
     """Return the name of the fastest solver, as `gradient_flow` with "auto" chooses it.
 
@@ -70,26 +78,44 @@ def choose_solver(
       log_t_max: natural logarithm of the last time.
       dtype: float32 or float64.
       rtol: relative tolerance of a step, None for the default.
+      focal: whether the loss is the focal loss, which has no implicit solver.
 
     Returns:
       A key of METHODS.
     """
     size = num_classes * dim
     far = log_t_max >= _IMPLICIT_FROM * max(1.0, size / _IMPLICIT_SIZE) ** 2
-    if far and size <= _LARGEST_SYSTEM and jnp.dtype(dtype) == jnp.float64:
+    small = size <= _LARGEST_SYSTEM and jnp.dtype(dtype) == jnp.float64
+    if far and small and not focal:
         return "implicit"
     loose = rtol is None or rtol >= _STABILISED_RTOL
     return "stabilised" if loose and log_t_max >= _STABILISED_FROM else "explicit"
 
 
 def find_method(
-    solver: str | diffrax.AbstractSolver, params: Params, log_times, rtol
+    solver: str | diffrax.AbstractSolver,
+    params: Params,
+    log_times,
+    rtol,
+    *,
+    focal: bool = False,
 ) -> Method:
     """Return the method that `solver` names or is; other solvers get explicit settings.
 
     Raises:
-      ValueError: solver is neither a diffrax solver nor one of SOLVERS.
+      ValueError: solver is neither a diffrax solver nor one of SOLVERS, or it is implicit
+        and the loss is the focal loss.
     """
+    method = _find_method(solver, params, log_times, rtol, focal)
+    if focal and method.needs_curvature:
+        raise ValueError(
+            'solver "implicit" has the Hessian of the cross entropy alone, got the focal '
+            'loss: use solver="auto"'
+        )
+    return method
+
+
+def _find_method(solver, params: Params, log_times, rtol, focal: bool) -> Method:
     if isinstance(solver, diffrax.AbstractSolver):
         other = METHODS["explicit"]._replace(solver=solver)
         return next((m for m in METHODS.values() if m.solver == solver), other)
@@ -100,5 +126,6 @@ def find_method(
         last = 0.0 if traced else float(read_array("log_times", log_times)[-1])
         tolerance = 0.0 if isinstance(rtol, jax.core.Tracer) else float(rtol)
         num_classes, dim = params.W.shape
-        solver = choose_solver(num_classes, dim, last, params.W.dtype, tolerance)
+        dtype = params.W.dtype
+        solver = choose_solver(num_classes, dim, last, dtype, tolerance, focal=focal)
     return METHODS[solver]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ncjax.flow import invariants
-from ncjax.flow.clock import unscaled
+from ncjax.flow.clock import Loss, unscaled
 from ncjax.flow.methods import Finish
 from ncjax.types import Array, Params
 
@@ -38,6 +38,7 @@ def plan(
     finish: Finish | None,
     rtol,
     atol,
+    loss: Loss,
 ) -> Plan:
     """Return the plan for saving at `x_save` (T,); it depends on the method's `finish`.
 
@@ -49,11 +50,14 @@ def plan(
       finish: improvement of the saved states by the method, None for none.
       rtol: relative tolerance of a step.
       atol: absolute tolerance of a step.
+      loss: loss of the flow.
     """
     chex.assert_rank(x_save, 1)
     if finish is None:
         return _observe_while_solving(observe, initial, x_save)
-    improve = partial(finish.improve, rtol=rtol, atol=atol, initial=initial)
+    improve = partial(
+        finish.improve, rtol=rtol, atol=atol, initial=initial, loss=loss
+    )
     x_before = jnp.maximum(x_save - finish.lead, x_start)
     return _observe_when_finished(observe, initial, x_save, x_before, improve)
 

@@ -4,10 +4,10 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
-from ncjax.flow.clock import LINEARLY_IMPLICIT, field, unscaled
+from ncjax.flow.clock import LINEARLY_IMPLICIT, Loss, field, unscaled
 from ncjax.flow.invariants import restore
 from ncjax.flow.steps import finite_or_infinite_norm
-from ncjax.peeled.kernels import log_cross_entropy, squared_norm
+from ncjax.peeled.kernels import log_loss, squared_norm
 from ncjax.types import Array, Params
 
 # Length of x before a saved time over which the implicit solver takes two steps.
@@ -16,7 +16,9 @@ LENGTH = 0.03
 _EQUILIBRIUM_FROM = 1e6
 
 
-def settle(x_before, before, x, interpolated, *, rtol, atol, initial: Params) -> Params:
+def settle(
+    x_before, before, x, interpolated, *, rtol, atol, initial: Params, loss: Loss
+) -> Params:
     """Return `Z` at `x`, from `Y` interpolated at `x` and at `x_before`.
 
     Interpolation within a long step leaves an error in the stiff components; in a margin
@@ -27,7 +29,7 @@ def settle(x_before, before, x, interpolated, *, rtol, atol, initial: Params) ->
     def step(carry, ends):
         (scaled, worst), (low, high) = carry, ends
         scaled, error, *_ = LINEARLY_IMPLICIT.step(
-            diffrax.ODETerm(field), low, high, scaled, None, None, False
+            diffrax.ODETerm(field), low, high, scaled, loss, None, False
         )
         error = jax.tree.map(lambda e, y: e / (atol + rtol * jnp.abs(y)), error, scaled)
         return (scaled, jnp.maximum(worst, finite_or_infinite_norm(error))), None
@@ -35,7 +37,7 @@ def settle(x_before, before, x, interpolated, *, rtol, atol, initial: Params) ->
     middle = (x_before + x) / 2
     ends = jnp.stack([x_before, middle]), jnp.stack([middle, x])
     # A loop, so that the step is compiled once.
-    start = (_on_loss(x_before, before), jnp.zeros((), x.dtype))
+    start = (_on_loss(x_before, before, loss), jnp.zeros((), x.dtype))
     (scaled, worst), _ = jax.lax.scan(step, start, ends)
     scaled = jax.tree.map(
         lambda settled, kept: jnp.where(worst <= 1, settled, kept), scaled, interpolated
@@ -43,7 +45,7 @@ def settle(x_before, before, x, interpolated, *, rtol, atol, initial: Params) ->
     return restore(unscaled(x, scaled), initial)
 
 
-def _on_loss(x: Array, scaled: Params) -> Params:
+def _on_loss(x: Array, scaled: Params, loss: Loss) -> Params:
     r"""Return `Y` with the norm at which the loss is in equilibrium, at large u only.
 
     $d(u + \log \mathcal L)/dx = (1 + u)(1 - e^{u + \log \mathcal L} |\nabla \log \mathcal
@@ -53,7 +55,7 @@ def _on_loss(x: Array, scaled: Params) -> Params:
     """
     u = jnp.expm1(x)
     params = unscaled(x, scaled)
-    log_loss, slope = jax.value_and_grad(log_cross_entropy)(params)
+    log_loss, slope = jax.value_and_grad(log_loss)(params, *loss)
     excess = u + log_loss + jnp.log(squared_norm(slope))
     radial = sum(jnp.sum(p * g) for p, g in zip(params, slope, strict=True))
     factor = jnp.where(u > _EQUILIBRIUM_FROM, 1 - excess / radial, 1)

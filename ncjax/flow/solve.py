@@ -13,11 +13,13 @@ import numpy as np
 from ncjax.arrays import as_array
 from ncjax.checks import check_count, check_installed, check_params, check_positive
 from ncjax.flow import saving, steps
-from ncjax.flow.clock import clock, field, unscaled
+from ncjax.flow.clock import Loss, check_objective, clock, field, unscaled
 from ncjax.flow.invariants import InvariantDrift
 from ncjax.flow.methods import find_method
 from ncjax.numerics import at_unit_scale, on_device, power_of_two
-from ncjax.peeled.kernels import log_cross_entropy, squared_norm
+from ncjax.objectives import Objective
+from ncjax.peeled.kernels import log_loss, squared_norm
+from ncjax.peeled.weights import check_weights, without_left_out
 from ncjax.types import Array, Params
 
 # Values of `result`.
@@ -33,7 +35,7 @@ class FlowSolution(NamedTuple):
     log_times: Array  # (T,)    natural logarithm of physical time
     params: Params | None  # (T, ...) state, None if `record` was given
     recorded: Any  # (T, ...) record(params), None if it was not given
-    log_loss: Array  # (T,)    log L
+    log_loss: Array  # (T,)    log L, of the focal loss if it is the objective
     drift: InvariantDrift  # (T,)    change of the invariants since the start
     final: Params  # state at the last time, start of a next leg; NaN if not reached
     num_steps: Array  # ()      solver steps, rejected ones included
@@ -45,6 +47,8 @@ def gradient_flow(
     params: Params,
     log_times,
     *,
+    objective: Objective | None = None,
+    weights=None,
     start_log_time: float = -math.inf,
     rtol: float | None = None,
     atol: float | None = None,
@@ -70,6 +74,9 @@ def gradient_flow(
     of x, which bring every margin to the accuracy of float64, and restores the two
     invariants of the flow (see `invariant_drift`).
 
+    The loss is the cross entropy or, by `objective`, the focal loss. With `weights` it is
+    the weighted sum over samples, and classes may differ in size (`sample_weights`).
+
     Works under `jax.jit` and under `jax.vmap` over `params`; a start that fails (see
     `result`) does not affect the others. Reverse-mode differentiable.
 
@@ -77,6 +84,11 @@ def gradient_flow(
       params: start `Z(t_0)`, `W` (K, d) and `H` (K, n, d). Its dtype is used throughout.
       log_times: (T,) strictly increasing natural logarithms of the physical time t;
         `-inf` is t = 0. Useful to 1e6 and beyond in float64, to about 3e4 in float32.
+      objective: `Objective("cross_entropy")`, which None is too, or `Objective("focal",
+        gamma=...)`, without regularisation and bias.
+      weights: (K, n) or (K,) weights of the samples or classes in the loss, not negative.
+        Samples of weight 0 are left out: their rows of H are zero, and errors and
+        tolerances do not count them. None is 1 everywhere and costs nothing.
       start_log_time: natural logarithm of the time t_0 of `params`; t_0 = 0 by default.
         With it a long flow can be split into legs, each from the `final` of the last.
       rtol: relative tolerance of a step; 1e-8 in float64 and 1e-6 in float32 if None.
@@ -87,7 +99,8 @@ def gradient_flow(
         the settings of "explicit" if it is not one of these three. "auto" chooses the
         fastest for the last time: "implicit" in float64 if log t is at least
         3e4 max(1, K d / 150)² and K d at most 2000; else "stabilised" if log t is at least
-        2000 and rtol at least 1e-9; else, and for traced times, "explicit".
+        2000 and rtol at least 1e-9; else, and for traced times, "explicit". For the focal
+        loss "auto" does not choose "implicit", which has the Hessian of the cross entropy.
       record: function of the state; its value (any pytree of arrays) is saved instead of
         the state. It is compiled in: pass the same function object to compile once.
       max_steps: bound on the solver's steps, rejected ones included.
@@ -97,8 +110,9 @@ def gradient_flow(
       `FlowSolution`.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, or (outside jit) times do not increase,
-        tolerances are not positive, the solver is unknown, or params hold NaN or infinity.
+      ValueError: shapes, dtypes or weights do not fit, the objective is regularised or has
+        another loss, the solver is unknown or does not fit the loss, or (outside jit) times
+        do not increase, tolerances are not positive, or params hold NaN or infinity.
       ModuleNotFoundError: progress is set and tqdm is not installed.
 
     Source: the flow is equation (4) of Ji et al. (ICLR 2022); the clock is ncjax's.
@@ -115,6 +129,8 @@ def gradient_flow(
     dtype = params.W.dtype
     if dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"params must be float32 or float64, got {dtype}")
+    loss = Loss(check_weights(weights, params), check_objective(objective, dtype))
+    params = without_left_out(params, loss.weights)
     requested = log_times
     log_times = _check_log_times(requested, start_log_time, dtype)
     if rtol is None:
@@ -122,16 +138,21 @@ def gradient_flow(
     check_positive("rtol", rtol, dtype)
     if atol is not None:
         check_positive("atol", atol)
+    method = find_method(solver, params, requested, rtol, focal=loss.gamma is not None)
     relative = jnp.asarray(rtol, dtype)
-    absolute = _absolute_tolerance(params, relative) if atol is None else atol
+    share = _share_of_entries(params, loss.weights)
+    absolute = _absolute_tolerance(params, relative, share) if atol is None else atol
+    if share is not None:  # entries left out lower the norm of the error by this factor
+        relative, absolute = relative * jnp.sqrt(share), absolute * jnp.sqrt(share)
     check_count("max_steps", max_steps, least=1)
     return _integrate(
         params,
+        loss,
         log_times,
         on_device(start_log_time, dtype),  # JAX checks no -inf that is only transferred
         relative,
         jnp.asarray(absolute, dtype),
-        method=find_method(solver, params, requested, rtol),
+        method=method,
         record=record,
         max_steps=max_steps,
         progress=progress,
@@ -140,11 +161,11 @@ def gradient_flow(
 
 @partial(jax.jit, static_argnames=("method", "record", "max_steps", "progress"))
 def _integrate(
-    params, log_times, start, rtol, atol, *, method, record, max_steps, progress
+    params, loss: Loss, log_times, start, rtol, atol, *, method, record, max_steps, progress
 ) -> FlowSolution:
     x_start, x_save, in_order = _on_clock(start, log_times)
-    observe = partial(_observe, record)
-    plan = saving.plan(observe, params, x_save, x_start, method.finish, rtol, atol)
+    observe = partial(_observe, record, loss)
+    plan = saving.plan(observe, params, x_save, x_start, method.finish, rtol, atol, loss)
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
         method.solver,
@@ -152,6 +173,7 @@ def _integrate(
         t1=x_save[-1],
         dt0=method.first_step(x_start, x_save[-1]),
         y0=unscaled(-x_start, params),
+        args=loss,
         saveat=plan.saveat,
         stepsize_controller=diffrax.PIDController(
             rtol=rtol,
@@ -189,10 +211,10 @@ def _integrate(
     )
 
 
-def _observe(record, state: Params):
+def _observe(record, loss: Loss, state: Params):
     """Return the reported values of a state: `record(Z)`, or Z itself, and log L."""
     recorded = state if record is None else record(state)
-    return jax.tree.map(jnp.asarray, (recorded, log_cross_entropy(state)))
+    return jax.tree.map(jnp.asarray, (recorded, log_loss(state, *loss)))
 
 
 def _on_clock(start: Array, log_times: Array) -> tuple[Array, Array, Array]:
@@ -214,10 +236,20 @@ def _nan_unless(reached: Array, leaf: Array, like) -> Array:
     return jnp.where(rows, leaf, jnp.asarray(missing, leaf.dtype)).astype(like.dtype)
 
 
-def _absolute_tolerance(params: Params, rtol) -> Array:
+def _share_of_entries(params: Params, weights: Array | None) -> Array | None:
+    """Return the share of entries of samples with positive weight and of W, None for 1."""
+    if weights is None:
+        return None
+    (num_classes, _), left_out = params.W.shape, jnp.sum(weights == 0)
+    rows = num_classes + weights.size
+    return 1 - left_out.astype(weights.dtype) / rows
+
+
+def _absolute_tolerance(params: Params, rtol, share: Array | None) -> Array:
     """Return `rtol`, times the root mean square of the entries if that is below 1."""
     params = jax.lax.stop_gradient(params)
     mean = squared_norm(at_unit_scale(params)) / sum(leaf.size for leaf in params)
+    mean = mean if share is None else mean / share
     size = power_of_two(params) * jnp.sqrt(mean)
     return jnp.maximum(rtol * jnp.minimum(size, 1), float(jnp.finfo(size.dtype).tiny))
 

@@ -2,8 +2,8 @@
 
 `geometry` draws starts and holds simplex ETF, block saddles, margins and balance. `losses`
 holds the cross entropy in margin form and its logarithm, and other losses. `weights` lets
-classes have any size. `separation` holds the minimum-norm separation problem: solution,
-multipliers, KKT residuals and certificate.
+classes have any size. `separation` holds the minimum-norm separation problem: multipliers,
+KKT residuals and certificate. `optimum` holds its solution.
 
 Half precision (float16, bfloat16) is computed in float32. Results are float32; only
 derivatives keep the dtype of the params.
@@ -18,11 +18,13 @@ from ncjax.peeled.geometry import simplex_etf as simplex_etf
 from ncjax.peeled.geometry import squared_norm as squared_norm
 from ncjax.peeled.losses import cross_entropy as cross_entropy
 from ncjax.peeled.losses import log_cross_entropy as log_cross_entropy
+from ncjax.peeled.optimum import Separation as Separation
+from ncjax.peeled.optimum import separation_value as separation_value
+from ncjax.peeled.optimum import solve_separation as solve_separation
 from ncjax.peeled.separation import KKT as KKT
 from ncjax.peeled.separation import VERDICTS as VERDICTS
 from ncjax.peeled.separation import Certificate as Certificate
 from ncjax.peeled.separation import certificate as certificate
 from ncjax.peeled.separation import kkt as kkt
 from ncjax.peeled.separation import kkt_angle as kkt_angle
-from ncjax.peeled.separation import solve_separation as solve_separation
 from ncjax.peeled.weights import sample_weights as sample_weights

@@ -2,22 +2,31 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.checks import check_integer, check_key, check_params, check_sizes, float_dtype
+from ncjax.checks import (
+    check_counts,
+    check_integer,
+    check_key,
+    check_params,
+    check_sizes,
+    float_dtype,
+)
 from ncjax.numerics import at_unit_scale, matmul, wide_dtype, widen
 from ncjax.peeled import kernels
 from ncjax.peeled.logits import margins_of_params
+from ncjax.peeled.weights import check_weights, sample_weights, without_left_out
 from ncjax.types import Array, Params
 
 
 def init_params(
     key: Array,
     num_classes: int,
-    per_class: int,
+    per_class: int | Sequence[int],
     dim: int,
     scale: float = 0.1,
     dtype=None,
@@ -27,7 +36,9 @@ def init_params(
     Args:
       key: PRNG key; `jax.vmap` over an array of keys gives one start per seed.
       num_classes: `K`, at least 2.
-      per_class: `n`, samples of each class, at least 1.
+      per_class: `n`, samples of each class, at least 1; or the counts (K,) of classes that
+        differ in size. `H` then has n = max n_k rows for each class, zeros beyond n_k, and
+        `weights=ncjax.sample_weights(counts)` leaves these rows out of any function.
       dim: `d`, feature dimension, at least 1.
       scale: standard deviation of an entry, not negative.
       dtype: floating dtype; JAX's default if None.
@@ -43,7 +54,14 @@ def init_params(
       UserWarning: `dim < num_classes - 1`. No simplex ETF fits then, so the flow cannot
         reach neural collapse.
     """
+    counts = None if np.ndim(per_class) == 0 else check_counts(per_class)
+    per_class = per_class if counts is None else max(counts)
     check_sizes(num_classes=num_classes, per_class=per_class, dim=dim)
+    if counts is not None and len(counts) != num_classes:
+        raise ValueError(
+            f"per_class must hold one count for each of num_classes = {num_classes} "
+            f"classes, got {len(counts)} counts"
+        )
     check_key("key", key)
     dtype = float_dtype(dtype)
     if not 0 <= scale <= float(jnp.finfo(dtype).max):
@@ -56,10 +74,12 @@ def init_params(
         )
     key_W, key_H = jax.random.split(key)
     deviation = jnp.asarray(scale, dtype)
-    return Params(
+    params = Params(
         W=deviation * jax.random.normal(key_W, (num_classes, dim), dtype),
         H=deviation * jax.random.normal(key_H, (num_classes, per_class, dim), dtype),
     )
+    weights = None if counts is None else sample_weights(counts, dtype=dtype)
+    return without_left_out(params, weights)
 
 
 def simplex_etf(num_classes: int, dim: int, key: Array | None = None, dtype=None) -> Array:
@@ -133,51 +153,62 @@ def squared_norm(params: Params) -> Array:
     return kernels.squared_norm(widen(check_params(params)))
 
 
-def margins(params: Params) -> Array:
+def margins(params: Params, weights=None) -> Array:
     r"""Pairwise margins $m_{kij} = (w_k - w_j)^\top h_{k,i}$, with `+inf` where j = k.
 
     The infinite entries make `jax_debug_infs` raise an error.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
+      weights: (K, n) or (K,) weights of the samples or classes, not negative. The margins
+        of a sample of weight 0 are `+inf`. None is 1 everywhere.
 
     Returns:
       (K, n, K) array, float32 for half precision. `margins(params).min()` is the dataset
       margin `q_min`; `margins(params).min(axis=-1)` holds the sample margins `q_ki`.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
+      ValueError: shapes, dtypes or weights do not fit.
 
     Source: Ji et al. (ICLR 2022), Section 3.1.
     """
-    all_margins, others = margins_of_params(widen(check_params(params)))
+    params = widen(check_params(params))
+    weights = check_weights(weights, params)
+    all_margins, others = margins_of_params(params)
+    if weights is not None:
+        others = others & (weights > 0)[..., None]
     return jnp.where(others, all_margins, jnp.inf)
 
 
-def margin_ratio(params: Params) -> Array:
+def margin_ratio(params: Params, weights=None) -> Array:
     r"""Dataset margin divided by its upper bound at this norm, in (-inf, 1].
 
-    $$\frac{2 (K-1) \sqrt n \; q_{\min}}{|Z|^2} \le 1, \qquad
+    $$\frac{2 v(n) \, q_{\min}}{|Z|^2} \le 1, \qquad
     q_{\min} = \min_{k,i} \min_{j \ne k} (w_k - w_j)^\top h_{k,i}$$
 
-    The ratio is 1 if and only if `Z` is a neural collapse with `|W|_F = |H|_F`. It does
-    not depend on the norm of `Z`, and is NaN at the origin. No scale of `Z` overflows.
+    $v(n)$ is `separation_value` of the class sizes, $(K-1) \sqrt n$ for equal ones. The
+    ratio is 1 if and only if `Z` is an optimal direction, with `|W|_F = |H|_F`: neural
+    collapse for classes of equal size. It does not depend on the norm of `Z`, and is NaN at
+    the origin. No scale of `Z` overflows.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
+      weights: (K, n) or (K,) weights of the samples or classes, not negative. Samples of
+        weight 0 are left out; other weights change nothing. None is 1 everywhere.
 
     Returns:
       Scalar, float32 for half precision.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
+      ValueError: shapes, dtypes or weights do not fit.
 
-    Source: Ji et al. (ICLR 2022), Theorem 3.1.
+    Source: Ji et al. (ICLR 2022), Theorem 3.1; ncjax for classes of unequal size.
     """
-    params = at_unit_scale(widen(check_params(params)))
-    num_classes, per_class, _ = params.H.shape
-    bound = kernels.squared_norm(params) / (2 * (num_classes - 1) * math.sqrt(per_class))
-    return kernels.least_margin(params) / bound
+    params = widen(check_params(params))
+    weights = check_weights(weights, params)
+    params = at_unit_scale(without_left_out(params, weights))
+    bound = kernels.squared_norm(params) / (2 * kernels.separation_value(params, weights))
+    return kernels.least_margin(params, weights) / bound
 
 
 def balance(params: Params) -> Array:
@@ -186,7 +217,7 @@ def balance(params: Params) -> Array:
     A product below the range of the dtype counts as 0; one above it gives infinity or NaN.
 
     Args:
-      params: `W` (K, d) and `H` (K, n, d).
+      params: `W` (K, d) and `H` (K, n, d), with rows of zeros for samples left out.
 
     Returns:
       (d, d) symmetric array, zero at a neural collapse that is a global optimum; float32

@@ -2,10 +2,16 @@
 
 The public functions of the same names in `geometry` and `losses` hold the equations, check
 their arguments and call these; other modules of the library call these directly.
+
+`weights` (K, n) multiply the loss of each sample; None is 1 everywhere and adds nothing to
+a program. The rows of H with weight 0 must be zero (`weights.without_left_out`).
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from ncjax.numerics import einsum, matmul
 from ncjax.peeled.logits import least_of_others, log_odds_of_error, margins_of_params
@@ -28,19 +34,67 @@ def balance(params: Params) -> Array:
     return matmul(W.T, W) - gram
 
 
-def least_margin(params: Params) -> Array:
-    """`q_min`, a scalar."""
-    return jnp.min(least_of_others(*margins_of_params(params)))
+def separation_value(params: Params, weights: Array | None = None) -> float | Array:
+    """`v(n)`, the least `|Z|²/2` at margins of 1, for n_k samples of positive weight."""
+    num_classes, per_class, _ = params.H.shape
+    if weights is None:
+        return (num_classes - 1) * math.sqrt(per_class)
+    counts = jnp.sum((weights > 0).astype(weights.dtype), axis=1)
+    means = counts / num_classes
+    # P diag(n) P, where P projects on the vectors that sum to zero.
+    matrix = jnp.diag(counts) - means[:, None] - means[None] + jnp.mean(means)
+    # The first eigenvalue is 0, of the vector of ones.
+    return jnp.sum(jnp.sqrt(jnp.linalg.eigvalsh(matrix)[1:]))
 
 
-def cross_entropy(params: Params) -> Array:
+def least_margin(params: Params, weights: Array | None = None) -> Array:
+    """`q_min` over the samples of positive weight, a scalar."""
+    least = least_of_others(*margins_of_params(params))
+    if weights is not None:
+        least = jnp.where(weights > 0, least, jnp.max(least))
+    return jnp.min(least)
+
+
+def cross_entropy(params: Params, weights: Array | None = None) -> Array:
     """`L`, a scalar."""
-    return jnp.sum(jax.nn.softplus(_log_odds_of_error(params)))
+    losses = jax.nn.softplus(_log_odds_of_error(params))
+    return jnp.sum(losses if weights is None else weights * losses)
 
 
-def log_cross_entropy(params: Params) -> Array:
+def log_loss(
+    params: Params, weights: Array | None = None, gamma: ArrayLike | None = None
+) -> Array:
+    """`log L` of cross entropy, or of the focal loss with `gamma`; a scalar."""
+    return _log_sum(_log_losses(_log_odds_of_error(params), gamma), weights)
+
+
+def log_cross_entropy(params: Params, weights: Array | None = None) -> Array:
     """`log L`, a scalar."""
-    return jax.nn.logsumexp(log_softplus(_log_odds_of_error(params)))
+    return log_loss(params, weights)
+
+
+def _log_losses(a: Array, gamma: ArrayLike | None) -> Array:
+    """`log ℓ` of log odds of error: ℓ = (1-p)^γ log(1 + e^a), 1 - p = sigmoid(a)."""
+    log_losses = log_softplus(a)
+    return log_losses if gamma is None else log_losses + gamma * jax.nn.log_sigmoid(a)
+
+
+def _log_sum(logarithms: Array, weights: Array | None) -> Array:
+    """`log Σ weights · exp(logarithms)`, a scalar."""
+    if weights is None:
+        return jax.nn.logsumexp(logarithms)
+    counted = weights > 0
+    logarithms = logarithms + _log_weights(weights)
+    # Not -inf for the samples left out: see the note on placeholders in `logits`.
+    lowest = jax.lax.stop_gradient(jnp.min(logarithms))
+    highest = jax.lax.stop_gradient(jnp.max(jnp.where(counted, logarithms, lowest)))
+    exponents = jnp.where(counted, logarithms - highest, 0)
+    return jnp.log(jnp.sum(jnp.exp(exponents), where=counted)) + highest
+
+
+def _log_weights(weights: Array) -> Array:
+    """`log weights`, with 0 for a weight of 0."""
+    return jnp.log(jnp.where(weights > 0, weights, 1))
 
 
 def _log_odds_of_error(params: Params) -> Array:
@@ -64,18 +118,42 @@ def _log_softplus_jvp(primals, tangents):
     return value, jnp.exp(jax.nn.log_sigmoid(a) - value) * tangent
 
 
-def error_slopes(params: Params) -> tuple[Array, Array, Array]:
-    """`log L` (), slopes `P` (K, n, K) and `right` (K, n), the fields of `ErrorSlopes`."""
+def error_slopes(
+    params: Params, weights: Array | None = None, gamma: ArrayLike | None = None
+) -> tuple[Array, Array, Array]:
+    """`log L` (), slopes `P` (K, n, K) and `right` (K, n), the fields of `ErrorSlopes`.
+
+    With `gamma` they are slopes of the focal loss.
+    """
     all_margins, others = margins_of_params(params)
     # Infinities stay within compiled programs. Other forms round the flow differently.
     highest = jnp.max(jnp.where(others, -all_margins, -jnp.inf), axis=-1, keepdims=True)
-    weights = jnp.where(others, jnp.exp(-all_margins - highest), 0)
-    total = jnp.sum(weights, axis=-1)
+    shares = jnp.where(others, jnp.exp(-all_margins - highest), 0)
+    total = jnp.sum(shares, axis=-1)
     highest = highest[..., 0]
     log_odds = highest + jnp.log(total)
-    log_loss = jax.nn.logsumexp(log_softplus(log_odds))
+    log_total = _log_sum(_log_losses(log_odds, gamma), weights)
     log_any = jax.nn.softplus(log_odds)
-    scale = jnp.exp(highest - log_any - log_loss)
+    exponents = highest - log_any - log_total
+    if gamma is not None:
+        exponents = exponents + _log_focus(log_odds, gamma)
+    if weights is None:
+        scale = jnp.exp(exponents)
+    else:
+        # The loss of a sample left out may be any multiple of the loss of the others.
+        counted = weights > 0
+        exponents = jnp.where(counted, exponents + _log_weights(weights), 0)
+        scale = jnp.where(counted, jnp.exp(exponents), 0)
     own = -total * scale
-    P = jnp.where(others, weights * scale[..., None], own[..., None])
-    return log_loss, P, jnp.exp(-log_any)
+    P = jnp.where(others, shares * scale[..., None], own[..., None])
+    return log_total, P, jnp.exp(-log_any)
+
+
+def _log_focus(a: Array, gamma: ArrayLike) -> Array:
+    """`log` of the focal loss's slope over that of cross entropy, at log odds `a`.
+
+    The slope in `a` is `(1-p)^γ ((1-p) + γ p log(1 + e^a))`, for cross entropy `1-p`.
+    """
+    log_wrong = jax.nn.log_sigmoid(a)
+    quotient = jnp.exp(log_softplus(a) - jax.nn.softplus(a) - log_wrong)
+    return gamma * log_wrong + jnp.log1p(gamma * quotient)

@@ -14,13 +14,14 @@ from ncjax.peeled.alternatives import log_focal_loss as log_focal_loss
 from ncjax.peeled.alternatives import smoothed_cross_entropy as smoothed_cross_entropy
 from ncjax.peeled.alternatives import squared_error as squared_error
 from ncjax.peeled.logits import log_odds_of_error, own_and_others
+from ncjax.peeled.weights import check_weights, without_left_out
 from ncjax.types import Array, Params
 
 
-def cross_entropy(params: Params) -> Array:
+def cross_entropy(params: Params, weights=None) -> Array:
     r"""Cross entropy, a sum over samples.
 
-    $$\mathcal L(Z) = \sum_{k,i} \log\Bigl(1 + \sum_{j \ne k} e^{-m_{kij}}\Bigr),
+    $$\mathcal L(Z) = \sum_{k,i} \omega_{ki} \log\Bigl(1 + \sum_{j \ne k} e^{-m_{kij}}\Bigr),
     \qquad m_{kij} = (w_k - w_j)^\top h_{k,i}$$
 
     The margin form keeps all digits, where `logsumexp(logits) - logit` returns 0 once
@@ -29,12 +30,15 @@ def cross_entropy(params: Params) -> Array:
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
+      weights: $\omega$, (K, n) for samples or (K,) for classes, not negative. Weight 0
+        leaves a sample out, so that classes may differ in size (`ncjax.sample_weights`).
+        None is 1 everywhere.
 
     Returns:
-      Scalar, `(K n) log K` at the origin; float32 for half precision.
+      Scalar, `(K n) log K` at the origin without weights; float32 for half precision.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
+      ValueError: shapes, dtypes or weights do not fit.
 
     Source: Ji et al. (ICLR 2022), equation (1).
 
@@ -43,15 +47,16 @@ def cross_entropy(params: Params) -> Array:
     >>> round(float(ncjax.cross_entropy(params)), 4)  # 12 log 3
     13.1833
     """
-    return kernels.cross_entropy(widen(check_params(params)))
+    return kernels.cross_entropy(*_check(params, weights))
 
 
-def log_cross_entropy(params: Params) -> Array:
+def log_cross_entropy(params: Params, weights=None) -> Array:
     r"""Natural logarithm of `cross_entropy`, finite and exact at any norm.
 
     With $a_{ki} = \log \sum_{j \ne k} e^{-m_{kij}}$, the log odds of an error,
 
-    $$\log \mathcal L = \operatorname{logsumexp}_{k,i} \log\log(1 + e^{a_{ki}}).$$
+    $$\log \mathcal L = \operatorname{logsumexp}_{k,i}
+    \bigl( \log \omega_{ki} + \log\log(1 + e^{a_{ki}}) \bigr).$$
 
     Nothing underflows: a loss of `exp(-1e6)` gives -1e6, and the gradient $\nabla
     \mathcal L / \mathcal L$ is correct to rounding, in float32 and float64. The result is
@@ -59,12 +64,13 @@ def log_cross_entropy(params: Params) -> Array:
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
+      weights: $\omega$, as in `cross_entropy`.
 
     Returns:
-      Scalar, `log(K n log K)` at the origin; float32 for half precision.
+      Scalar, `log(K n log K)` at the origin without weights; float32 for half precision.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
+      ValueError: shapes, dtypes or weights do not fit.
 
     Source: Ji et al. (ICLR 2022), equation (1); the logarithmic form is ncjax's.
 
@@ -74,7 +80,14 @@ def log_cross_entropy(params: Params) -> Array:
     >>> round(float(ncjax.log_cross_entropy(far)) / 1e6, 4)
     -1.5
     """
-    return kernels.log_cross_entropy(widen(check_params(params)))
+    return kernels.log_cross_entropy(*_check(params, weights))
+
+
+def _check(params: Params, weights) -> tuple[Params, Array | None]:
+    """Return params without the samples left out, and weights (K, n) or None."""
+    params = widen(check_params(params))
+    weights = check_weights(weights, params)
+    return without_left_out(params, weights), weights
 
 
 def log_softplus(a: Array) -> Array:
@@ -92,15 +105,15 @@ class ErrorSlopes(NamedTuple):
     """Logarithm of the loss and its relative slopes in the logits, for `L` of any size."""
 
     log_loss: Array  # ()
-    P: Array  # (K, n, K)  ∇ℓ_ki / L in the logits of sample (k, i); rows sum to 0
+    P: Array  # (K, n, K)  ω_ki ∇ℓ_ki / L in the logits of sample (k, i); rows sum to 0
     right: Array  # (K, n)     softmax weight of the own class
 
 
-def error_slopes(params: Params) -> ErrorSlopes:
+def error_slopes(params: Params, weights=None) -> ErrorSlopes:
     r"""Slopes of every sample's loss in its logits, relative to the whole loss.
 
-    $$P_{kij} = \frac{1}{\mathcal L} \frac{\partial \ell_{ki}}{\partial z_{kij}}
-    = \frac{p_{kij} - \delta_{jk}}{\mathcal L}, \qquad
+    $$P_{kij} = \frac{\omega_{ki}}{\mathcal L} \frac{\partial \ell_{ki}}{\partial z_{kij}}
+    = \omega_{ki} \frac{p_{kij} - \delta_{jk}}{\mathcal L}, \qquad
     \nabla_W \log \mathcal L = \sum_{k,i} P_{ki} h_{ki}^\top, \quad
     \nabla_{h_{ki}} \log \mathcal L = W^\top P_{ki}$$
 
@@ -109,14 +122,15 @@ def error_slopes(params: Params) -> ErrorSlopes:
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
+      weights: $\omega$, as in `cross_entropy`.
 
     Returns:
       `ErrorSlopes`, float32 for half precision.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
+      ValueError: shapes, dtypes or weights do not fit.
     """
-    return ErrorSlopes(*_error_slopes(widen(check_params(params))))
+    return ErrorSlopes(*_error_slopes(*_check(params, weights)))
 
 
 # Compiled, so that `jax_debug_infs` does not report its placeholders.

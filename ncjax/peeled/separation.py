@@ -1,10 +1,11 @@
-r"""Minimum-norm separation (P2): solution, multipliers, KKT residuals, certificate.
+r"""Minimum-norm separation (P2): multipliers, KKT residuals and certificate of a point.
 
 $$\min \tfrac12 |W|_F^2 + \tfrac12 |H|_F^2 \quad \text{s.t.} \quad
 (w_k - w_j)^\top h_{k,i} \ge 1 \; (j \ne k)$$
 
 The gradient flow converges in direction to KKT points of this problem. `kkt` measures how
-near a point is, `certificate` tells the global optimum from a saddle.
+near a point is, `certificate` tells the global optimum from a saddle. `optimum` holds the
+solution in closed form.
 """
 
 import math
@@ -16,19 +17,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.checks import check_choice, check_params, check_sizes, float_dtype
+from ncjax.checks import check_choice, check_params
 from ncjax.numerics import (
     at_unit_scale,
     dot,
     matmul,
     power_of_two,
     root_of_scale,
-    wide_dtype,
     widen,
 )
-from ncjax.peeled.geometry import block_saddle
-from ncjax.peeled.kernels import least_margin, log_cross_entropy, squared_norm
+from ncjax.peeled.kernels import (
+    least_margin,
+    log_cross_entropy,
+    separation_value,
+    squared_norm,
+)
 from ncjax.peeled.logits import log_odds_of_error, margins_of_params
+from ncjax.peeled.weights import check_weights, without_left_out
 from ncjax.types import Array, Params
 
 # Values of `Certificate.verdict`, and their meanings.
@@ -56,7 +61,7 @@ _WITHIN = 0.5
 class KKT(NamedTuple):
     r"""How near $\tilde Z = Z / \sqrt{q_{\min}}$ is to a KKT point of (P2)."""
 
-    multipliers: Array  # (K, n, K)  λ_kij >= 0, zero where j = k
+    multipliers: Array  # (K, n, K)  λ_kij >= 0, zero where j = k or the weight is 0
     stationarity: Array  # ()  |Z̃ - Σ λ ∇m| / |Z̃|
     complementarity: Array  # ()  Σ λ (m̃ - 1) / Σ λ m̃
     infeasibility: Array  # ()  1 - min m̃, zero to rounding
@@ -68,51 +73,16 @@ class Certificate(NamedTuple):
 
     dual: Array  # (K, K n)  S, column k n + i for sample (k, i)
     sigma_max: Array  # ()  largest singular value of S; at most 1 at the optimum
-    gap: Array  # ()  (|Z̃|²/2 - Σλ / max(1, sigma_max)) / ((K-1)√n)
-    excess: Array  # ()  |Z̃|²/2 / ((K-1)√n) - 1
+    bound: Array  # ()  Σλ / max(1, sigma_max), at most the minimum of |Z̃|²/2
+    gap: Array  # ()  (|Z̃|²/2 - bound) / v(n)
+    excess: Array  # ()  |Z̃|²/2 / v(n) - 1
     direction: Params  # unit tangent direction of the top singular vectors
     residual: Array  # ()  the larger of stationarity and complementarity
     tolerance: Array  # ()  upper bound for residual and for sigma_max - 1
     verdict: Array  # ()  index into VERDICTS (int32)
 
 
-def solve_separation(num_classes: int, per_class: int, dim: int, dtype=None) -> Params:
-    r"""Return a minimiser of the minimum-norm separation problem, in closed form.
-
-    $$\min \tfrac12 |W|_F^2 + \tfrac12 |H|_F^2 \quad \text{s.t.} \quad
-    (w_k - w_j)^\top h_{k,i} \ge 1 \; (j \ne k)$$
-
-    The minimum is $(K-1) \sqrt n$, attained at neural collapse only. All other minimisers
-    are rotations of this one.
-
-    Args:
-      num_classes: `K`, at least 2.
-      per_class: `n`, at least 1.
-      dim: `d`, at least `K - 1`.
-      dtype: floating dtype; JAX's default if None.
-
-    Returns:
-      `Params` with every margin equal to 1.
-
-    Raises:
-      ValueError: a size is out of range, or `dim < num_classes - 1`, so that no simplex
-        ETF fits.
-
-    Source: Ji et al. (ICLR 2022), Theorem 3.1 and problem (P2).
-
-    >>> import ncjax
-    >>> solution = ncjax.solve_separation(num_classes=4, per_class=9, dim=5)
-    >>> round(float(ncjax.squared_norm(solution)) / 2, 4)  # (K - 1) √n
-    9.0
-    """
-    check_sizes(num_classes=num_classes, per_class=per_class, dim=dim)
-    dtype = float_dtype(dtype)
-    collapse = block_saddle(1, num_classes, per_class, dim, wide_dtype(dtype))
-    scale = ((num_classes - 1) / num_classes) ** 0.5  # its margins are K/(K-1)
-    return jax.tree.map(lambda leaf: (scale * leaf).astype(dtype), collapse)
-
-
-def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
+def kkt(params: Params, weights=None, *, multipliers: str = "softmax") -> KKT:
     r"""Multipliers and KKT residuals of the minimum-norm separation problem.
 
     With $\tilde Z = Z / \sqrt{q_{\min}}$ and its margins $\tilde m$, a KKT point has
@@ -120,8 +90,9 @@ def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
     $$\tilde Z = \sum \lambda_{kij} \nabla \tilde m_{kij}, \qquad \lambda_{kij} \ge 0,
     \qquad \lambda_{kij} (\tilde m_{kij} - 1) = 0, \qquad \tilde m_{kij} \ge 1.$$
 
-    Along the flow the softmax weights $p_{kij} / \mathcal L$ tend to the multipliers, up to
-    a scale that is fitted by least squares. Stationarity then equals `kkt_angle`.
+    Along the flow the softmax weights $\omega_{ki}\, p_{kij} / \mathcal L$ tend to the
+    multipliers, up to a scale that is fitted by least squares. Stationarity then equals
+    `kkt_angle`.
 
     W and H may have any common scale at which the logits are finite. If their scales differ
     by more than 1e15 in float32, or 1e120 in float64, multipliers underflow: balance the
@@ -129,6 +100,9 @@ def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
 
     Args:
       params: `W` (K, d) and `H` (K, n, d) with every sample classified correctly.
+      weights: (K, n) or (K,) weights of the samples or classes in the loss, not negative.
+        Samples of weight 0 are left out: they have no margin and no multiplier. None is 1
+        everywhere.
       multipliers: "softmax" takes the weights of the loss at this norm, computed in the
         log domain and so valid at any norm. "nnls" takes the minimiser of
         $|\tilde Z - \sum \lambda \nabla \tilde m|^2 + \sum \lambda^2 (\tilde m - 1)^2$ over
@@ -139,52 +113,55 @@ def kkt(params: Params, *, multipliers: str = "softmax") -> KKT:
       `KKT`, float32 for half precision; NaN under jit if a sample is misclassified.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, multipliers has another value, or (outside
-        jit) a sample is misclassified or params are not finite.
+      ValueError: shapes, dtypes or weights do not fit, multipliers has another value, or
+        (outside jit) a sample is misclassified or params are not finite.
 
     Source: Ji et al. (ICLR 2022), Theorem 3.2 and Appendix; Lyu, Li (2020).
 
     >>> import ncjax
-    >>> solution = ncjax.solve_separation(3, 2, 4)
-    >>> bool(ncjax.kkt(solution).stationarity < 1e-3)
+    >>> optimum = ncjax.solve_separation(counts=(2, 2, 2), dim=4)
+    >>> bool(ncjax.kkt(optimum.params).stationarity < 1e-3)
     True
     """
     check_choice("multipliers", multipliers, MULTIPLIERS)
-    params = widen(check_params(params, finite=True))
-    _check_separated(params)
-    return _kkt(params, multipliers)
+    params, weights = _check(params, weights)
+    return _kkt(params, weights, multipliers)
 
 
 # One compiled program: one for each operation takes several times as long to compile.
-@partial(jax.jit, static_argnums=1)
-def _kkt(params: Params, multipliers: str) -> KKT:
-    scaled = _normalise(params)
+@partial(jax.jit, static_argnums=2)
+def _kkt(params: Params, weights: Array | None, multipliers: str) -> KKT:
+    scaled = _normalise(params, weights)
     if multipliers == "softmax":
-        weights = _softmax_weights(params)
-        weights = weights * _fitted_scale(scaled, weights)
+        found = _softmax_multipliers(params, weights)
+        found = found * _fitted_scale(scaled, found)
     else:
-        weights = _least_squares_multipliers(scaled)
-    gradient = at_unit_scale(jax.grad(log_cross_entropy)(params))
+        found = _least_squares_multipliers(scaled, weights)
+    gradient = at_unit_scale(jax.grad(log_cross_entropy)(params, weights))
     params = at_unit_scale(params)
     lengths = jnp.sqrt(squared_norm(gradient) * squared_norm(params))
     scale = power_of_two(scaled)
     unit, rest = jax.tree.map(
         lambda leaf: leaf / scale,
-        (scaled, jax.tree.map(jnp.subtract, scaled, _combination(weights, scaled))),
+        (scaled, jax.tree.map(jnp.subtract, scaled, _combination(found, scaled))),
     )
     scaled_margins = _finite_margins(scaled)
-    slack = jnp.sum(weights * (scaled_margins - 1)) / jnp.sum(weights * scaled_margins)
+    slack = jnp.sum(found * (scaled_margins - 1)) / jnp.sum(found * scaled_margins)
     return KKT(
-        multipliers=weights,
+        multipliers=found,
         stationarity=jnp.sqrt(squared_norm(rest) / squared_norm(unit)),
         complementarity=slack,
-        infeasibility=1 - least_margin(scaled),
+        infeasibility=1 - least_margin(scaled, weights),
         beta=-_inner(gradient, params) / lengths,
     )
 
 
 def certificate(
-    params: Params, *, multipliers: str = "softmax", tol: float | None = None
+    params: Params,
+    weights=None,
+    *,
+    multipliers: str = "softmax",
+    tol: float | None = None,
 ) -> Certificate:
     r"""Certify that a direction is globally optimal, or give a direction of descent.
 
@@ -206,6 +183,9 @@ def certificate(
     Args:
       params: `W` (K, d) and `H` (K, n, d) with every sample classified correctly, at
         a scale for which `kkt` is right.
+      weights: (K, n) or (K,) weights of the samples or classes in the loss, not negative.
+        Samples of weight 0 are left out: they have no margin and no multiplier. None is 1
+        everywhere.
       multipliers: as in `kkt`. Softmax weights describe the direction only at a large
         norm: scale the direction up, or use "nnls".
       tol: largest residual, and largest `sigma_max - 1`, that count as zero. None takes
@@ -231,39 +211,44 @@ def certificate(
     if tol is not None and not tol >= 0:
         raise ValueError(f"tol must not be negative, got {tol}")
     check_choice("multipliers", multipliers, MULTIPLIERS)
-    params = widen(check_params(params, finite=True))
-    _check_separated(params)
-    return _certificate(params, multipliers, tol)
+    params, weights = _check(params, weights)
+    return _certificate(params, weights, multipliers, tol)
 
 
-@partial(jax.jit, static_argnums=1)
-def _certificate(params: Params, multipliers: str, tol: float | None) -> Certificate:
-    conditions = _kkt(params, multipliers)
-    num_classes, per_class, _ = params.H.shape
-    optimum = (num_classes - 1) * per_class**0.5
+@partial(jax.jit, static_argnums=2)
+def _certificate(
+    params: Params, weights: Array | None, multipliers: str, tol: float | None
+) -> Certificate:
+    conditions = _kkt(params, weights, multipliers)
+    optimum = separation_value(params, weights)
     dual = _dual_matrix(conditions.multipliers)
     left, singular, right = jnp.linalg.svd(dual, full_matrices=False)
     sigma_max = singular[0]
-    primal = squared_norm(_normalise(params)) / 2
+    primal = squared_norm(_normalise(params, weights)) / 2
     bound = jnp.sum(conditions.multipliers) / jnp.maximum(1, sigma_max)
     residual = jnp.maximum(conditions.stationarity, jnp.abs(conditions.complementarity))
-    tolerance = _tolerance(params, tol)
+    tolerance = _tolerance(params, weights, tol)
     direction = _descent_direction(params, left[:, 0], right[0], tolerance)
     W = at_unit_scale(params.W)
     within = jnp.linalg.norm(matmul(left[:, 0], W)) / jnp.linalg.norm(W, 2)
     return Certificate(
         dual=dual,
         sigma_max=sigma_max,
+        bound=bound,
         gap=(primal - bound) / optimum,
         excess=primal / optimum - 1,
         direction=direction,
         residual=residual,
         tolerance=tolerance,
-        verdict=_verdict(params, direction, residual, sigma_max, tolerance, within),
+        verdict=jnp.where(
+            _unit_least_margin(params, weights)[0] > 0,
+            _verdict(direction, residual, sigma_max, tolerance, within),
+            NOT_SEPARATED,
+        ).astype(jnp.int32),
     )
 
 
-def kkt_angle(params: Params) -> Array:
+def kkt_angle(params: Params, weights=None) -> Array:
     r"""Sine of the angle between `Z` and $-\nabla \mathcal L(Z)$, 0 at a KKT direction.
 
     $$\sqrt{1 - \beta^2}, \qquad
@@ -274,54 +259,67 @@ def kkt_angle(params: Params) -> Array:
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
+      weights: (K, n) or (K,) weights of the samples or classes in the loss, as in `kkt`.
 
     Returns:
       Scalar in [0, 1], float32 for half precision. It is right at any scale at which the
       logits are finite.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
+      ValueError: shapes, dtypes or weights do not fit.
 
     Source: Ji et al. (ICLR 2022), Theorem 3.2, by which beta tends to 1 along the flow.
     """
     params = widen(check_params(params))
-    gradient = at_unit_scale(_slope_of_log_loss(params))
+    weights = check_weights(weights, params)
+    params = without_left_out(params, weights)
+    gradient = at_unit_scale(_slope_of_log_loss(params, weights))
     params = at_unit_scale(params)
     radial = _inner(gradient, params) / squared_norm(params)
     tangent = jax.tree.map(lambda g, z: g - radial * z, gradient, params)
     return jnp.sqrt(squared_norm(tangent) / squared_norm(gradient))
 
 
-def _slope_of_log_loss(params: Params) -> Params:
+def _slope_of_log_loss(params: Params, weights: Array | None) -> Params:
     """`∇log L` times a power of two near L, if L is above 1: 1/L may be too small."""
-    log_loss, pull_back = jax.vjp(log_cross_entropy, params)
+    log_loss, pull_back = jax.vjp(lambda p: log_cross_entropy(p, weights), params)
     powers = jnp.clip(log_loss / math.log(2), 0, jnp.finfo(log_loss.dtype).maxexp - 8)
     return pull_back(jnp.ldexp(jnp.ones_like(log_loss), powers.astype(jnp.int32)))[0]
 
 
-def _tolerance(params: Params, tol: float | None) -> Array:
+def _tolerance(params: Params, weights: Array | None, tol: float | None) -> Array:
     dtype = params.W.dtype
     if tol is not None:
         return jnp.asarray(tol, dtype)
-    least, root = _unit_least_margin(params)
+    least, root = _unit_least_margin(params, weights)
     least = jnp.where(least > 0, jnp.maximum(least * root * root, 1), least)
     return jnp.clip(1 / jnp.sqrt(least), 100 * float(jnp.finfo(dtype).eps), _LOOSEST)
 
 
-def _verdict(params, direction, residual, sigma_max, tolerance, within) -> Array:
-    """Index into VERDICTS (int32)."""
+def _verdict(direction, residual, sigma_max, tolerance, within) -> Array:
+    """Index into VERDICTS of a separated point."""
     saddle = jnp.where(jnp.isnan(direction.W[0, 0]), NO_ROOM, STRICT_SADDLE)
     saddle = jnp.where(within <= _WITHIN, saddle, NOT_KKT)
     code = jnp.where(sigma_max <= 1 + tolerance, GLOBAL_OPTIMUM, saddle)
-    code = jnp.where(residual <= tolerance, code, NOT_KKT)
-    least, _ = _unit_least_margin(params)
-    separated = least > 0
-    return jnp.where(separated, code, NOT_SEPARATED).astype(jnp.int32)
+    return jnp.where(residual <= tolerance, code, NOT_KKT)
 
 
-def _check_separated(params: Params) -> None:
+def _check(params: Params, weights) -> tuple[Params, Array | None]:
+    """Return params without the samples left out, and weights (K, n) or None.
+
+    Raises:
+      ValueError: as `kkt`.
+    """
+    params = widen(check_params(params, finite=True))
+    weights = check_weights(weights, params)
+    params = without_left_out(params, weights)
+    _check_separated(params, weights)
+    return params, weights
+
+
+def _check_separated(params: Params, weights: Array | None) -> None:
     """Raise ValueError if a margin is known and not positive."""
-    least, root = _unit_least_margin(params)
+    least, root = _unit_least_margin(params, weights)
     if not isinstance(least, jax.core.Tracer) and not least > 0:
         raise ValueError(
             f"every margin must be positive, got q_min = {float(least * root * root):.3g}: "
@@ -330,16 +328,16 @@ def _check_separated(params: Params) -> None:
         )
 
 
-def _unit_least_margin(params: Params) -> tuple[Array, Array]:
+def _unit_least_margin(params: Params, weights: Array | None) -> tuple[Array, Array]:
     """`q_min` at W and H of unit scale, and the r with `q_min = r² ·` that number."""
     roots = [root_of_scale(leaf) for leaf in params]
     unit = [leaf / root / root for leaf, root in zip(params, roots, strict=True)]
-    return least_margin(Params(*unit)), roots[0] * roots[1]
+    return least_margin(Params(*unit), weights), roots[0] * roots[1]
 
 
-def _normalise(params: Params) -> Params:
+def _normalise(params: Params, weights: Array | None) -> Params:
     """`Z / sqrt(q_min)`, whose least margin is 1; NaN if q_min is not positive."""
-    least, root = _unit_least_margin(params)
+    least, root = _unit_least_margin(params, weights)
     least = jnp.sqrt(jnp.where(least > 0, least, -1))
     return jax.tree.map(lambda leaf: leaf / root / least, params)
 
@@ -350,17 +348,20 @@ def _finite_margins(params: Params) -> Array:
     return jnp.where(others, all_margins, 0)
 
 
-def _softmax_weights(params: Params) -> Array:
-    """`p_kij / L`, (K, n, K), p the probability of class j at sample (k, i)."""
+def _softmax_multipliers(params: Params, weights: Array | None) -> Array:
+    """`ω_ki p_kij / L`, (K, n, K), p the probability of class j at sample (k, i)."""
     margins, others = margins_of_params(params)
     log_normaliser = jax.nn.softplus(log_odds_of_error(margins, others))[..., None]
-    exponents = -margins - log_normaliser - log_cross_entropy(params)
+    exponents = -margins - log_normaliser - log_cross_entropy(params, weights)
+    if weights is not None:
+        others = others & (weights > 0)[..., None]
+        exponents = exponents + jnp.log(jnp.where(weights > 0, weights, 1))[..., None]
     return jnp.where(others, jnp.exp(jnp.where(others, exponents, 0)), 0)
 
 
-def _fitted_scale(scaled: Params, weights: Array) -> Array:
-    """The s that minimises `|s Σ weights ∇m - Z̃|`."""
-    combined = _combination(weights, scaled)
+def _fitted_scale(scaled: Params, multipliers: Array) -> Array:
+    """The s that minimises `|s Σ multipliers ∇m - Z̃|`."""
+    combined = _combination(multipliers, scaled)
     scale, scale_combined = power_of_two(scaled), power_of_two(combined)
     scaled = jax.tree.map(lambda leaf: leaf / scale, scaled)
     combined = jax.tree.map(lambda leaf: leaf / scale_combined, combined)
@@ -405,29 +406,30 @@ def _descent_direction(params: Params, u: Array, v: Array, tolerance: Array) -> 
     return Params(W=jnp.outer(u, a), H=jnp.outer(v, a).reshape(H.shape))
 
 
-def _least_squares_multipliers(scaled: Params) -> Array:
+def _least_squares_multipliers(scaled: Params, weights: Array | None) -> Array:
     """Non-negative multipliers (K, n, K) with the least KKT residual, from the host."""
     num_classes, per_class, _ = scaled.H.shape
     shape = (num_classes, per_class, num_classes)
 
-    def on_host(W, H):
-        return _nnls(np.asarray(W, np.float64), np.asarray(H, np.float64)).astype(W.dtype)
+    def on_host(W, H, weights):
+        counted = None if weights is None else np.asarray(weights) > 0
+        found = _nnls(np.asarray(W, np.float64), np.asarray(H, np.float64), counted)
+        return found.astype(W.dtype)
 
     result = jax.ShapeDtypeStruct(shape, scaled.W.dtype)
-    return jax.pure_callback(on_host, result, *scaled, vmap_method="sequential")
+    return jax.pure_callback(on_host, result, *scaled, weights, vmap_method="sequential")
 
 
-def _nnls(W: np.ndarray, H: np.ndarray) -> np.ndarray:
+def _nnls(W: np.ndarray, H: np.ndarray, counted: np.ndarray | None) -> np.ndarray:
     """Active-set non-negative least squares on stationarity and complementarity."""
     from scipy.optimize import nnls  # type: ignore[import-untyped]  # takes half a second
 
     num_classes, per_class, dim = H.shape
-    k, i, j = np.nonzero(
-        np.broadcast_to(
-            ~np.eye(num_classes, dtype=bool)[:, None, :],
-            (num_classes, per_class, num_classes),
-        )
+    pairs = np.broadcast_to(
+        ~np.eye(num_classes, dtype=bool)[:, None, :],
+        (num_classes, per_class, num_classes),
     )
+    k, i, j = np.nonzero(pairs if counted is None else pairs & counted[..., None])
     column = np.arange(k.size)
     by_W = np.zeros((num_classes, dim, k.size))
     by_W[k, :, column] += H[k, i]
