@@ -34,8 +34,8 @@ def factor(
     r"""Prepare $I + c\, \nabla^2 \mathcal L / \mathcal L$ for `solve`.
 
     With the slopes $P_a = \nabla \ell_a / \mathcal L$ and curvatures $D_a = \nabla^2
-    \ell_a / \mathcal L$ of each sample's weighted loss in its logits $W h_a$, and $E_a = (I + c D_a
-    W W^\top)^{-1} D_a$, eliminating the features leaves for $dW$
+    \ell_a / \mathcal L$ of each sample's weighted loss in its logits $W h_a$, and $E_a =
+    (I + c D_a W W^\top)^{-1} D_a$, eliminating the features leaves for $dW$
 
     $$dW - c^2 \sum_a P_a P_a^\top dW + c \sum_a T_a^* E_a T_a\, dW, \qquad
     T_a\, dW = dW h_a - c\, W dW^\top P_a.$$
@@ -112,9 +112,10 @@ def _slopes_and_eliminated_curvatures(
 ) -> tuple[Array, Array]:
     r"""Return `P` (N, K) and `E` (N, K, K), inverting positive definite matrices only.
 
-    In the logits of the other classes minus the logit of the own class, and with the weight
-    $\omega$ of the sample, $D = \operatorname{diag}(r)\, (I - (\mathcal L / \omega)\, r r^\top)
-    \operatorname{diag}(r)$ with $r_j^2 = P_j$. Its root is known, $D = F F^\top$ with
+    In the logits of the other classes minus the logit of the own class, with $r_j^2 = P_j$
+    and the weight $\omega$ of the sample,
+    $D = \operatorname{diag}(r)\, (I - \tfrac{\mathcal L}{\omega}\, r r^\top)
+    \operatorname{diag}(r)$. Its root is known, $D = F F^\top$ with
     $F = \operatorname{diag}(r)\, (I - \beta r r^\top)$. Therefore
     $E = F (I + c F^\top V V^\top F)^{-1} F^\top$, where V holds the differences of the rows
     of W.

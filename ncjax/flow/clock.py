@@ -9,8 +9,9 @@ $$\frac{dY}{dx} = -s\, e^{-x/2}\, \nabla \log \mathcal L(e^{x/2} Y) - \frac{Y}{2
 Because s contains the loss, the rank-one terms of $\nabla^2 \log \mathcal L$ and of $\nabla
 s$ cancel, and the Jacobian is exactly $-s\, \nabla^2 \mathcal L / \mathcal L - I/2$.
 
-$\mathcal L$ is the cross entropy or the focal loss, of weighted samples if there are weights.
-A loss $\mathcal L \sim e^{-\chi q}$ keeps $u + \log \mathcal L$ bounded for any $\chi > 0$.
+$\mathcal L$ is the cross entropy or the focal loss, a sum over samples with weights. If the
+loss of a sample decays like $e^{-\chi m}$ in its margin m, s stays bounded for any
+$\chi > 0$.
 """
 
 from typing import NamedTuple

@@ -55,9 +55,7 @@ def plan(
     chex.assert_rank(x_save, 1)
     if finish is None:
         return _observe_while_solving(observe, initial, x_save)
-    improve = partial(
-        finish.improve, rtol=rtol, atol=atol, initial=initial, loss=loss
-    )
+    improve = partial(finish.improve, rtol=rtol, atol=atol, initial=initial, loss=loss)
     x_before = jnp.maximum(x_save - finish.lead, x_start)
     return _observe_when_finished(observe, initial, x_save, x_before, improve)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from ncjax.flow.clock import LINEARLY_IMPLICIT, Loss, field, unscaled
 from ncjax.flow.invariants import restore
 from ncjax.flow.steps import finite_or_infinite_norm
-from ncjax.peeled.kernels import log_loss, squared_norm
+from ncjax.peeled.kernels import log_cross_entropy, squared_norm
 from ncjax.types import Array, Params
 
 # Length of x before a saved time over which the implicit solver takes two steps.
@@ -55,7 +55,7 @@ def _on_loss(x: Array, scaled: Params, loss: Loss) -> Params:
     """
     u = jnp.expm1(x)
     params = unscaled(x, scaled)
-    log_loss, slope = jax.value_and_grad(log_loss)(params, *loss)
+    log_loss, slope = jax.value_and_grad(log_cross_entropy)(params, loss.weights)
     excess = u + log_loss + jnp.log(squared_norm(slope))
     radial = sum(jnp.sum(p * g) for p, g in zip(params, slope, strict=True))
     factor = jnp.where(u > _EQUILIBRIUM_FROM, 1 - excess / radial, 1)

@@ -20,6 +20,7 @@ from ncjax.metrics.inputs import check_centres, check_classifier, check_features
 from ncjax.metrics.statistics import ClassStatistics, Comparison, Reference
 from ncjax.metrics.tiles import FEW_CLASSES, mean_over_pairs
 from ncjax.numerics import at_unit_scale, power_of_two, widen
+from ncjax.peeled.weights import check_weights, without_left_out
 from ncjax.types import Array, Params
 
 # Elements of one chunk of features with its distances to the centres: 2 MB of float32.
@@ -57,20 +58,22 @@ class CollapseMetrics(NamedTuple):
     accuracy: Array  # share of samples that the classifier gets right
 
 
-def collapse_metrics(params: Params) -> CollapseMetrics:
+def collapse_metrics(params: Params, weights=None) -> CollapseMetrics:
     r"""Return collapse metrics of the layer-peeled model.
 
     Row `H[k, i]` is the feature vector of sample i of class k.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d).
+      weights: (K, n) or (K,) weights of the samples or classes, not negative. Samples of
+        weight 0 are left out; all others count alike. None is 1 everywhere.
 
     Returns:
       `CollapseMetrics` of scalars, float32 for half precision. A metric that is undefined
       (equal class means, W = 0) is NaN.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
+      ValueError: shapes, dtypes or weights do not fit.
 
     Source: Ji et al. (ICLR 2022), Figure 2; Papyan, Han, Donoho (2020).
 
@@ -79,22 +82,32 @@ def collapse_metrics(params: Params) -> CollapseMetrics:
     >>> bool(ncjax.collapse_metrics(collapsed).self_duality < 1e-6)
     True
     """
-    return _metrics_of_params(widen(check_params(params)))
+    params = widen(check_params(params))
+    weights = check_weights(weights, params)
+    counted = None if weights is None else weights > 0
+    return _metrics_of_params(without_left_out(params, weights), counted)
 
 
 @jax.jit
-def _metrics_of_params(params: Params) -> CollapseMetrics:
+def _metrics_of_params(params: Params, counted: Array | None) -> CollapseMetrics:
+    """Return the metrics of the samples that are `counted` (K, n), None for all."""
     # No metric depends on the scale, whose square may overflow.
     W, H = (at_unit_scale(leaf) for leaf in params)
     num_classes, per_class, dim = H.shape
-    anchor = H[:, 0]
-    offset = jnp.mean(H - anchor[:, None], axis=1)
+    if counted is None:
+        anchor, mask = H[:, 0], None
+        counts = jnp.full(num_classes, per_class, statistics.count_dtype())
+    else:
+        first = jnp.argmax(counted, axis=1)[:, None, None]
+        anchor, mask = jnp.take_along_axis(H, first, axis=1)[:, 0], counted[..., None]
+        counts = jnp.sum(counted, axis=1, dtype=statistics.count_dtype())
+    offset = jnp.mean(H - anchor[:, None], axis=1, where=mask)
     deviation = (H - anchor[:, None]) - offset[:, None]
     first_pass = ClassStatistics(
-        counts=jnp.full(num_classes, per_class, statistics.count_dtype()),
+        counts=counts,
         anchor=anchor,
         offset=offset,
-        scatter=jnp.sum(deviation**2, axis=(1, 2)),
+        scatter=jnp.sum(deviation**2, axis=(1, 2), where=mask),
     )
     second_pass = statistics.compare(
         statistics.init_comparison(num_classes, H.dtype),
@@ -103,6 +116,7 @@ def _metrics_of_params(params: Params) -> CollapseMetrics:
         H.reshape(-1, dim),
         jnp.repeat(jnp.arange(num_classes, dtype=jnp.int32), per_class),
         W,
+        mask=None if counted is None else counted.reshape(-1),
     )
     return _metrics(first_pass, second_pass, W, None)
 

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,14 +55,9 @@ def init_params(
       UserWarning: `dim < num_classes - 1`. No simplex ETF fits then, so the flow cannot
         reach neural collapse.
     """
-    counts = None if np.ndim(per_class) == 0 else check_counts(per_class)
-    per_class = per_class if counts is None else max(counts)
-    check_sizes(num_classes=num_classes, per_class=per_class, dim=dim)
-    if counts is not None and len(counts) != num_classes:
-        raise ValueError(
-            f"per_class must hold one count for each of num_classes = {num_classes} "
-            f"classes, got {len(counts)} counts"
-        )
+    weights = _left_out_weights(per_class, num_classes)
+    most: Any = per_class if weights is None else weights.shape[1]
+    check_sizes(num_classes=num_classes, per_class=most, dim=dim)
     check_key("key", key)
     dtype = float_dtype(dtype)
     if not 0 <= scale <= float(jnp.finfo(dtype).max):
@@ -76,10 +72,22 @@ def init_params(
     deviation = jnp.asarray(scale, dtype)
     params = Params(
         W=deviation * jax.random.normal(key_W, (num_classes, dim), dtype),
-        H=deviation * jax.random.normal(key_H, (num_classes, per_class, dim), dtype),
+        H=deviation * jax.random.normal(key_H, (num_classes, most, dim), dtype),
     )
-    weights = None if counts is None else sample_weights(counts, dtype=dtype)
     return without_left_out(params, weights)
+
+
+def _left_out_weights(per_class, num_classes: int) -> Array | None:
+    """Return weights (K, n) for counts (K,), None for a single number."""
+    if np.ndim(per_class) == 0:
+        return None
+    counts = check_counts(per_class)
+    if len(counts) != num_classes:
+        raise ValueError(
+            f"per_class must hold a count for each of num_classes = {num_classes} classes, "
+            f"got {len(counts)} counts"
+        )
+    return sample_weights(counts)
 
 
 def simplex_etf(num_classes: int, dim: int, key: Array | None = None, dtype=None) -> Array:

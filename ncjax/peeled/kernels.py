@@ -11,7 +11,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from ncjax.numerics import einsum, matmul
 from ncjax.peeled.logits import least_of_others, log_odds_of_error, margins_of_params
@@ -62,7 +61,7 @@ def cross_entropy(params: Params, weights: Array | None = None) -> Array:
 
 
 def log_loss(
-    params: Params, weights: Array | None = None, gamma: ArrayLike | None = None
+    params: Params, weights: Array | None = None, gamma: float | Array | None = None
 ) -> Array:
     """`log L` of cross entropy, or of the focal loss with `gamma`; a scalar."""
     return _log_sum(_log_losses(_log_odds_of_error(params), gamma), weights)
@@ -73,7 +72,7 @@ def log_cross_entropy(params: Params, weights: Array | None = None) -> Array:
     return log_loss(params, weights)
 
 
-def _log_losses(a: Array, gamma: ArrayLike | None) -> Array:
+def _log_losses(a: Array, gamma: float | Array | None) -> Array:
     """`log ℓ` of log odds of error: ℓ = (1-p)^γ log(1 + e^a), 1 - p = sigmoid(a)."""
     log_losses = log_softplus(a)
     return log_losses if gamma is None else log_losses + gamma * jax.nn.log_sigmoid(a)
@@ -119,7 +118,7 @@ def _log_softplus_jvp(primals, tangents):
 
 
 def error_slopes(
-    params: Params, weights: Array | None = None, gamma: ArrayLike | None = None
+    params: Params, weights: Array | None = None, gamma: float | Array | None = None
 ) -> tuple[Array, Array, Array]:
     """`log L` (), slopes `P` (K, n, K) and `right` (K, n), the fields of `ErrorSlopes`.
 
@@ -149,7 +148,7 @@ def error_slopes(
     return log_total, P, jnp.exp(-log_any)
 
 
-def _log_focus(a: Array, gamma: ArrayLike) -> Array:
+def _log_focus(a: Array, gamma: float | Array) -> Array:
     """`log` of the focal loss's slope over that of cross entropy, at log odds `a`.
 
     The slope in `a` is `(1-p)^γ ((1-p) + γ p log(1 + e^a))`, for cross entropy `1-p`.

@@ -21,7 +21,8 @@ from ncjax.types import Array, Params
 def cross_entropy(params: Params, weights=None) -> Array:
     r"""Cross entropy, a sum over samples.
 
-    $$\mathcal L(Z) = \sum_{k,i} \omega_{ki} \log\Bigl(1 + \sum_{j \ne k} e^{-m_{kij}}\Bigr),
+    $$\mathcal L(Z) = \sum_{k,i} \omega_{ki}
+    \log\Bigl(1 + \sum_{j \ne k} e^{-m_{kij}}\Bigr),
     \qquad m_{kij} = (w_k - w_j)^\top h_{k,i}$$
 
     The margin form keeps all digits, where `logsumexp(logits) - logit` returns 0 once

@@ -133,10 +133,9 @@ def _seli(counts: tuple[int, ...], dim: int) -> tuple[np.ndarray, ...]:
     def power(exponent: float) -> np.ndarray:
         return (vectors * values**exponent) @ vectors.T
 
-    if dim >= num_classes:
-        simplex = np.eye(num_classes, dim)  # P is left out: every power of A contains it
-    else:
-        simplex = helmert(num_classes).T
+    # E without the projector P, which every power of A contains.
+    wide = dim >= num_classes
+    simplex = np.eye(num_classes, dim) if wide else helmert(num_classes).T
     multipliers = -power(-0.5)
     np.fill_diagonal(multipliers, 0)
     return power(0.25) @ simplex, power(-0.25) @ simplex, multipliers
