@@ -157,12 +157,12 @@ def _theorem_3_1_bound(flow) -> Statement:
 
 
 def _theorem_3_1_equality(_flow) -> Statement:
-    gap = abs(float(ncjax.margin_ratio(ncjax.solve_separation(K, N, D))) - 1)
+    gap = abs(float(ncjax.margin_ratio(ncjax.solve_separation((N,) * K, D).params)) - 1)
     return _below("Theorem 3.1", "equality at collapse", f"K={K} n={N} d={D}", gap, 1e-12)
 
 
 def _separation_value(_flow) -> Statement:
-    solution = ncjax.solve_separation(K, N, D)
+    solution = ncjax.solve_separation((N,) * K, D).params
     gap = abs(float(ncjax.squared_norm(solution)) / 2 - OPTIMUM)
     gap = max(gap, abs(float(ncjax.certificate(solution).gap)))
     return _below(
@@ -171,7 +171,7 @@ def _separation_value(_flow) -> Statement:
 
 
 def _separation_minimiser(_flow) -> Statement:
-    metrics = ncjax.collapse_metrics(ncjax.solve_separation(K, N, D))._asdict()
+    metrics = ncjax.collapse_metrics(ncjax.solve_separation((N,) * K, D).params)._asdict()
     worst = max(float(v) for k, v in metrics.items() if k != "accuracy")
     return _below(
         "Theorem 3.1", "its minimiser is neural collapse", "NC1 to NC4", worst, 1e-7

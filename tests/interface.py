@@ -163,9 +163,10 @@ CALLS = {
         ).params
     ),
     "weights.sample_weights": lambda p: ncjax.sample_weights((N,) * K, dtype=p.W.dtype),
-    "separation.solve_separation": lambda p: ncjax.solve_separation(
-        K, N, D, dtype=p.W.dtype
+    "optimum.solve_separation": lambda p: ncjax.solve_separation(
+        (N, N, 1, 1), D, dtype=p.W.dtype
     ),
+    "optimum.separation_value": lambda p: ncjax.separation_value((N, N, 1, 1)),
     "separation.kkt": lambda p: (
         ncjax.kkt(p.params),
         ncjax.kkt(p.params, multipliers="nnls"),

@@ -506,8 +506,11 @@ def log_softplus(a):
     return value, np.exp(log_sigmoid - value)
 
 
-def log_cross_entropy_and_gradient(W, H):
-    """log L and its gradient (in W, in H), by loops in extended precision."""
+def log_cross_entropy_and_gradient(W, H, weights=None, gamma=0):
+    """log L and its gradient (in W, in H), by loops in extended precision.
+
+    With gamma it is the focal loss. Samples of weight 0 do not enter.
+    """
     W, H = (np.asarray(leaf, np.longdouble) for leaf in (W, H))
     K, n, _ = H.shape
     m = margins(W, H)
@@ -515,35 +518,53 @@ def log_cross_entropy_and_gradient(W, H):
     exponentials = np.exp(least[..., None] - m)  # 0 where j = k
     a = np.log(exponentials.sum(axis=-1)) - least
     log_loss, slope = log_softplus(a)
+    log_sigmoid = np.minimum(a, 0) - np.log1p(np.exp(-np.abs(a)))
+    log_loss, slope = (
+        log_loss + gamma * log_sigmoid,
+        slope + gamma * (1 - np.exp(log_sigmoid)),
+    )
+    weights = np.ones((K, n)) if weights is None else np.asarray(weights, np.longdouble)
+    log_loss = np.where(
+        weights > 0, log_loss + np.log(np.where(weights > 0, weights, 1)), -np.inf
+    )
     total = log_loss.max() + np.log(np.sum(np.exp(log_loss - log_loss.max())))
     gradient_W, gradient_H = np.zeros_like(W), np.zeros_like(H)
     for k in range(K):
         for i in range(n):
             share = np.exp(log_loss[k, i] - total) * slope[k, i]
-            weights = share * exponentials[k, i] / exponentials[k, i].sum()
+            each = share * exponentials[k, i] / exponentials[k, i].sum()
             for j in range(K):
                 if j != k:  # d(-m_kij) = (w_j - w_k)·dh + (dw_j - dw_k)·h
-                    gradient_H[k, i] += weights[j] * (W[j] - W[k])
-                    gradient_W[j] += weights[j] * H[k, i]
-                    gradient_W[k] -= weights[j] * H[k, i]
+                    gradient_H[k, i] += each[j] * (W[j] - W[k])
+                    gradient_W[j] += each[j] * H[k, i]
+                    gradient_W[k] -= each[j] * H[k, i]
     return total, gradient_W, gradient_H
 
 
 def tangent_and_slack(params, multipliers):
-    """|Z̃ - Σ λ ∇m| / |Z̃| and Σ λ (m̃ - 1) / Σ λ m̃, by loops from the definitions."""
+    """`tangent_and_slack_of_samples` of all samples."""
     W, H = (np.asarray(leaf) for leaf in params)
-    root = np.sqrt(margins(W, H).min())
-    W, H = W / root, H / root
+    K, n, d = H.shape
+    labels = np.arange(K).repeat(n)
+    return tangent_and_slack_of_samples(
+        W, H.reshape(-1, d), labels, multipliers.reshape(-1, K)
+    )
+
+
+def tangent_and_slack_of_samples(W, features, labels, multipliers):
+    """|Z̃ - Σ λ ∇m| / |Z̃| and Σ λ (m̃ - 1) / Σ λ m̃, by loops from the definitions."""
+    pairs = [(a, k, j) for a, k in enumerate(labels) for j in range(len(W)) if j != k]
+    root = np.sqrt(min((W[k] - W[j]) @ features[a] for a, k, j in pairs))
+    W, H = W / root, features / root
     rest_W, rest_H, slack, total = W.copy(), H.copy(), 0.0, 0.0
-    for k, i, j in np.ndindex(multipliers.shape):
-        if j != k:
-            weight = multipliers[k, i, j]
-            rest_W[k] -= weight * H[k, i]
-            rest_W[j] += weight * H[k, i]
-            rest_H[k, i] -= weight * (W[k] - W[j])
-            margin = (W[k] - W[j]) @ H[k, i]
-            slack += weight * (margin - 1)
-            total += weight * margin
+    for a, k, j in pairs:
+        weight = multipliers[a, j]
+        rest_W[k] -= weight * H[a]
+        rest_W[j] += weight * H[a]
+        rest_H[a] -= weight * (W[k] - W[j])
+        margin = (W[k] - W[j]) @ H[a]
+        slack += weight * (margin - 1)
+        total += weight * margin
     rest = np.sum(rest_W**2) + np.sum(rest_H**2)
     return np.sqrt(rest / (np.sum(W**2) + np.sum(H**2))), slack / total
 

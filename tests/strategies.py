@@ -28,11 +28,12 @@ def random_params(seed, num_classes, per_class, dim, scale, dtype=np.float64):
     return ncjax.Params(jnp.asarray(W, dtype), jnp.asarray(H, dtype))
 
 
-def sine_params(dtype=np.float64):
+def sine_params(dtype=np.float64, num_classes=4, per_class=3):
     """The start of the reference run: K = 4, n = 3, d = 6."""
-    k, j = np.arange(4)[:, None], np.arange(6)[None]
+    classes, samples = np.arange(num_classes), np.arange(per_class)
+    k, j = classes[:, None], np.arange(6)[None]
     W = 0.3 * np.sin(1 + 3 * k + 7 * j)
-    k, i, j = np.arange(4)[:, None, None], np.arange(3)[None, :, None], np.arange(6)
+    k, i, j = classes[:, None, None], samples[None, :, None], np.arange(6)
     H = 0.3 * np.cos(2 + 5 * k + 11 * i + 13 * j)
     return ncjax.Params(jnp.asarray(W, dtype), jnp.asarray(H, dtype))
 

@@ -359,7 +359,7 @@ def test_compare_prints_both_and_their_change(run):
 
 
 def test_certify_gives_the_verdict_of_the_certificate(run):
-    solution = ncjax.solve_separation(K, 2, D)
+    solution = ncjax.solve_separation((2,) * K, D).params
     np.savez("optimum.npz", W=solution.W, H=solution.H)
     code, out, err = run("certify", "optimum.npz", "--tol=1e-6")
     assert (code, err) == (0, "")

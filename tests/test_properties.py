@@ -158,19 +158,25 @@ def test_simplex_etf_has_its_gram_matrix(num_classes, extra, dtype, turned, seed
 
 @given(seeds, sizes)
 def test_separation_has_unit_margins_and_the_optimal_value(seed, shape):
+    """For classes of any size; the largest has the size of the shape."""
     num_classes, per_class, dim = shape
+    rng = np.random.default_rng(seed)
+    counts = np.append(per_class, rng.integers(1, per_class + 1, num_classes - 1))
     if dim < num_classes - 1:
         with pytest.raises(ValueError, match="dim must be at least"):
-            ncjax.solve_separation(*shape)
+            ncjax.solve_separation(counts, dim)
         return
-    solution = ncjax.solve_separation(*shape)
-    margins = np.asarray(ncjax.margins(solution))
+    solution = ncjax.solve_separation(counts, dim)
+    weights = ncjax.sample_weights(counts)
+    margins = np.asarray(ncjax.margins(solution.params, weights))
+    assert np.isfinite(margins).sum() == (num_classes - 1) * counts.sum()
     np.testing.assert_allclose(margins[np.isfinite(margins)], 1, rtol=1e-12)
-    optimum = (num_classes - 1) * per_class**0.5
-    assert float(ncjax.squared_norm(solution)) / 2 == pytest.approx(optimum, rel=1e-12)
+    half = float(ncjax.squared_norm(solution.params)) / 2
+    assert solution.value == pytest.approx(half, rel=1e-12)
+    assert solution.value == pytest.approx(ncjax.separation_value(counts), rel=1e-12)
     # No point of the same margins is smaller.
-    other = jax.tree.map(jnp.add, solution, random_params(seed, *shape, 0.1))
-    assert float(ncjax.margin_ratio(other)) <= 1 + 1e-12
+    other = jax.tree.map(jnp.add, solution.params, random_params(seed, *shape, 0.1))
+    assert float(ncjax.margin_ratio(other, weights)) <= 1 + 1e-12
 
 
 @given(seeds, sizes, st.sampled_from([-500, -10, 0, 10, 500]))

@@ -126,34 +126,143 @@ def test_descent_direction_is_tangent_and_has_the_predicted_curvature(block):
     assert float(curvature) == pytest.approx(block.eigenvalue(1.5), rel=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1), (4, 3, 3), (5, 2, 8)])
-def test_solution_has_unit_margins_the_optimal_value_and_no_gap(shape):
-    num_classes, per_class, _ = shape
-    solution = ncjax.solve_separation(*shape)
-    margins = np.asarray(ncjax.margins(solution))
-    np.testing.assert_allclose(margins[np.isfinite(margins)], 1, atol=1e-14)
-    optimum = (num_classes - 1) * per_class**0.5
-    assert float(ncjax.squared_norm(solution)) / 2 == pytest.approx(optimum, rel=1e-14)
-    assert abs(float(ncjax.certificate(solution).gap)) < 1e-12
+# v(n) to the digits of an independent convex solver (CVXPY).
+VALUES = {
+    (5, 3, 2, 1): 4.85101666028,
+    (4, 4, 1, 1): 4.58113883008,
+    (100, 1, 1, 1, 1): 11.9554453,
+    (10, 10, 1, 1, 1, 1): 8.80802897123,
+    (50, 7, 3, 3, 2, 1, 1): 14.5956690,
+    (9, 9, 9, 9): 9.0,
+}
+
+
+@pytest.mark.parametrize("counts", VALUES, ids=str)
+def test_the_optimal_value_for_any_counts(counts):
+    solution = ncjax.solve_separation(counts, len(counts) - 1)
+    assert solution.proved
+    assert solution.value == pytest.approx(VALUES[counts], rel=5e-8)
+    assert float(solution.multipliers.sum()) == pytest.approx(solution.value, rel=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("num_classes", "per_class"), [(3, 1), (3, 2), (4, 2)])
-def test_a_convex_solver_finds_the_same_value(num_classes, per_class):
+@pytest.mark.parametrize("counts", [(2, 2, 2), (2, 1, 1), (3, 2, 1)], ids=str)
+def test_a_convex_solver_finds_the_same_value(counts):
     cvxpy = pytest.importorskip("cvxpy")
-    matrix = cvxpy.Variable((num_classes, num_classes * per_class))
+    classes = np.repeat(np.arange(len(counts)), counts)
+    matrix = cvxpy.Variable((len(counts), len(classes)))
     constraints = [
-        matrix[k, k * per_class + i] - matrix[j, k * per_class + i] >= 1
-        for k in range(num_classes)
-        for i in range(per_class)
-        for j in range(num_classes)
+        matrix[k, a] - matrix[j, a] >= 1
+        for a, k in enumerate(classes)
+        for j in range(len(counts))
         if j != k
     ]
     problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.normNuc(matrix)), constraints)
     problem.solve(solver=cvxpy.CLARABEL)
-    solution = ncjax.solve_separation(num_classes, per_class, num_classes)
-    value = float(ncjax.squared_norm(solution)) / 2
-    assert problem.value == pytest.approx(value, rel=1e-6)
+    assert problem.value == pytest.approx(ncjax.separation_value(counts), rel=1e-6)
+
+
+@given(st.integers(0, 10**6), st.integers(2, 9))
+def test_multipliers_of_the_optimum_are_positive_and_its_dual_is_feasible(seed, size):
+    """By the definitions in NumPy, for class sizes of a ratio up to 3000."""
+    counts = np.exp(np.random.default_rng(seed).uniform(0, np.log(30), size))
+    counts = np.append(counts.astype(int), 3000 if seed % 10 == 0 else 1)
+    solution = ncjax.solve_separation(counts, len(counts))
+    multipliers = np.asarray(solution.multipliers)
+    W, H = (np.asarray(leaf) for leaf in solution.params)
+    rest_W, outer = W.copy(), np.zeros((len(counts),) * 2)
+    for k, count in enumerate(counts):
+        row = multipliers[k, 0]
+        assert (np.delete(row, k) > 0).all()
+        np.testing.assert_array_equal(multipliers[k, :count], row[None].repeat(count, 0))
+        assert not multipliers[k, count:].any()
+        assert not H[k, count:].any()
+        column = -row
+        column[k] = row.sum()
+        np.testing.assert_allclose(column @ W, H[k, 0], atol=1e-11)  # h = Sᵀ W
+        rest_W -= count * np.outer(column, H[k, 0])  # W = S H
+        outer += count * np.outer(column, column)
+    np.testing.assert_allclose(rest_W, 0, atol=1e-11 * np.abs(W).max())
+    assert np.linalg.eigvalsh(outer)[-1] <= 1 + 1e-12  # σ_max(S) ≤ 1
+
+
+# K_A, K_B, n_A, n_B: v, cosines within A, within B, across, of W; within A, within B, of h.
+STEP = {
+    (2, 2, 4, 1): (
+        *(4.58113883008, -0.433399211802, -0.116963119775),
+        *(-0.353669829199, -0.225148226554, -0.519493853296),
+    ),
+    (2, 4, 10, 1): (
+        *(8.80802897123, -0.283883819611, -0.030418706314),
+        *(-0.285211806614, -0.113078122431, -0.279595378564),
+    ),
+    (3, 7, 100, 1): (
+        *(34.3845095265, -0.159682179994, 0.177955380503),
+        *(-0.258877824265, -0.058248492435, -0.159750635195),
+    ),
+}
+
+
+@pytest.mark.parametrize("setting", STEP, ids=str)
+def test_cosines_of_large_and_small_classes(setting):
+    large, small, n_large, n_small = setting
+    found = ncjax.solve_separation((n_large,) * large + (n_small,) * small, 12)
+    pair = found.params.W, found.params.H[:, 0]
+    W, h = (oracles.unit_rows(np.asarray(rows)) for rows in pair)
+    of_W, of_h = W @ W.T, h @ h.T
+    got = [found.value, of_W[0, 1], of_W[-1, -2], of_W[0, -1], of_h[0, 1], of_h[-1, -2]]
+    np.testing.assert_allclose(got, STEP[setting], rtol=2e-11)
+
+
+@pytest.mark.parametrize(
+    ("counts", "dim", "value"),
+    [((1,) * 4, 2, 4.0), ((2,) * 5, 2, 7.2360679775 * 2**0.5), ((4,) * 8, 2, 54.627416998)],
+    ids=str,
+)
+def test_the_regular_polygon_in_two_dimensions(counts, dim, value):
+    found = ncjax.solve_separation(counts, dim)
+    assert not found.proved
+    assert found.weights is None
+    assert found.value == pytest.approx(value, rel=1e-11)
+    assert float(ncjax.squared_norm(found.params)) == pytest.approx(2 * value, rel=1e-11)
+    assert float(ncjax.margins(found.params).min()) == pytest.approx(1, abs=1e-13)
+    multipliers = np.asarray(found.multipliers)
+    tangent, slack = oracles.tangent_and_slack(found.params, multipliers)
+    assert tangent < 1e-13
+    assert abs(slack) < 1e-13
+    singular = np.linalg.svd(_dual(multipliers), compute_uv=False)
+    angle = 2 * np.pi * np.arange(len(counts)) / len(counts)
+    expected = (1 - np.cos(angle)) / (1 - np.cos(angle[1]))
+    np.testing.assert_allclose(singular, np.sort(expected)[::-1], atol=1e-12)
+
+
+def _dual(multipliers):
+    """S (K, K n) by loops."""
+    dual = np.zeros((len(multipliers), *multipliers.shape[:2]))
+    for k, i, j in np.ndindex(multipliers.shape):
+        dual[k, k, i] += multipliers[k, i, j]
+        dual[j, k, i] -= multipliers[k, i, j]
+    return dual.reshape(len(multipliers), -1)
+
+
+@pytest.mark.parametrize(
+    ("counts", "dim", "message"),
+    [
+        ((4, 0, 1), 5, "counts must be an integer of at least 1, got 0"),
+        ((4, 1.5), 5, r"counts must be an integer of at least 1, got \d"),
+        (
+            4,
+            5,
+            r"number of samples of each of K >= 2 classes, such as \(4, 4, 1, 1\), got 4",
+        ),
+        ((4, 4, 1, 1), 2, "dim must be at least num_classes - 1 = 3, or 2 with equal"),
+        ((4,) * 6, 3, "dim must be at least num_classes - 1 = 5, or 2 with equal"),
+        ((4, 4), 0, "dim must be an integer of at least 1, got 0"),
+    ],
+)
+def test_bad_counts_and_a_small_dim_are_named(counts, dim, message):
+    with pytest.raises(ValueError, match=message):
+        ncjax.solve_separation(counts, dim)
 
 
 def certified_flows(keys, sizes, log_times):

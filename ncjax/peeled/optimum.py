@@ -12,7 +12,6 @@ import numpy as np
 from ncjax.checks import check_counts, check_sizes, float_dtype
 from ncjax.numerics import on_device
 from ncjax.peeled.geometry import helmert
-from ncjax.peeled.weights import sample_weights
 from ncjax.types import Array, Params
 
 
@@ -87,7 +86,7 @@ def solve_separation(counts, dim: int, dtype=None) -> Separation:
         params=Params(on_device(W, dtype), on_device(H, dtype)),
         value=float(np.sum(np.asarray(counts) * multipliers.sum(axis=1))),
         multipliers=on_device(by_sample, dtype),
-        weights=None if equal else sample_weights(counts, dtype=dtype),
+        weights=None if equal else on_device(counted, dtype),
         proved=dim >= num_classes - 1,
     )
 
