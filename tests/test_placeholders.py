@@ -10,11 +10,21 @@ from strategies import random_params, separating, sine_params
 import ncjax
 from experiments._saddles import Block
 from ncjax import losses, variants
+from ncjax.peeled import kernels
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 POINTS = {"near": separating(0), "far": jax.tree.map(lambda leaf: 40 * leaf, separating(0))}
 LABELS = np.repeat(np.arange(3), 2)
+
+
+WEIGHTS = np.array([[1.0, 0.0], [2.0, 1.0], [0.0, 0.5]])
+
+
+def losses_of(params, weights):
+    """Losses that take weights, summed."""
+    plain = ncjax.cross_entropy(params, weights) + ncjax.log_cross_entropy(params, weights)
+    return plain + jnp.sum(kernels.log_loss(params, jnp.asarray(weights), 2.0))
 
 
 def _gradient(function):
@@ -36,6 +46,11 @@ FUNCTIONS = {
     "gradient of log_cross_entropy": _gradient(ncjax.log_cross_entropy),
     "error_slopes": losses.error_slopes,
     "gradient of softmax_cross_entropy": _gradient(_of_logits),
+    "weighted losses": lambda params: losses_of(params, WEIGHTS),
+    "gradient of weighted losses": _gradient(lambda params: losses_of(params, WEIGHTS)),
+    "weighted error_slopes": lambda params: losses.error_slopes(params, WEIGHTS),
+    "weighted margin_ratio": lambda params: ncjax.margin_ratio(params, WEIGHTS),
+    "weighted kkt": lambda params: ncjax.kkt(params, WEIGHTS),
     "kkt": ncjax.kkt,
     "kkt, nnls": lambda params: ncjax.kkt(params, multipliers="nnls"),
     "kkt_angle": ncjax.kkt_angle,
@@ -72,9 +87,14 @@ def test_compiled_functions_have_no_placeholders(strict):
     jax.block_until_ready(compiled(random_params(0, 3, 2, 7, 1.0)))
 
 
-@pytest.mark.parametrize("solver", ["explicit", "implicit"])
-def test_the_flow_has_no_placeholders(strict, solver):
-    flow = ncjax.gradient_flow(sine_params(), np.arange(5.0), solver=solver)
+@pytest.mark.parametrize(
+    ("solver", "left_out"), [("explicit", 0), ("implicit", 0), ("implicit", 1)]
+)
+def test_the_flow_has_no_placeholders(strict, solver, left_out):
+    weights = np.ones((4, 3)) - np.eye(4, 3) if left_out else None
+    flow = ncjax.gradient_flow(
+        sine_params(), np.arange(5.0), weights=weights, solver=solver
+    )
     jax.block_until_ready(flow)
 
 
