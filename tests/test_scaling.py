@@ -34,7 +34,8 @@ def clock_field(K, n, d):
 
 
 def time_derivative(K, n, d):
-    return clock.LINEARLY_IMPLICIT.time_derivative, double(()), params(K, n, d), ()
+    derivative = clock.LINEARLY_IMPLICIT.time_derivative
+    return derivative, double(()), params(K, n, d), clock.CROSS_ENTROPY
 
 
 def factor(K, n, d):

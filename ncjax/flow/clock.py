@@ -34,6 +34,9 @@ class Loss(NamedTuple):
     gamma: Array | None = None  # () of the focal loss, None for cross entropy
 
 
+CROSS_ENTROPY = Loss()
+
+
 def check_objective(objective: Objective | None, dtype) -> Array | None:
     """Return gamma of the focal loss, () in `dtype`, or None for cross entropy.
 
@@ -61,7 +64,7 @@ def unscaled(x: Array, scaled: Params) -> Params:
     return jax.tree.map(lambda leaf: jnp.exp(x / 2) * leaf, scaled)
 
 
-def field(x, scaled: Params, loss: Loss) -> Params:
+def field(x, scaled: Params, loss: Loss = CROSS_ENTROPY) -> Params:
     """`dY/dx`. The loss depends on `W h` alone, so W takes the scale of both factors."""
     W, H = scaled
     log_loss, P, _ = error_slopes(Params(jnp.exp(x) * W, H), *loss)
