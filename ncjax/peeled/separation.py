@@ -175,6 +175,10 @@ def certificate(
     vectors u, v and a unit vector a orthogonal to all rows of W and H give the tangent
     direction $(u a^\top, v a^\top) / \sqrt2$ along which the loss on the sphere decreases.
 
+    The dual gives a lower bound of the minimum at any point with positive margins, `bound`.
+    `gap` and `excess` are relative to $v(n)$, the minimum for $d \ge K - 1$
+    (`separation_value`).
+
     At a saddle the multipliers need not be unique, and `sigma_max` may depend on them; the
     verdict does not. KKT implies $S S^\top \tilde W = \tilde W$, so u is orthogonal to the
     columns of W if `sigma_max` exceeds 1. If instead $|W^\top u| > |W|_2 / 2$, the
