@@ -287,11 +287,18 @@ def test_starts_of_unequal_classes_and_gradient_descent(key):
 
 
 def test_the_focal_loss_on_the_clock():
-    """From a point on the ray of collapse, which the flow does not leave."""
+    """On the ray of collapse, which the flow does not leave; its norm forgets the start."""
     objective = ncjax.Objective("focal", gamma=2)
-    start = jax.tree.map(lambda leaf: leaf / 2, ncjax.block_saddle(1, 4, 3, 3))
+    collapse = ncjax.solve_separation((3, 3, 3, 3), 3)
+    size = (9.9e4 / 3) ** 0.5  # |Z|²/2 tends to v log t / 3
+    start = jax.tree.map(lambda leaf: size * leaf, collapse.params)
     flow = ncjax.gradient_flow(
-        start, [1e5], objective=objective, rtol=1e-11, solver="stabilised"
+        start,
+        [1e5],
+        objective=objective,
+        start_log_time=9.9e4,
+        rtol=1e-11,
+        solver="stabilised",
     )
     assert int(flow.result) == SUCCESS
     assert float(ncjax.squared_norm(flow.final)) / 1e5 == pytest.approx(3.464706, abs=1e-6)
