@@ -47,11 +47,14 @@ from .metrics import measures as measures
 from .metrics import peel as peel
 from .metrics import statistics as statistics
 from .metrics import variants as variants
+from .objectives import POINT_VERDICTS as POINT_VERDICTS
 from .objectives import CriticalPoint as CriticalPoint
 from .objectives import Minimiser as Minimiser
 from .objectives import Objective as Objective
+from .objectives import PointCertificate as PointCertificate
 from .objectives import Spectrum as Spectrum
 from .objectives import block_point as block_point
+from .objectives import certificate as certificate
 from .objectives import minimiser as minimiser
 from .objectives import minority_collapse_ratio as minority_collapse_ratio
 from .objectives import rank_point as rank_point
@@ -62,7 +65,6 @@ from .peeled import Certificate as Certificate
 from .peeled import Separation as Separation
 from .peeled import balance as balance
 from .peeled import block_saddle as block_saddle
-from .peeled import certificate as certificate
 from .peeled import cross_entropy as cross_entropy
 from .peeled import init_params as init_params
 from .peeled import kkt as kkt

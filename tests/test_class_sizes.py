@@ -193,7 +193,7 @@ def test_the_reference_flow_of_unequal_classes():
     np.testing.assert_allclose(exact[[0, 2]], [0.3563427, 0.1436573], atol=1e-7)
     np.testing.assert_allclose(shares[0, [0, 2]], [0.3563374, 0.1436626], atol=2e-7)
     np.testing.assert_allclose(shares[1], exact, atol=1e-6)
-    proof = certificate(flow.final, weights)
+    proof = certificate(flow.final, weights=weights)
     assert int(proof.verdict) == GLOBAL_OPTIMUM
     assert float(proof.sigma_max) == pytest.approx(1, abs=1e-6)
     assert float(proof.bound) <= value
@@ -318,7 +318,7 @@ def test_the_optimum_has_no_residual_and_no_gap(counts):
     assert float(found.stationarity) < 1e-13
     assert abs(float(found.complementarity)) < 1e-13
     np.testing.assert_allclose(found.multipliers, solution.multipliers, atol=1e-12)
-    proof = certificate(params, weights, multipliers="nnls")
+    proof = certificate(params, weights=weights, multipliers="nnls")
     assert int(proof.verdict) == GLOBAL_OPTIMUM
     assert float(proof.bound) == pytest.approx(solution.value, rel=1e-12)
     assert abs(float(proof.gap)) < 1e-12
@@ -339,7 +339,9 @@ def test_weights_of_zero_leave_samples_out_of_kkt_and_certificate(multipliers):
         tangent, slack = oracles.tangent_and_slack_of_samples(*dropped)
         assert float(found.stationarity) == pytest.approx(tangent, rel=1e-9)
         assert float(found.complementarity) == pytest.approx(slack, rel=1e-9, abs=1e-12)
-        proof = certificate(params._replace(H=bad), weights, multipliers=multipliers)
+        proof = certificate(
+            params._replace(H=bad), weights=weights, multipliers=multipliers
+        )
         counts = np.sum(np.asarray(weights) > 0, axis=1)
         value = ncjax.separation_value(counts)
         assert float(proof.bound) <= value * (1 + 1e-12)

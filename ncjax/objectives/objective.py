@@ -240,10 +240,19 @@ class Objective:
     def _arguments(self, formula: Loss, params) -> tuple[Array, Array]:
         """Return the margins or logits (K, n, K) that the loss takes, and the mask."""
         if self.temperature is not None:
-            W, H = _unit_rows(params.W), _unit_rows(params.H)
+            W, H = unit_rows(params.W), unit_rows(params.H)
             params = Params(self.temperature * W, H)
         margins, others = samples.margins_of(params)
         return (margins if formula.of_margins else samples.logits_of(params)), others
+
+
+def require_objective(objective) -> None:
+    """Raise ValueError unless the argument `objective` is an `Objective`."""
+    if not isinstance(objective, Objective):
+        raise ValueError(
+            "objective must be an ncjax.Objective, such as ncjax.Objective("
+            f'"cross_entropy", weight_decay=(0.1, 0.1)), got {type(objective).__name__}'
+        )
 
 
 def _of_function(loss: Callable) -> Loss:
@@ -262,7 +271,7 @@ def _root_of_product(pair):
     return jnp.sqrt(product) if isinstance(product, jax.Array) else math.sqrt(product)
 
 
-def _unit_rows(rows: Array) -> Array:
+def unit_rows(rows: Array) -> Array:
     """Return rows of norm 1; a row of zeros stays, with slope 0."""
     squares = einsum("...d,...d->...", rows, rows)[..., None]
     return jnp.where(squares > 0, rows, 0) / jnp.sqrt(jnp.where(squares > 0, squares, 1))
