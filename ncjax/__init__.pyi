@@ -24,6 +24,7 @@ from .curvature import spectral_density as spectral_density
 from .flow import DescentSolution as DescentSolution
 from .flow import FlowSolution as FlowSolution
 from .flow import InvariantDrift as InvariantDrift
+from .flow import ObjectiveFlow as ObjectiveFlow
 from .flow import gradient_descent as gradient_descent
 from .flow import gradient_flow as gradient_flow
 from .flow import invariant_drift as invariant_drift

@@ -105,6 +105,15 @@ def _numbers(report):
     return report.metrics, report.law, report.tunnel, report.class_means
 
 
+def _decay():
+    return ncjax.Objective("cross_entropy", weight_decay=(0.1, 0.1))
+
+
+def _flattened(params):
+    """A point whose rows leave one direction free; the sign of the direction is free."""
+    return jax.tree.map(lambda leaf: leaf.at[..., -1].set(0), params)
+
+
 def _quartic(x):
     return jnp.sum(x**4)
 
@@ -171,12 +180,19 @@ CALLS = {
         ncjax.kkt(p.params),
         ncjax.kkt(p.params, multipliers="nnls"),
     ),
-    "separation.certificate": lambda p: ncjax.certificate(p.params),
+    "separation.certificate": lambda p: separation.certificate(p.params),
+    "certificates.certificate": lambda p: (
+        ncjax.certificate(_flattened(p.params), _decay())._replace(direction=None),
+        ncjax.certificate(p.params),
+    ),
     "separation.kkt_angle": lambda p: ncjax.kkt_angle(p.params),
     "solve.gradient_flow": lambda p: (
         ncjax.gradient_flow(
             p.start, p.log_times, rtol=1e-3, record=ncjax.squared_norm
-        ).recorded
+        ).recorded,
+        ncjax.gradient_flow(
+            p.start, times=p.log_times, objective=_decay(), rtol=1e-3
+        ).value,
     ),
     "descent.gradient_descent": lambda p: ncjax.gradient_descent(p.start, 0.1, 3),
     "invariants.invariant_drift": lambda p: ncjax.invariant_drift(p.params, p.start),

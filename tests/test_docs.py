@@ -42,6 +42,7 @@ PRIVATE = {
     *(f"objectives.{name}" for name in ("roots", "rays", "problem", "factors")),
     *(f"objectives.{name}" for name in ("collapse", "squared", "fixed", "blocks")),
     "objectives.simplex",
+    "objectives.free_bias",
     "torch.layers",
 }
 REFERENCE = (DOCS / "reference" / "index.md").read_text()

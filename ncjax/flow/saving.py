@@ -66,15 +66,15 @@ def _observe_while_solving(observe, initial: Params, x_save: Array) -> Plan:
     def save(x, scaled, _args):
         state = unscaled(x, scaled)
         drift = invariants.drift(state, initial)
-        return drift, _as_floats(observe(state), x.dtype)
+        return drift, as_floats(observe(state), x.dtype)
 
     def read(solution):
-        drift, observed = _rows(solution.ys[0], x_save.size)
+        drift, observed = first_rows(solution.ys[0], x_save.size)
         last = jax.tree.map(lambda leaf: leaf[-1], solution.ys[1])
         return Saved(drift, observed, final=unscaled(x_save[-1], last))
 
     end = diffrax.SubSaveAt(t1=True)
-    return Plan(diffrax.SaveAt(subs=[_at(x_save, save), end]), read)
+    return Plan(diffrax.SaveAt(subs=[at_times(x_save, save), end]), read)
 
 
 def _observe_when_finished(
@@ -86,17 +86,17 @@ def _observe_when_finished(
         return invariants.drift(unscaled(x, scaled), initial), scaled
 
     def read(solution):
-        drift, interpolated = _rows(solution.ys[0], x_save.size)
+        drift, interpolated = first_rows(solution.ys[0], x_save.size)
         kept = (x_before, solution.ys[1], x_save, interpolated)
         states = jax.lax.map(lambda each: improve(*each), kept)
         final = jax.tree.map(lambda leaf: leaf[-1], states)
         return Saved(drift, jax.lax.map(observe, states), final)
 
     before = diffrax.SubSaveAt(ts=x_before, fn=lambda _x, scaled, _args: scaled)
-    return Plan(diffrax.SaveAt(subs=[_at(x_save, save), before]), read)
+    return Plan(diffrax.SaveAt(subs=[at_times(x_save, save), before]), read)
 
 
-def _at(x_save: Array, save) -> diffrax.SubSaveAt:
+def at_times(x_save: Array, save) -> diffrax.SubSaveAt:
     """Save at each time; a single time twice.
 
     diffrax saves in an inner loop over the times that a step has passed. With a single
@@ -108,12 +108,12 @@ def _at(x_save: Array, save) -> diffrax.SubSaveAt:
     return diffrax.SubSaveAt(ts=ts, fn=save)
 
 
-def _rows(saved, size: int):
+def first_rows(saved, size: int):
     """Return the first `size` rows, without the repetition of a single time."""
     return jax.tree.map(lambda leaf: leaf[:size], saved)
 
 
-def _as_floats(observed, dtype):
+def as_floats(observed, dtype):
     """Turn integers into floats: diffrax fills rows with infinity, which integers lack."""
     return jax.tree.map(
         lambda leaf: (

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import diffrax
 import jax
@@ -11,22 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.arrays import as_array
-from ncjax.checks import check_count, check_installed, check_params, check_positive
-from ncjax.flow import saving, steps
+from ncjax.checks import check_count, check_installed, check_params
+from ncjax.flow import outcome, regularised, saving, steps
 from ncjax.flow.clock import Loss, check_objective, clock, field, unscaled
 from ncjax.flow.invariants import InvariantDrift
 from ncjax.flow.methods import find_method
-from ncjax.numerics import at_unit_scale, on_device, power_of_two
+from ncjax.flow.outcome import BAD_TIMES as BAD_TIMES
+from ncjax.flow.outcome import STEP_LIMIT as STEP_LIMIT
+from ncjax.flow.outcome import STEP_TOO_SMALL as STEP_TOO_SMALL
+from ncjax.flow.outcome import SUCCESS as SUCCESS
+from ncjax.numerics import on_device
 from ncjax.objectives import Objective
-from ncjax.peeled.kernels import log_loss, squared_norm
+from ncjax.objectives.objective import require_objective
+from ncjax.peeled.kernels import log_loss
 from ncjax.peeled.weights import check_weights, without_left_out
-from ncjax.types import Array, Params
-
-# Values of `result`.
-SUCCESS = 0
-STEP_LIMIT = 1
-STEP_TOO_SMALL = 2  # the state or its gradient is not finite, or the dtype too coarse
-BAD_TIMES = 3  # under jit, which cannot raise an error for times out of order
+from ncjax.types import Array, BiasedParams, Params
 
 
 class FlowSolution(NamedTuple):
@@ -43,21 +42,63 @@ class FlowSolution(NamedTuple):
     result: Array  # ()      SUCCESS, STEP_LIMIT, STEP_TOO_SMALL or BAD_TIMES (int32)
 
 
+@overload
 def gradient_flow(
     params: Params,
     log_times,
     *,
+    times: None = None,
     objective: Objective | None = None,
     weights=None,
     start_log_time: float = -math.inf,
     rtol: float | None = None,
     atol: float | None = None,
     solver: str | diffrax.AbstractSolver = "auto",
-    record: Callable[[Params], Any] | None = None,
+    record: Callable[[Any], Any] | None = None,
     max_steps: int = 1_000_000,
     progress: bool = False,
-) -> FlowSolution:
+) -> FlowSolution: ...
+
+
+@overload
+def gradient_flow(
+    params: Params | BiasedParams,
+    log_times: None = None,
+    *,
+    times,
+    objective: Objective | None = None,
+    weights=None,
+    start_log_time: float = -math.inf,
+    rtol: float | None = None,
+    atol: float | None = None,
+    solver: str | diffrax.AbstractSolver = "auto",
+    record: Callable[[Any], Any] | None = None,
+    max_steps: int = 1_000_000,
+    progress: bool = False,
+) -> regularised.ObjectiveFlow: ...
+
+
+def gradient_flow(
+    params: Params | BiasedParams,
+    log_times=None,
+    *,
+    times=None,
+    objective: Objective | None = None,
+    weights=None,
+    start_log_time: float = -math.inf,
+    rtol: float | None = None,
+    atol: float | None = None,
+    solver: str | diffrax.AbstractSolver = "auto",
+    record: Callable[[Any], Any] | None = None,
+    max_steps: int = 1_000_000,
+    progress: bool = False,
+):
     r"""Follow the exact gradient flow $dZ/dt = -\nabla \mathcal L(Z)$ to the given times.
+
+    Give either `log_times`, for the loss alone at any time, or plain `times`, for any
+    objective: with weight decay, on a ball, with a bias. `times` follow $dZ/dt = -\nabla
+    F(Z)$ as described in `ncjax.flow.regularised.follow`; the rest of this text is on
+    `log_times`.
 
     The gradient decays like $1/(t \log t)$, and $t$ itself overflows at $\log t = 709$, so
     the equation is solved on the clock $x = \log(1 + \log(1 + t))$. With
@@ -82,10 +123,13 @@ def gradient_flow(
 
     Args:
       params: start `Z(t_0)`, `W` (K, d) and `H` (K, n, d). Its dtype is used throughout.
+        With `times` and an objective with a bias, `BiasedParams`.
       log_times: (T,) strictly increasing natural logarithms of the physical time t;
         `-inf` is t = 0. Useful to 1e6 and beyond in float64, to about 3e4 in float32.
-      objective: `Objective("cross_entropy")`, which None is too, or `Objective("focal",
-        gamma=...)`, without regularisation and bias.
+      times: (T,) increasing plain times t >= 0, instead of `log_times`.
+      objective: any `Objective` with `times`. With `log_times` it is
+        `Objective("cross_entropy")`, which None is too, or `Objective("focal", gamma=...)`,
+        without regularisation and bias.
       weights: (K, n) or (K,) weights of the samples or classes in the loss, not negative.
         Samples of weight 0 are left out: their rows of H are zero, and errors and
         tolerances do not count them. None is 1 everywhere and costs nothing.
@@ -107,12 +151,13 @@ def gradient_flow(
       progress: show a tqdm bar (over x); needs the extra `experiments`.
 
     Returns:
-      `FlowSolution`.
+      `FlowSolution`; `ObjectiveFlow` with `times`.
 
     Raises:
-      ValueError: shapes, dtypes or weights do not fit, the objective is regularised or has
-        another loss, the solver is unknown or does not fit the loss, or (outside jit) times
-        do not increase, tolerances are not positive, or params hold NaN or infinity.
+      ValueError: both or neither of log_times and times are given; shapes, dtypes or
+        weights do not fit; the objective does not go with log_times; the solver is unknown
+        or does not fit the loss; or (outside jit) times do not increase, tolerances are not
+        positive, or params hold NaN or infinity.
       ModuleNotFoundError: progress is set and tqdm is not installed.
 
     Source: the flow is equation (4) of Ji et al. (ICLR 2022); the clock is ncjax's.
@@ -125,25 +170,36 @@ def gradient_flow(
     """
     if progress:
         check_installed("experiments", "tqdm")
-    params = check_params(params, finite=True)
+    if (log_times is None) == (times is None):
+        given = "neither" if times is None else "both"
+        raise ValueError(f"pass either log_times or times, the plain times t, got {given}")
+    if objective is not None:
+        require_objective(objective)
+    if times is not None:
+        _check_starts_at_zero(start_log_time)
+        return regularised.follow(
+            params,
+            times,
+            Objective() if objective is None else objective,
+            weights=weights,
+            rtol=rtol,
+            atol=atol,
+            solver=solver,
+            record=record,
+            max_steps=max_steps,
+            progress=progress,
+        )
+    params = check_params(params, finite=True)  # type: ignore[arg-type]
     dtype = params.W.dtype
     if dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"params must be float32 or float64, got {dtype}")
     loss = Loss(check_weights(weights, params), check_objective(objective, dtype))
-    params = without_left_out(params, loss.weights)
+    params = Params(*without_left_out(params, loss.weights))
     requested = log_times
     log_times = _check_log_times(requested, start_log_time, dtype)
-    if rtol is None:
-        rtol = 1e-8 if dtype == jnp.float64 else 1e-6
-    check_positive("rtol", rtol, dtype)
-    if atol is not None:
-        check_positive("atol", atol)
+    rtol = steps.relative_tolerance(rtol, dtype)
+    relative, absolute = steps.tolerances(params, loss.weights, rtol, atol)
     method = find_method(solver, params, requested, rtol, focal=loss.gamma is not None)
-    relative = jnp.asarray(rtol, dtype)
-    share = _share_of_entries(params, loss.weights)
-    absolute = _absolute_tolerance(params, relative, share) if atol is None else atol
-    if share is not None:  # entries left out lower the norm of the error by this factor
-        relative, absolute = relative * jnp.sqrt(share), absolute * jnp.sqrt(share)
     check_count("max_steps", max_steps, least=1)
     return _integrate(
         params,
@@ -151,7 +207,7 @@ def gradient_flow(
         log_times,
         on_device(start_log_time, dtype),  # JAX checks no -inf that is only transferred
         relative,
-        jnp.asarray(absolute, dtype),
+        absolute,
         method=method,
         record=record,
         max_steps=max_steps,
@@ -194,9 +250,11 @@ def _integrate(
     # diffrax fills the times that it did not reach with infinity.
     reached = jnp.isfinite(solution.ts[0][: log_times.size]) & in_order
     recorded, log_loss = jax.tree.map(
-        partial(_nan_unless, reached), saved.observed, jax.eval_shape(observe, params)
+        partial(outcome.nan_unless, reached),
+        saved.observed,
+        jax.eval_shape(observe, params),
     )
-    result = jnp.where(in_order, _result_code(solution.result), BAD_TIMES)
+    result = jnp.where(in_order, outcome.result_code(solution.result), BAD_TIMES)
     succeeded = result == SUCCESS
     return FlowSolution(
         log_times=log_times,
@@ -229,36 +287,12 @@ def _on_clock(start: Array, log_times: Array) -> tuple[Array, Array, Array]:
     return x_start, jnp.where(in_order, clock(log_times), stand_in), in_order
 
 
-def _nan_unless(reached: Array, leaf: Array, like) -> Array:
-    """Return `leaf` (T, ...) in the dtype of `like`, with NaN or 0 in rows not reached."""
-    rows = reached.reshape(reached.shape + (1,) * (leaf.ndim - 1))
-    missing = jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0
-    return jnp.where(rows, leaf, jnp.asarray(missing, leaf.dtype)).astype(like.dtype)
-
-
-def _share_of_entries(params: Params, weights: Array | None) -> Array | None:
-    """Return the share of entries of samples with positive weight and of W, None for 1."""
-    if weights is None:
-        return None
-    (num_classes, _), left_out = params.W.shape, jnp.sum(weights == 0)
-    rows = num_classes + weights.size
-    return 1 - left_out.astype(weights.dtype) / rows
-
-
-def _absolute_tolerance(params: Params, rtol, share: Array | None) -> Array:
-    """Return `rtol`, times the root mean square of the entries if that is below 1."""
-    params = jax.lax.stop_gradient(params)
-    mean = squared_norm(at_unit_scale(params)) / sum(leaf.size for leaf in params)
-    mean = mean if share is None else mean / share
-    size = power_of_two(params) * jnp.sqrt(mean)
-    return jnp.maximum(rtol * jnp.minimum(size, 1), float(jnp.finfo(size.dtype).tiny))
-
-
-def _result_code(result: diffrax.RESULTS) -> Array:
-    """Return SUCCESS, STEP_LIMIT or STEP_TOO_SMALL for a result of diffrax."""
-    success = result == diffrax.RESULTS.successful
-    limit = result == diffrax.RESULTS.max_steps_reached
-    return jnp.where(success, SUCCESS, jnp.where(limit, STEP_LIMIT, STEP_TOO_SMALL))
+def _check_starts_at_zero(start_log_time) -> None:
+    if isinstance(start_log_time, jax.core.Tracer) or start_log_time != -math.inf:
+        raise ValueError(
+            f"start_log_time goes with log_times, got {start_log_time} with times: a flow "
+            "in plain time starts at t = 0, and its next leg at t = 0 from its final state"
+        )
 
 
 def _check_log_times(log_times, start_log_time: float, dtype) -> Array:

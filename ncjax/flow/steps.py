@@ -1,9 +1,12 @@
-"""Sizes of steps in x: the first, the least, and the norm that judges an error."""
+"""Sizes of steps: the first, the least, tolerances, and the norm that judges an error."""
 
+import jax
 import jax.numpy as jnp
 
+from ncjax.checks import check_positive
+from ncjax.numerics import at_unit_scale, power_of_two
 from ncjax.peeled.kernels import squared_norm
-from ncjax.types import Array
+from ncjax.types import Array, Params
 
 # The controller corrects the first step within a few trials; diffrax's own guess would
 # turn a start of NaN into a step of NaN, which never ends.
@@ -31,6 +34,59 @@ def least_step(x_start: Array, x_last: Array) -> Array:
 
 def finite_or_infinite_norm(error) -> Array:
     """Return the root mean square, infinity for NaN: an overflowing step is rejected."""
-    mean = squared_norm(error) / sum(leaf.size for leaf in error)
+    mean = sum(jnp.sum(leaf**2) for leaf in error) / sum(leaf.size for leaf in error)
     norm = jnp.where(mean > 0, jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
     return jnp.where(jnp.isnan(mean), jnp.inf, norm)
+
+
+def relative_tolerance(rtol, dtype):
+    """Return `rtol`, or the default for None; raise ValueError if it is not positive."""
+    if rtol is None:
+        return 1e-8 if dtype == jnp.float64 else 1e-6
+    check_positive("rtol", rtol, dtype)
+    return rtol
+
+
+def tolerances(params, weights: Array | None, rtol, atol) -> tuple[Array, Array]:
+    """Return the relative and the absolute tolerance of a step, in the dtype of params.
+
+    Entries of samples that are left out lower the norm of the error. The tolerances are
+    lowered by the same factor.
+
+    Args:
+      params: start that is checked already.
+      weights: (K, n) weights or None.
+      rtol: relative tolerance.
+      atol: absolute tolerance; None takes `rtol`, times the root mean square of the entries
+        if that is below 1.
+
+    Raises:
+      ValueError: atol is not positive.
+    """
+    if atol is not None:
+        check_positive("atol", atol)
+    dtype = params.W.dtype
+    relative = jnp.asarray(rtol, dtype)
+    share = _share_of_entries(params, weights)
+    absolute = _absolute_tolerance(params, relative, share) if atol is None else atol
+    if share is not None:
+        relative, absolute = relative * jnp.sqrt(share), absolute * jnp.sqrt(share)
+    return relative, jnp.asarray(absolute, dtype)
+
+
+def _share_of_entries(params, weights: Array | None) -> Array | None:
+    """Return the share of entries of samples with positive weight and of W, None for 1."""
+    if weights is None:
+        return None
+    (num_classes, _), left_out = params.W.shape, jnp.sum(weights == 0)
+    rows = num_classes + weights.size
+    return 1 - left_out.astype(weights.dtype) / rows
+
+
+def _absolute_tolerance(params, rtol, share: Array | None) -> Array:
+    """Return `rtol`, times the root mean square of the entries if that is below 1."""
+    params = jax.lax.stop_gradient(Params(params.W, params.H))
+    mean = squared_norm(at_unit_scale(params)) / sum(leaf.size for leaf in params)
+    mean = mean if share is None else mean / share
+    size = power_of_two(params) * jnp.sqrt(mean)
+    return jnp.maximum(rtol * jnp.minimum(size, 1), float(jnp.finfo(size.dtype).tiny))
