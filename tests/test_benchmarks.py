@@ -16,6 +16,7 @@ import ncjax
 from benchmarks import (
     _timing,
     flow,
+    flow_objectives,
     flow_reach,
     hessian,
     hessian_resnet,
@@ -215,6 +216,17 @@ def test_torch_and_ncjax_train_the_same_network(problem):
     model = models.build(problem.name, training_step.NUM_CLASSES, **problem.options)
     count = sum(p.numel() for p in network.parameters())
     assert count == models.count_parameters(model, problem.image_shape)
+
+
+@pytest.mark.slow
+def test_every_program_with_weight_decay_comes_to_the_minimum():
+    measured = [
+        *flow_objectives.decay(1, count=2),
+        *flow_objectives.weights(1, log_t=10.0),
+    ]
+    assert len(measured) == 6
+    for row in measured[:3]:
+        assert float(row["note"].rpartition(" ")[2]) < 1e-10
 
 
 @pytest.mark.slow
