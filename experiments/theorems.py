@@ -4,21 +4,21 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import ncjax
-from experiments import _fits, _legs, _saddles
+from experiments import _fits, _legs, _neighbours_checks, _saddles
 from experiments._runs import cli, files, folders, page
 from experiments._runs.errors import BadUse, RunFailed
 from experiments._runs.progress import tqdm
+from experiments._statements import NCJAX, Statement, below
 
 NAME = "theorems"
 OUTPUTS = (f"{NAME}.csv", f"{NAME}.md")
-NCJAX = "ncjax"
 K, N, D = 4, 3, 6
 OPTIMUM = (K - 1) * N**0.5
 TIMES = np.concatenate([[5.0, 10.0, 30.0, 100.0, 300.0], np.geomspace(1e3, 1e4, 12)])
@@ -45,17 +45,6 @@ class Config(cli.Settings):
         "", f"run folder; if empty, a new one under runs/{NAME}", cli.FOLDER
     )
     overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)
-
-
-class Statement(NamedTuple):
-    """One statement, the number found and its bound."""
-
-    source: str
-    statement: str
-    on: str
-    number: float
-    bound: float
-    passed: bool
 
 
 def run(config: Config) -> Path:
@@ -105,12 +94,6 @@ def _line(entry: Statement) -> str:
     )
 
 
-def _below(source: str, statement: str, on: str, number, bound: float) -> Statement:
-    """Return a statement that holds if `number` is at most `bound`."""
-    number = float(number)
-    return Statement(source, statement, on, number, bound, bool(number <= bound))
-
-
 def _flows(config: Config) -> ncjax.FlowSolution:
     """Solve flows from random starts; leading axes (S, T)."""
 
@@ -135,9 +118,7 @@ def _definition_2_1(_flow) -> Statement:
     etf = np.asarray(ncjax.simplex_etf(K, D, jax.random.key(0)))
     gram = K / (K - 1) * (np.eye(K) - 1 / K)
     error = np.abs(etf @ etf.T - gram).max()
-    return _below(
-        "Definition 2.1", "Gram matrix of the simplex ETF", f"K={K}", error, 1e-14
-    )
+    return below("Definition 2.1", "Gram matrix of the simplex ETF", f"K={K}", error, 1e-14)
 
 
 def _theorem_3_1_bound(flow) -> Statement:
@@ -147,7 +128,7 @@ def _theorem_3_1_bound(flow) -> Statement:
         return ncjax.margin_ratio(ncjax.init_params(key, K, N, D, 1.0))
 
     largest = max(jax.vmap(ratio)(keys).max(), _along(flow, ncjax.margin_ratio).max())
-    return _below(
+    return below(
         "Theorem 3.1",
         "margin ratio is at most 1",
         f"2000 random points and {_flow_setting(flow)}",
@@ -158,14 +139,14 @@ def _theorem_3_1_bound(flow) -> Statement:
 
 def _theorem_3_1_equality(_flow) -> Statement:
     gap = abs(float(ncjax.margin_ratio(ncjax.solve_separation((N,) * K, D).params)) - 1)
-    return _below("Theorem 3.1", "equality at collapse", f"K={K} n={N} d={D}", gap, 1e-12)
+    return below("Theorem 3.1", "equality at collapse", f"K={K} n={N} d={D}", gap, 1e-12)
 
 
 def _separation_value(_flow) -> Statement:
     solution = ncjax.solve_separation((N,) * K, D).params
     gap = abs(float(ncjax.squared_norm(solution)) / 2 - OPTIMUM)
     gap = max(gap, abs(float(ncjax.certificate(solution).gap)))
-    return _below(
+    return below(
         "(P2)", "optimal value (K-1)√n, duality gap 0", f"K={K} n={N} d={D}", gap, 1e-10
     )
 
@@ -173,14 +154,14 @@ def _separation_value(_flow) -> Statement:
 def _separation_minimiser(_flow) -> Statement:
     metrics = ncjax.collapse_metrics(ncjax.solve_separation((N,) * K, D).params)._asdict()
     worst = max(float(v) for k, v in metrics.items() if k != "accuracy")
-    return _below(
+    return below(
         "Theorem 3.1", "its minimiser is neural collapse", "NC1 to NC4", worst, 1e-7
     )
 
 
 def _theorem_3_2_loss(flow) -> Statement:
     highest = np.asarray(flow.log_loss)[:, 1:].max()
-    return _below(
+    return below(
         "Theorem 3.2",
         "log L falls below log log 2",
         _flow_setting(flow),
@@ -191,14 +172,14 @@ def _theorem_3_2_loss(flow) -> Statement:
 
 def _theorem_3_2_kkt(flow) -> Statement:
     residual = _along(flow, lambda p: ncjax.kkt(p).stationarity)[:, -1].max()
-    return _below(
+    return below(
         "Theorem 3.2", "KKT residual tends to 0", _flow_setting(flow), residual, 0.02
     )
 
 
 def _theorem_3_2_alignment(flow) -> Statement:
     angle = _along(flow, ncjax.kkt_angle)
-    return _below(
+    return below(
         "Theorem 3.2",
         "1 - beta tends to 0",
         _flow_setting(flow),
@@ -210,7 +191,7 @@ def _theorem_3_2_alignment(flow) -> Statement:
 def _corollary_norm(flow) -> Statement:
     late = TIMES >= 100
     ratio = _along(flow, ncjax.squared_norm)[:, late] / TIMES[late]
-    return _below(
+    return below(
         "Corollary",
         "|Z|² = Θ(log t): max/min of the quotient, log t ≥ 100",
         _flow_setting(flow),
@@ -222,7 +203,7 @@ def _corollary_norm(flow) -> Statement:
 def _corollary_loss(flow) -> Statement:
     late = TIMES >= 100
     product = _loss_product(flow)[:, late]
-    return _below(
+    return below(
         "Corollary",
         "L = Θ(1/(t log t)): max/min of the product, log t ≥ 100",
         _flow_setting(flow),
@@ -239,7 +220,7 @@ def _loss_product(flow) -> np.ndarray:
 def _example_3_1(_flow) -> Statement:
     block = _saddles.Block(2, 2, 1, 4)
     residual = ncjax.kkt(block.params(SCALE)).stationarity
-    return _below(
+    return below(
         "Example 3.1", "a KKT point that is not collapsed", "K=4 n=1 d=4", residual, 1e-10
     )
 
@@ -251,7 +232,7 @@ def _definition_3_1(_flow) -> Statement:
         jnp.tensordot(u, z, z.ndim) for u, z in zip(unstable, params, strict=True)
     )
     worst = jnp.abs(products).max() / jnp.sqrt(ncjax.squared_norm(params))
-    return _below(
+    return below(
         "Definition 3.1",
         "unstable directions are tangent to the sphere",
         str(block),
@@ -262,7 +243,7 @@ def _definition_3_1(_flow) -> Statement:
 
 def _theorem_3_3_saddles(_flow) -> Statement:
     worst = max(float(_least_eigenvalues(block, 1)[0]) for block in SADDLES)
-    return _below(
+    return below(
         "Theorem 3.3",
         "strict descent at KKT directions not collapsed",
         _saddle_setting(),
@@ -273,7 +254,7 @@ def _theorem_3_3_saddles(_flow) -> Statement:
 
 def _theorem_3_3_minimiser(_flow) -> Statement:
     least = float(_least_eigenvalues(COLLAPSE, 1)[0])
-    return _below(
+    return below(
         "Theorem 3.3",
         "no descent at collapse: minus the least eigenvalue",
         _saddle_setting([COLLAPSE]),
@@ -291,28 +272,26 @@ def _clock(_flow) -> Statement:
     start = ncjax.Params(jnp.asarray(W), jnp.asarray(H))
     final = ncjax.gradient_flow(start, [np.log(1e5)], rtol=1e-11, atol=1e-11).final
     error = abs(float(final.W[0, 0]) / 3.18763475558 - 1)
-    return _below(
+    return below(
         NCJAX, "the clock log(1 + log(1 + t)) solves the raw flow", "t = 1e5", error, 1e-9
     )
 
 
 def _invariants(flow) -> Statement:
     drift = max(np.asarray(part).max() for part in flow.drift)
-    return _below(
-        NCJAX, "WᵀW - Σhhᵀ and Σw are conserved", _flow_setting(flow), drift, 1e-7
-    )
+    return below(NCJAX, "WᵀW - Σhhᵀ and Σw are conserved", _flow_setting(flow), drift, 1e-7)
 
 
 def _sharp_norm(flow) -> Statement:
     ratio = _along(flow, ncjax.squared_norm)[:, -1] / TIMES[-1] / (2 * OPTIMUM)
-    return _below(
+    return below(
         NCJAX, "|Z|²/log t → 2(K-1)√n", _flow_setting(flow), np.abs(ratio - 1).max(), 0.005
     )
 
 
 def _sharp_loss(flow) -> Statement:
     ratio = _loss_product(flow)[:, -1] / (OPTIMUM / 2)
-    return _below(
+    return below(
         NCJAX, "t L log t → (K-1)√n/2", _flow_setting(flow), np.abs(ratio - 1).max(), 0.005
     )
 
@@ -334,7 +313,7 @@ def _exponents(flow) -> Statement:
     ]
     angle = _fits.exponents(TIMES, _along(flow, ncjax.kkt_angle), (1e3, 1e4))
     errors.append(np.median(angle) - 0.5)
-    return _below(
+    return below(
         NCJAX,
         "decay exponents 1, 3 and 1/2 of the metrics",
         _flow_setting(flow),
@@ -348,7 +327,7 @@ def _certificate_saddles(_flow) -> Statement:
         abs(float(ncjax.certificate(block.params(SCALE)).sigma_max) - block.sigma_max)
         for block in (*SADDLES, COLLAPSE)
     )
-    return _below(
+    return below(
         NCJAX,
         "sigma_max = K/(K-b) at saddles, 1 at collapse",
         _saddle_setting(),
@@ -360,7 +339,7 @@ def _certificate_saddles(_flow) -> Statement:
 def _certificate_flow(flow) -> Statement:
     verdicts = _along(flow, lambda p: ncjax.certificate(p).verdict)[:, -1]
     uncertified = np.sum(verdicts != ncjax.separation.GLOBAL_OPTIMUM)
-    return _below(NCJAX, "flows not certified optimal", _flow_setting(flow), uncertified, 0)
+    return below(NCJAX, "flows not certified optimal", _flow_setting(flow), uncertified, 0)
 
 
 def _eigenvalue_closed_form(_flow) -> Statement:
@@ -370,7 +349,7 @@ def _eigenvalue_closed_form(_flow) -> Statement:
         errors.append(np.abs(values[:-1] - block.eigenvalue(SCALE)).max())
         # If the next eigenvalue equals the closed form too, the multiplicity is wrong.
         errors.append(1.0 if abs(values[-1] - block.eigenvalue(SCALE)) < 1e-9 else 0.0)
-    return _below(
+    return below(
         NCJAX,
         "least eigenvalue (1 - sigma_max)/Σλ, with its multiplicity",
         _saddle_setting(),
@@ -385,7 +364,7 @@ def _eigenvalue_example(_flow) -> Statement:
     params = ncjax.Params(W, W[:, None])
     eig = ncjax.hessian_eig(ncjax.log_cross_entropy, params, k=2, sphere=True)
     error = np.abs(np.asarray(eig.eigenvalues) + 0.178810508).max()
-    return _below(NCJAX, "-0.178810508 twice at finite norm", "Example 3.1", error, 1e-9)
+    return below(NCJAX, "-0.178810508 twice at finite norm", "Example 3.1", error, 1e-9)
 
 
 def _origin(_flow) -> Statement:
@@ -395,14 +374,14 @@ def _origin(_flow) -> Statement:
     expected = np.zeros(values.shape[0])
     expected[:copies], expected[-copies:] = -(N**0.5), N**0.5
     error = np.abs(np.asarray(values) - expected).max()
-    return _below(
+    return below(
         NCJAX, "Hessian ±√n, d(K-1) times each, else 0", "the origin", error, 1e-10
     )
 
 
 def _plain_hessian(_flow) -> Statement:
     least = ncjax.hessian_eig(_saddles.relative_loss, COLLAPSE.params(SCALE)).eigenvalues[0]
-    return _below(
+    return below(
         NCJAX,
         "the plain Hessian of L is negative at collapse too",
         _saddle_setting([COLLAPSE]),
@@ -420,7 +399,7 @@ def _escape(_flow) -> Statement:
         )
         fitted = -_fits.exponents(log_times, flows.unstable, (1e3, 1e4))
         errors.append(np.abs(fitted - block.escape_exponent).max())
-    return _below(
+    return below(
         NCJAX,
         "escape like (log t)^((sigma_max - 1)/2)",
         _saddle_setting(SADDLES[:2]),
@@ -466,6 +445,7 @@ CHECKS: tuple[Callable[[ncjax.FlowSolution], Statement], ...] = (
     _origin,
     _plain_hessian,
     _escape,
+    *_neighbours_checks.CHECKS,
 )
 
 
