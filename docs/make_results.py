@@ -1,4 +1,4 @@
-"""Write the tables of README.md and of three pages of docs/ from the committed results.
+"""Write the tables of README.md and of four pages of docs/ from the committed results.
 
     python docs/make_results.py
 
@@ -22,7 +22,7 @@ PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("results", "network_flow", "reference_features")
+        for name in ("results", "network_flow", "reference_features", "objectives")
     ),
 )
 NETWORKS = {
@@ -329,6 +329,62 @@ def theory_by() -> str:
     return sources((statements, seconds), (run("saddle_analysis"), "5 min"))
 
 
+def neighbours_models() -> str:
+    """Compare the flow of each model of Table 1 with its closed form."""
+    rows = [
+        [
+            f"{row['model']}, {row['classes']}",
+            f"{row['optimum']:.6f}",
+            f"{row['value_error_worst']:.0e}",
+            f"{row['bound_gap_worst']:.0e}",
+            f"{row['sigma_error_worst']:.0e}",
+            f"{row['rate_fitted']:.5f}",
+            f"{row['rate_predicted']:.5f}",
+        ]
+        for row in run("neighbours")["models"]
+    ]
+    head = ["model", "optimum", "error of the flow", "certified gap", "|σ_max/μ - 1|"]
+    return table([*head, "rate fitted", "predicted"], rows)
+
+
+def neighbours_path() -> str:
+    """List deviations from SELI times log(1/mu), and their limits of first order."""
+    names = ("cosine_at_0.01", "cosine_at_1e-08", "cosine_at_1e-16", "cosine_limit")
+    names += ("logits_at_end", "logits_of_flow", "logits_limit")
+    rows = [
+        [str(row["ratio"]), *(f"{row[name]:.5f}" for name in names)]
+        for row in run("neighbours")["path"]
+    ]
+    head = ["R", "cosine, μ = 1e-2", "1e-8", "1e-16", "limit"]
+    head += ["unit logits, μ = 1e-150", "flow of the ULPM, log t = 1000", "limit"]
+    return table(head, rows)
+
+
+def neighbours_minority() -> str:
+    """List cosines of minority classifiers, 5 of 10 classes large, over the imbalance."""
+    chosen = [row for row in run("neighbours")["minority"] if row["large_classes"] == 5]
+    ratios = sorted({row["ratio"] for row in chosen})
+    kinds = dict.fromkeys((row["model"], row["class_weights"]) for row in chosen)
+    rows = []
+    for model, weights in kinds:
+        of_kind = [
+            r for r in chosen if (r["model"], r["class_weights"]) == (model, weights)
+        ]
+        errors = [r["error_worst"] for r in of_kind if r["error_worst"] is not None]
+        cosines = {r["ratio"]: f"{r['found']:.4f}" for r in of_kind}
+        cells = [cosines.get(ratio, "") for ratio in ratios]
+        rows.append([f"{model}, class weights {weights}", *cells, f"{max(errors):.0e}"])
+    head = ["end of the flow", *(f"R = {ratio}" for ratio in ratios)]
+    return table([*head, "largest error against the closed form"], rows)
+
+
+def neighbours_by() -> str:
+    """Name the run behind the tables of the other objectives."""
+    summary = run("neighbours")
+    seconds = f"{summary['config']['seeds']} starts, {summary['seconds'] / 60:.0f} min"
+    return sources((summary, seconds))
+
+
 def log_time(summary: Mapping[str, Any]) -> float:
     """Return the log of training time: rate / (1 - momentum) times number of steps."""
     config = summary["config"]
@@ -599,6 +655,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(found, found_by, flow, constants, flow_by, theorems, saddles, escapes, theory_by),
         *(networks, network_metrics, network_runs, peel, peel_by, speed),
         *(flow_metrics, flow_exponents, flow_runs, controls, reference_values),
+        *(neighbours_models, neighbours_path, neighbours_minority, neighbours_by),
     )
 }
 _MARKED = re.compile(r"(<!-- results: (\w+) -->\n)(?:.+\n)*")

@@ -18,7 +18,10 @@ from ncjax.networks import models
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [DOCS / "tour.md", *sorted((DOCS / "howto").glob("*.md"))]
+PAGES = [
+    *(DOCS / name for name in ("tour.md", "objectives.md")),
+    *sorted((DOCS / "howto").glob("*.md")),
+]
 # The reference lists all public names of these modules, and of `import ncjax`.
 MODULES = (
     *("peeled.losses", "peeled.alternatives"),

@@ -21,6 +21,7 @@ RESULTS = ROOT / "results"
 COMMITTED = (
     "ulpm_flow",
     "saddle_analysis",
+    "neighbours",
     "theorems",
     "train/vgg13_kmnist",
     "peel/vgg13_kmnist",
