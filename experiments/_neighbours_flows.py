@@ -135,8 +135,8 @@ def _certificates(model: Model, final) -> dict[str, list[float]]:
 
 def _certificate(model: Model, state) -> tuple[float, float]:
     if not model.regularised:
-        found = ncjax.certificate(state, weights=model.weights)
-        return float(found.gap), float(found.sigma_max)
+        direction = ncjax.certificate(state, weights=model.weights)
+        return float(direction.gap), float(direction.sigma_max)
     found = ncjax.certificate(state, model.objective, weights=model.weights)
     ratio = float(found.sigma_max / found.mu)
     if model.objective.fixed_classifier:  # W need not be critical

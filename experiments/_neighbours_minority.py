@@ -128,7 +128,7 @@ def _end_on_ball(start, weights):
 
 def _end_with_decay(start, weights):
     mu = MEAN_DECAY * jnp.sum(weights)
-    objective = ncjax.Objective(weight_decay=(mu, mu))
+    objective = ncjax.Objective(weight_decay=(mu, mu))  # type: ignore[arg-type]
     times = (_DECAY_TIMES / mu)[None]
     flow = ncjax.gradient_flow(start, times=times, objective=objective, weights=weights)
     return flow.final.W
@@ -160,8 +160,8 @@ def _optimum(model: str, large: int, ratio: float, weighted: bool) -> Any:
     if model == LPM:
         objective = ncjax.Objective(ball=_ball())
         ones = (1,) * NUM_CLASSES
-        weights = (1.0,) * NUM_CLASSES if weighted else sizes
-        return ncjax.minimiser(objective, ones, _DIM, class_weights=weights).params
+        totals = (1.0,) * NUM_CLASSES if weighted else sizes
+        return ncjax.minimiser(objective, ones, _DIM, class_weights=totals).params
     counts = tuple(map(int, sizes))
     if model == ULPM:  # class weights leave the separation problem as it is
         return ncjax.solve_separation(counts, _DIM).params

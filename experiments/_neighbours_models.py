@@ -70,7 +70,7 @@ class Model(NamedTuple):
 
         def start(key):
             sizes = (len(self.counts), self.counts, self.dim)
-            params = ncjax.init_params(key, *sizes, scale, jnp.float64)
+            params: Any = ncjax.init_params(key, *sizes, scale, jnp.float64)
             if self.objective.temperature is not None:
                 params = jax.tree.map(_unit_rows, params)
             if self.objective.fixed_classifier:

@@ -30,9 +30,9 @@ def parts(sizes: Sizes, config: Any) -> dict[str, Callable[[], Arrays]]:
         found[f"small/{decay:g}"] = partial(_small, sizes, decay, config)
     for ratio in _neighbours_path.RATIOS:
         found[f"path/{ratio}"] = partial(_path, ratio, config)
-    for model in _neighbours_minority.MODELS:
+    for name in _neighbours_minority.MODELS:
         for weighted in (False, True):
-            found |= _minority(model, weighted, config)
+            found |= _minority(name, weighted, config)
     return found
 
 

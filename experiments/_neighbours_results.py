@@ -187,7 +187,7 @@ _WEIGHTED = ", class weights $1/n_k$"
 def _minority_figure(parts) -> Figure:
     rows = []
     for weighted in (False, True):
-        row = []
+        row: list[_neighbours_figures.Minority] = []
         for model in MODELS:
             name = _name(model, weighted)
             places = flow_ratios(model)
@@ -305,8 +305,8 @@ def _minority_table(summary: Mapping[str, Any]) -> page.Table:
             if (r["model"], r["class_weights"]) == (model, weights)
             and r["large_classes"] == 5
         ]
-        cells = {r["ratio"]: page.number(r["found"]) for r in chosen}
-        cells = [cells.get(ratio, "") for ratio in RATIOS]
+        cosines = {r["ratio"]: page.number(r["found"]) for r in chosen}
+        cells = [cosines.get(ratio, "") for ratio in RATIOS]
         rows.append([f"{model}, weights {weights}", *cells])
     return page.Table(
         f"Cosine of two minority classifiers at the end of the flows, 5 large classes of "
