@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import ncjax
@@ -41,7 +42,7 @@ def _end(objective: ncjax.Objective, weights):
     if objective.fixed_classifier:
         start = start._replace(W=ncjax.simplex_etf(K, D))
     if objective.bias is not None:
-        start = ncjax.BiasedParams(start.W, start.H, np.zeros(K))
+        start = ncjax.BiasedParams(start.W, start.H, jnp.zeros(K))
     flow = ncjax.gradient_flow(start, times=[100.0], objective=objective, weights=weights)
     return flow.final
 

@@ -78,7 +78,7 @@ class Model(NamedTuple):
                 params = params._replace(W=etf)
             if self.objective.bias is not None:
                 bias = scale * jax.random.normal(key, (len(self.counts),), jnp.float64)
-                params = ncjax.BiasedParams(*params, bias)
+                params = ncjax.BiasedParams(params.W, params.H, bias)
             return params
 
         return jax.vmap(start)(jax.random.split(key, seeds))
