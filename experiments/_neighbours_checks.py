@@ -43,7 +43,9 @@ def _end(objective: ncjax.Objective, weights):
         start = start._replace(W=ncjax.simplex_etf(K, D))
     if objective.bias is not None:
         start = ncjax.BiasedParams(start.W, start.H, jnp.zeros(K))
-    flow = ncjax.gradient_flow(start, times=[100.0], objective=objective, weights=weights)
+    flow = ncjax.gradient_flow(
+        start, times=[150.0], objective=objective, weights=weights, rtol=1e-11, atol=1e-11
+    )
     return flow.final
 
 
