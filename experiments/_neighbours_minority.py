@@ -21,7 +21,7 @@ NUM_CLASSES = 10
 LARGE = (3, 5, 7)  # K_A
 ENERGY = 5.0  # E_W E_H of the LPM
 MEAN_DECAY = 0.005  # lambda_W = lambda_H of the UFM, for a mean loss
-RATIOS = (1, 2, 5, 10, 30, 100)  # of the flows; the ULPM's go to 30
+RATIOS = (1, 2, 5, 10, 30, 100)  # of the flows; the ULPM's go to 10
 LARGEST_RATIO = 400  # of the closed forms
 LOG_T = 1e6  # end of the flows of the ULPM
 _DIM = 10
@@ -38,7 +38,7 @@ def sizes_of(large: int, ratio: float) -> tuple[float, ...]:
 
 def flow_ratios(model: str) -> tuple[int, ...]:
     """Return the ratios R of the flows of a model."""
-    return RATIOS[:-1] if model == ULPM else RATIOS
+    return RATIOS[:-2] if model == ULPM else RATIOS
 
 
 def ratios(model: str) -> np.ndarray:
