@@ -337,7 +337,7 @@ def neighbours_models() -> str:
             f"{row['optimum']:.6f}",
             f"{row['value_error_worst']:.0e}",
             f"{row['bound_gap_worst']:.0e}",
-            f"{row['sigma_error_worst']:.0e}",
+            "" if row["sigma_error_worst"] is None else f"{row['sigma_error_worst']:.0e}",
             f"{row['rate_fitted']:.5f}",
             f"{row['rate_predicted']:.5f}",
         ]
