@@ -240,6 +240,16 @@ def test_narrow_floats_give_float32(dtype):
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"temperature": 1.0, "bias": 0.0}, "temperature takes no bias"),
         ({"weight_decay": (1, 1), "ball": (1, 1)}, "got weight_decay and ball"),
+        ({"weight_decay": "ab"}, "weight_decay must be a pair of numbers"),
+        ({"weight_decay": {1, 2}}, "weight_decay must be a pair of numbers"),
+        ({"weight_decay": np.array(1.0)}, "weight_decay must be a pair of numbers"),
+        ({"weight_decay": (None, 1)}, "weight_decay must be a number, got None"),
+        ({"weight_decay": (1j, 1)}, "weight_decay must be a number, got 1j"),
+        ({"weight_decay": (jnp.array(-1.0), 1)}, "weight_decay must be finite and not"),
+        ({"bias": np.True_}, "bias must be a number, got"),
+        ({"smoothing": "a"}, "smoothing must be a number, got 'a'"),
+        ({"loss": "focal", "gamma": [1]}, r"gamma must be a number, got \[1\]"),
+        ({"fixed_classifier": "no"}, "fixed_classifier must be True or False, got 'no'"),
     ],
 )
 def test_bad_settings_are_named_in_one_line(settings, message):
@@ -289,3 +299,55 @@ def test_a_sample_of_weight_0_has_no_influence():
         gradient = jax.grad(objective)(there, weights)
         assert not jnp.any(gradient.H[1, 1:])
         assert np.isfinite(gradient.W).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weight_decay": np.array([0.1, 0.2])},
+        {"weight_decay": jnp.array([0.1, 0.2]), "bias": np.float64(0.1)},
+        {"temperature": np.float64(2.0)},
+        {"loss": "focal", "gamma": jnp.asarray(2.0)},
+        {"smoothing": np.float32(0.25)},
+    ],
+)
+def test_numbers_of_any_library_are_floats_that_take_the_dtype_of_the_point(settings):
+    objective = Objective(**settings)
+    assert {type(number) for number in jax.tree.leaves(objective)} == {float}
+    assert hash(objective) == hash(dataclasses.replace(objective))
+    params = point(objective, random_params(9, K, N, D, 1.0, jnp.float32))
+    assert objective(params).dtype == jnp.float32
+
+
+def test_a_gradient_in_the_numbers_is_an_objective_of_any_sign():
+    params = random_params(10, K, N, D, 1.0)
+    objective = Objective("focal", gamma=2.0, weight_decay=(0.1, 0.2))
+    slope = jax.tree.map(float, jax.grad(lambda o: o(params))(objective))
+    h = 1e-5
+    above, below = (
+        dataclasses.replace(objective, gamma=2 + step)(params) for step in (h, -h)
+    )
+    assert slope.gamma < 0
+    np.testing.assert_allclose(slope.gamma, (above - below) / (2 * h), rtol=1e-8)
+    W, H = (float(jnp.sum(leaf**2)) / 2 for leaf in params)
+    np.testing.assert_allclose(slope.weight_decay, (W, H), rtol=1e-13)
+
+
+def test_vmap_takes_the_axes_of_an_objective_as_an_objective():
+    params = random_params(11, K, N, D, 1.0)
+    many = Objective(ball=(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])))
+    axes = jax.tree.map(lambda leaf: 0, many)
+    values = jax.vmap(lambda o: o.on_boundary(params), in_axes=(axes,))(many)
+    expected = [Objective(ball=ball).on_boundary(params) for ball in ((1, 3), (2, 4))]
+    np.testing.assert_allclose(values, expected, rtol=1e-13)
+    with pytest.raises(ValueError, match="one objective at a time"):
+        ncjax.minimiser(many, (2, 2), 2)
+
+
+def test_the_boundary_loss_at_any_scale_of_the_point():
+    params = random_params(12, K, N, D, 1.0)
+    objective = Objective(ball=(8.0, 24.0))
+    far = ncjax.Params(1e200 * params.W, 1e-200 * params.H)
+    np.testing.assert_allclose(
+        objective.on_boundary(far), objective.on_boundary(params), rtol=1e-13
+    )

@@ -6,15 +6,15 @@ b_j)$ and of the class k of the sample.
 
 import dataclasses
 import math
-from collections.abc import Callable
-from functools import partial
+import sys
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ncjax.checks import check_biased_params, check_choice, check_params
-from ncjax.numerics import einsum, widen
+from ncjax.numerics import at_unit_scale, einsum, widen
 from ncjax.objectives.settings import check_settings
 from ncjax.peeled import samples
 from ncjax.peeled.weights import check_weights, weighted, without_left_out
@@ -37,13 +37,12 @@ _FORMULAS = {
 }
 _SMOOTHED = Loss(samples.smoothed_cross_entropy, number="smoothing")
 LOSSES = tuple(_FORMULAS)
+# Fields of `Objective`: leaves of the pytree, and its static part.
+_NUMBERS = ("smoothing", "gamma", "weight_decay", "ball", "bias", "temperature")
+_NAMES = ("loss", "fixed_classifier")
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["smoothing", "gamma", "weight_decay", "ball", "bias", "temperature"],
-    meta_fields=["loss", "fixed_classifier"],
-)
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Objective:
     r"""A loss of the logits, with weight decay, on a norm ball, or alone.
@@ -58,7 +57,8 @@ class Objective:
     samples has weight decay $\lambda / N$ for our $\lambda$.
 
     An objective is a function: `objective(params)` is F. It is a pytree whose numbers may
-    be traced by `jax.jit` and `jax.vmap`, and it is hashable outside of them, so
+    be traced by `jax.jit`, `jax.grad` and `jax.vmap`; for `jax.vmap` a number is an array.
+    Single numbers become floats, so an objective is hashable outside of these, and
     `ncjax.hessian_eig(objective, params)` compiles once per objective.
 
     Args:
@@ -102,6 +102,19 @@ class Objective:
         if not callable(self.loss):
             check_choice("loss", self.loss, LOSSES)
         check_settings(self)
+
+    def tree_flatten_with_keys(self):
+        """Return the numbers, which may be traced, and the names."""
+        numbers = [(jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in _NUMBERS]
+        return numbers, tuple(getattr(self, name) for name in _NAMES)
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple, numbers: Iterable) -> "Objective":
+        """Return an objective without checks: a gradient may be negative."""
+        objective = object.__new__(cls)
+        for field, value in zip(_NUMBERS + _NAMES, (*numbers, *names), strict=True):
+            object.__setattr__(objective, field, value)
+        return objective
 
     def __call__(self, params, weights=None) -> Array:
         """Return the value F at a point, a scalar.
@@ -193,9 +206,10 @@ class Objective:
         if self.ball is None:
             raise ValueError("on_boundary needs an objective with a ball, got none")
         params, weights = self.check(params, weights)
+        units = (at_unit_scale(leaf) for leaf in params)
         W, H = (
-            bound**0.5 * leaf / jnp.sqrt(jnp.sum(leaf**2))
-            for bound, leaf in zip(self.ball, params, strict=False)
+            bound**0.5 * unit / jnp.sqrt(jnp.sum(unit**2))
+            for bound, unit in zip(self.ball, units, strict=False)
         )
         return self._loss(params._replace(W=W, H=H), weights)
 
@@ -267,8 +281,14 @@ def _of_function(loss: Callable) -> Loss:
 
 
 def _root_of_product(pair):
-    product = pair[0] * pair[1]
-    return jnp.sqrt(product) if isinstance(product, jax.Array) else math.sqrt(product)
+    """Return sqrt(x y), also where x y is below or above the range of floats."""
+    first, second = pair
+    if not isinstance(first, float) or not isinstance(second, float):
+        return jnp.sqrt(first) * jnp.sqrt(second)
+    product = first * second
+    if sys.float_info.min <= product < math.inf:
+        return math.sqrt(product)
+    return math.sqrt(first) * math.sqrt(second)
 
 
 def unit_rows(rows: Array) -> Array:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from ncjax.checks import check_counts, check_integer
-from ncjax.objectives.objective import Objective
+from ncjax.objectives.objective import Objective, require_objective
 
 FLOW = "find it by ncjax.gradient_flow(params, times=..., objective=objective)"
 
@@ -68,14 +68,16 @@ class Optimum(NamedTuple):
 
 def make_problem(objective, counts, dim, class_weights=None) -> Problem:
     """Return the problem, or raise ValueError if an argument does not fit."""
-    if not isinstance(objective, Objective):
-        raise ValueError(
-            f"objective must be an ncjax.Objective, got {type(objective).__name__}"
-        )
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(objective)):
+    require_objective(objective)
+    numbers = jax.tree.leaves(objective)
+    if any(isinstance(number, jax.core.Tracer) for number in numbers):
         raise ValueError(
             "objective must have known numbers, got traced ones: closed forms are computed "
             "on the host, outside of jax.jit and jax.vmap"
+        )
+    if any(np.ndim(number) for number in numbers):
+        raise ValueError(
+            "objective must have single numbers, got arrays: take one objective at a time"
         )
     counts = np.asarray(check_counts(counts), float)
     check_integer("dim", dim, least=1)

@@ -6,63 +6,68 @@ from numbers import Real
 import jax
 import numpy as np
 
-
-def check_settings(objective) -> None:
-    """Raise ValueError unless the settings are in range and go together.
-
-    Traced numbers are not checked.
-    """
-    for name in ("weight_decay", "ball"):
-        _as_pair(objective, name)
-    _check_ranges(objective)
-    _check_loss(objective)
-    _check_together(objective)
-
-
-def _as_pair(objective, name: str) -> None:
-    """Turn a list or array of two numbers into a tuple, which has a hash."""
-    value = getattr(objective, name)
-    if isinstance(value, list | np.ndarray):
-        object.__setattr__(objective, name, tuple(value))
-    value = getattr(objective, name)
-    is_number = isinstance(value, Real | jax.Array)
-    if is_number or (isinstance(value, tuple) and len(value) != 2):
-        raise ValueError(f"{name} must be a pair of numbers, {_PAIRS[name]}, got {value!r}")
-
+from ncjax.checks import concrete
 
 _PAIRS = {
     "weight_decay": "(lambda_W, lambda_H)",
     "ball": "the bounds (a, b) on |W|^2 and |H|^2",
 }
+_POSITIVE = ("ball", "temperature")
+_BOUNDS = ("weight_decay", "ball", "temperature")
 
 
-def _check_ranges(objective) -> None:
-    for decay in objective.weight_decay or ():
-        _check("weight_decay", decay, positive=False)
-    for bound in objective.ball or ():
-        _check("ball", bound, positive=True)
-    _check("bias", objective.bias, positive=False)
-    _check("gamma", objective.gamma, positive=False)
-    _check("temperature", objective.temperature, positive=True)
-    smoothing = objective.smoothing
-    if _is_number(smoothing) and not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing must lie in [0, 1), got {smoothing!r}")
+def check_settings(objective) -> None:
+    """Raise ValueError unless the settings are in range and go together.
+
+    Known numbers become Python floats, which have a hash and take the dtype of the point.
+    Traced numbers are not checked.
+    """
+    for name in ("smoothing", "gamma", "weight_decay", "ball", "bias", "temperature"):
+        value = getattr(objective, name)
+        if value is not None:
+            read = read_pair if name in _PAIRS else _read
+            object.__setattr__(objective, name, read(name, value))
+    if not isinstance(objective.fixed_classifier, bool):
+        raise ValueError(
+            f"fixed_classifier must be True or False, got {objective.fixed_classifier!r}"
+        )
+    _check_loss(objective)
+    _check_together(objective)
 
 
-def _check(name: str, value, *, positive: bool) -> None:
-    """Raise ValueError if a value is known and not finite, or too small."""
-    if isinstance(value, str | bool):
+def read_pair(name: str, value) -> tuple:
+    """Return a pair of numbers as a tuple; raise ValueError for anything else."""
+    is_array = isinstance(value, np.ndarray | jax.Array) and value.ndim > 0
+    if not (isinstance(value, list | tuple) or is_array) or len(value) != 2:
+        raise ValueError(f"{name} must be a pair of numbers, {_PAIRS[name]}, got {value!r}")
+    return tuple(_read(name, number) for number in value)
+
+
+def _read(name: str, value):
+    """Return a number as a float, a tracer or an array for `jax.vmap` as it is."""
+    if isinstance(value, jax.core.Tracer):
+        return value
+    is_array = isinstance(value, np.ndarray | jax.Array)
+    if isinstance(value, bool) or not (is_array or isinstance(value, Real)):
         raise ValueError(f"{name} must be a number, got {value!r}")
-    if not _is_number(value):
-        return
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        kind = "positive and finite" if positive else "finite and not negative"
-        raise ValueError(f"{name} must be {kind}, got {value!r}")
+    known = concrete(value)
+    if known is None:
+        return value
+    if known.dtype.kind not in "iuf":
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    _check_range(name, known, value)
+    return value if known.ndim else float(known)
 
 
-def _is_number(value) -> bool:
-    """Whether a value is known: no tracer, and no stand-in of a pytree."""
-    return isinstance(value, Real)
+def _check_range(name: str, known: np.ndarray, value) -> None:
+    if name == "smoothing":
+        fits, kind = (known >= 0) & (known < 1), "lie in [0, 1)"
+    elif name in _POSITIVE:
+        fits, kind = (known > 0) & (known < math.inf), "be positive and finite"
+    else:
+        fits, kind = (known >= 0) & (known < math.inf), "be finite and not negative"
+    if not fits.all():
+        raise ValueError(f"{name} must {kind}, got {value!r}")
 
 
 def _check_loss(objective) -> None:
@@ -74,14 +79,10 @@ def _check_loss(objective) -> None:
 
 
 def _check_together(objective) -> None:
-    bounds = [
-        name
-        for name in ("weight_decay", "ball", "temperature")
-        if getattr(objective, name) is not None
-    ]
+    bounds = [name for name in _BOUNDS if getattr(objective, name) is not None]
     if len(bounds) > 1:
         raise ValueError(
             f"choose one of weight_decay, ball and temperature, got {' and '.join(bounds)}"
         )
     if objective.temperature is not None and objective.bias is not None:
-        raise ValueError("temperature takes no bias, got bias=" + repr(objective.bias))
+        raise ValueError(f"temperature takes no bias, got bias={objective.bias!r}")
