@@ -397,6 +397,46 @@ def test_five_hundred_classes_and_two_classes():
     assert two.margins.min() > 0
 
 
+@pytest.mark.parametrize("radius", [1e-12, 1e-6])
+def test_a_tiny_ball_is_filled_by_two_sizes_of_classes(radius):
+    best = ncjax.minimiser(Objective(ball=(radius, radius)), (3, 3, 3, 1, 1), 4)
+    for leaf in best.params:
+        assert float(jnp.sum(leaf**2)) == pytest.approx(radius, rel=1e-12)
+
+
+@pytest.mark.parametrize("mu", [1e-300, 1e-200])
+def test_products_of_decays_and_of_bounds_beyond_the_range_of_floats(mu):
+    """Margins with a large part in common: log(K sqrt(n) / mu) for small mu."""
+    best = ncjax.minimiser(equal(mu), EQUAL, 3)
+    assert best.margin == pytest.approx(math.log(4 * 3**0.5) - math.log(mu), rel=1e-13)
+    two_sizes = ncjax.minimiser(equal(mu), (3, 3, 3, 1), 3)
+    assert two_sizes.margin == pytest.approx(best.margin, abs=2)
+    assert equal(mu).mu == pytest.approx(mu)
+    far = Objective(ball=(1 / mu, 1 / mu))
+    assert far.tau == pytest.approx(1 / mu)
+    assert float(ncjax.minimiser(far, EQUAL, 3).margin) == pytest.approx(
+        1 / (3 * 3**0.5 * mu)
+    )
+
+
+@pytest.mark.parametrize("bound", [1e-12, 1e6, 1e12])
+@pytest.mark.parametrize("make", [Objective, partial(Focal, gamma=2)])
+def test_features_of_a_fixed_etf_fill_any_ball(make, bound):
+    """Far out the margins differ by the logarithms of the lengths alone."""
+    best = ncjax.minimiser(
+        make(fixed_classifier=True, ball=(4, bound)),
+        (3, 3, 2, 1),
+        3,
+        class_weights=(1, 1, 4, 1),
+    )
+    assert float(jnp.sum(best.params.H**2)) == pytest.approx(bound, rel=1e-12)
+    if bound > 1:
+        rate = 1 if make is Objective else 3  # the loss decays like e^(-rate margin)
+        assert best.margins[2] - best.margins[0] == pytest.approx(
+            math.log(4) / rate, rel=0.05
+        )
+
+
 def test_a_large_ball_needs_no_overflow():
     best = ncjax.minimiser(Objective(ball=(1e5, 1e5)), EQUAL, 6)
     assert best.margin == pytest.approx(1e5 / (3 * math.sqrt(3)))

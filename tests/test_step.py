@@ -222,14 +222,32 @@ def test_no_search_over_the_four_coefficients_finds_less(K_A, K_B, n_A, n_B, sha
     assert value(found) == pytest.approx(search.fun, rel=1e-4)
 
 
+@pytest.mark.parametrize("tau", [1e-54, 1e-8])
+def test_from_which_ratio_on_the_minority_merges_on_a_tiny_ball(tau):
+    ratio = ncjax.minority_collapse_ratio(1, 2, (tau, tau))
+    assert ratio == pytest.approx(1, abs=2 * tau + 1e-12)
+
+
+def test_the_ratio_grows_exponentially_with_the_ball_up_to_the_range_of_floats():
+    """log R0 grows by the same amount with each step of the radius."""
+    logs = [
+        math.log(ncjax.minority_collapse_ratio(3, 7, (tau, tau)))
+        for tau in (1000.0, 1250.0, 1500.0, 1750.0)
+    ]
+    np.testing.assert_allclose(np.diff(logs), np.diff(logs)[0], rtol=1e-3)
+    assert ncjax.minority_collapse_ratio(3, 7, (3000.0, 3000.0)) == math.inf
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((0, 2, (1, 1)), "num_majority must be"),
         ((2, 1, (1, 1)), "num_minority must be"),
-        ((2, 2, (1, 0)), "ball must be two positive numbers"),
-        ((2, 2, (math.inf, 1)), "ball must be two positive numbers"),
-        ((2, 2, 3.0), "ball must be two positive numbers"),
+        ((2, 2, (1, 0)), "ball must be positive and finite, got 0"),
+        ((2, 2, (math.inf, 1)), "ball must be positive and finite, got inf"),
+        ((2, 2, 3.0), "ball must be a pair of numbers"),
+        ((2, 2, "ab"), "ball must be a pair of numbers"),
+        ((2, 2, None), "ball must be a pair of numbers"),
     ],
 )
 def test_bad_arguments_get_one_line(arguments, message):

@@ -9,8 +9,9 @@ import math
 import numpy as np
 
 from ncjax.objectives.factors import unit_etf
+from ncjax.objectives.objective import Objective
 from ncjax.objectives.problem import Optimum, Problem, refuse
-from ncjax.objectives.rays import focal_peak, largest_margin, pull
+from ncjax.objectives.rays import focal_peak, largest_margin, log_pull
 from ncjax.objectives.roots import root, root_above, root_below
 
 _SOURCE = "Yang et al. (NeurIPS 2022) for the model; scalar equation by ncjax"
@@ -41,18 +42,18 @@ def _lengths(problem: Problem, radius: float) -> np.ndarray:
     """Return the lengths c (K,) of the features."""
     if problem.objective.ball is None:
         _, decay = problem.objective.weight_decay or (0, 0)
-        return _at_decay(problem, radius, float(decay))
+        return _at_decay(problem, radius, math.log(decay))
     bound = float(problem.objective.ball[1])
     most = _longest(problem, radius)
     if problem.counts.sum() * most**2 <= bound:
         return np.full(problem.num_classes, most)
 
     def excess(log_decay):
-        lengths = _at_decay(problem, radius, math.exp(log_decay))
+        lengths = _at_decay(problem, radius, log_decay)
         return np.sum(problem.counts * lengths**2) / bound - 1
 
     log_decay = root_above(excess, 0.0) if excess(0.0) > 0 else root_below(excess, 0.0)
-    return _at_decay(problem, radius, math.exp(log_decay))
+    return _at_decay(problem, radius, log_decay)
 
 
 def _longest(problem: Problem, radius: float) -> float:
@@ -63,28 +64,42 @@ def _longest(problem: Problem, radius: float) -> float:
     return largest_margin(problem.objective, problem.num_classes) * share
 
 
-def _at_decay(problem: Problem, radius: float, decay: float) -> np.ndarray:
+def _at_decay(problem: Problem, radius: float, log_decay: float) -> np.ndarray:
     """Return the lengths (K,) where the decay of a feature balances its loss."""
     weights, place = np.unique(problem.weights, return_inverse=True)
-    return np.array([_length(problem, radius, decay / w) for w in weights])[place]
+    lengths = [_length(problem, radius, log_decay - math.log(w)) for w in weights]
+    return np.array(lengths)[place]
 
 
-def _length(problem: Problem, radius: float, decay: float) -> float:
+def _length(problem: Problem, radius: float, log_decay: float) -> float:
     r"""Solve $r\, \text{pull}(r c K/(K-1)) = \lambda c$; least squares have a formula."""
     objective, size = problem.objective, problem.num_classes
     gain = radius * size / (size - 1)  # margin per length
     if objective.loss == "squared_error":
-        return radius / (radius * gain + decay)
-    start = max(0.0, focal_peak(objective, size)) if objective.loss == "focal" else 0.0
+        return radius / (radius * gain + math.exp(log_decay))
+    log_scale = math.log(radius * gain) - log_decay
 
+    # In logarithms, because the decay may be e^-10000 on a large ball.
     def excess(margin):
-        return radius * pull(objective, size, margin) - decay * margin / gain
+        ratio = log_scale + log_pull(objective, size, margin) - math.log(margin)
+        return max(ratio, -1e300)
 
-    if excess(start) <= 0:
-        start = 0.0
-    # No pull is above 2 (1 + gamma).
-    most = 2 * (1 + float(objective.gamma or 0)) * radius * gain / decay
-    return root(excess, start, start + most) / gain
+    least = math.exp(min(log_scale + log_pull(objective, size, 0.0), 0.0) - 40)
+    peak = focal_peak(objective, size) if objective.loss == "focal" else 0.0
+    if peak > least and excess(peak) > 0:
+        least = peak
+    return root(excess, least, _most_margin(objective, size, log_scale)) / gain
+
+
+def _most_margin(objective: Objective, size: int, log_scale: float) -> float:
+    r"""Return a bound on margins $m = e^\text{log\_scale}\, \text{pull}(m)$.
+
+    With $c = 1 + \gamma$, no pull is above 2 c or $c K e^{-m}$.
+    """
+    log_most = log_scale + math.log1p(float(objective.gamma or 0))
+    linear = math.exp(min(log_most + math.log(2), 700))
+    exponential = max(1.0, log_most + math.log(size))
+    return min(linear, exponential, largest_margin(objective, size))
 
 
 def _bias(problem: Problem) -> np.ndarray | None:

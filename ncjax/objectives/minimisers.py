@@ -163,6 +163,7 @@ def _imbalanced(problem: Problem) -> Optimum:
         step = solve_penalty(math.log(problem.mu), *groups)
     else:
         _, step = solve_ball(problem.tau, *groups)
+        step = step.of_norm(problem.tau)  # a small norm has lost digits
     W, H = factorise(problem, step_logits(step, first))
     return Optimum(W, H, True, _STEP)
 

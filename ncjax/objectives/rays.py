@@ -30,6 +30,16 @@ def pull(objective: Objective, num_classes: int, margin: float) -> float:
     return num_classes * _odds(num_classes, margin) - _smoothing(objective)
 
 
+def log_pull(objective: Objective, num_classes: int, margin: float) -> float:
+    """Return the logarithm of `pull`, -infinity where the pull is not positive."""
+    if objective.loss == "focal":
+        return _log_focal_pull(objective, num_classes, margin)
+    if objective.smoothing is not None:
+        value = pull(objective, num_classes, margin)
+        return math.log(value) if value > 0 else -math.inf
+    return math.log(num_classes) - float(np.logaddexp(margin, math.log(num_classes - 1)))
+
+
 def loss_on_ray(objective: Objective, num_classes: int, margin: float) -> float:
     r"""Return $\psi(m)$."""
     cross_entropy = np.logaddexp(0, math.log(num_classes - 1) - margin)

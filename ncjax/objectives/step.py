@@ -25,7 +25,10 @@ import numpy as np
 
 from ncjax.checks import check_integer
 from ncjax.objectives.blocks import log_pull_within
+from ncjax.objectives.objective import Objective
+from ncjax.objectives.problem import make_problem
 from ncjax.objectives.roots import root, root_above, root_below
+from ncjax.objectives.settings import read_pair
 
 # Largest logarithm of a tangent or of a ratio; its exponential is finite.
 _LARGEST_LOG = 700.0
@@ -47,6 +50,11 @@ class Step(NamedTuple):
     a: float
     b: float
     norm: float  # |M diag(s)|_*
+
+    def of_norm(self, norm: float) -> "Step":
+        """Return the step scaled to a norm; 0 stays."""
+        share = norm / self.norm if self.norm > 0 else 1.0
+        return Step(*(share * coefficient for coefficient in self))
 
 
 def solve_penalty(log_mu: float, first: Group, second: Group) -> Step:
@@ -81,9 +89,8 @@ def solve_ball(tau: float, first: Group, second: Group) -> tuple[float, Step]:
         return solve_penalty(log_nu, first, second).norm - tau
 
     # At this multiplier the minimiser is 0.
-    log_nu = root_below(
-        excess, math.log(2 * max(first[1] / first[2], second[1] / second[2]))
-    )
+    most = 2 * max(group.loss / group.scale for group in (first, second))
+    log_nu = root_below(excess, math.log(most))
     return log_nu, solve_penalty(log_nu, first, second)
 
 
@@ -123,7 +130,8 @@ def minority_collapse_ratio(num_majority: int, num_minority: int, ball) -> float
     """
     check_integer("num_majority", num_majority, least=1)
     check_integer("num_minority", num_minority, least=2)
-    tau = _tau(ball)
+    counts = (1,) * (num_majority + num_minority)
+    tau = make_problem(Objective(ball=read_pair("ball", ball)), counts, dim=1).tau
 
     def deficit(log_ratio):
         large = Group(num_majority, math.exp(log_ratio), 1.0)
@@ -131,7 +139,9 @@ def minority_collapse_ratio(num_majority: int, num_minority: int, ball) -> float
 
     if deficit(_LARGEST_LOG) > 0:
         return math.inf
-    return math.exp(root_above(deficit, 0.0))
+    if deficit(0.0) <= 0:  # a norm of rounding errors: at R = 1 the minimiser is 0
+        return 1.0
+    return math.exp(root(deficit, 0.0, _LARGEST_LOG))
 
 
 def step_logits(step: Step, first: np.ndarray) -> np.ndarray:
@@ -173,11 +183,3 @@ def _apart(group: Group, others: int, log_mu: float) -> float:
 def _width(first: Group, second: Group) -> float:
     """`|w|²`."""
     return 1 / first.size + 1 / second.size
-
-
-def _tau(ball) -> float:
-    """Return sqrt(a b), or raise ValueError if the ball does not fit."""
-    bounds = np.asarray(ball, float)
-    if bounds.shape != (2,) or not ((bounds > 0) & np.isfinite(bounds)).all():
-        raise ValueError(f"ball must be two positive numbers (a, b), got {ball!r}")
-    return math.sqrt(bounds[0]) * math.sqrt(bounds[1])
