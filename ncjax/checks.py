@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.arrays import as_array
+from ncjax.arrays import as_array, read_array
 from ncjax.types import Array, BiasedParams, Params
 
 
@@ -35,7 +35,12 @@ def check_count(name: str, value: int, *, least: int) -> None:
 
 def check_counts(counts) -> tuple[int, ...]:
     """Return the class sizes n_k (K,) as integers; raise ValueError if they do not fit."""
-    sizes = np.asarray(counts)
+    if isinstance(counts, jax.core.Tracer):
+        raise ValueError(
+            "counts must be known, because they decide shapes, got a traced array: pass "
+            "them to jax.jit as a static tuple"
+        )
+    sizes = np.asarray(read_array("counts", counts))
     if sizes.ndim != 1 or sizes.size < 2:
         raise ValueError(
             "counts must hold the number of samples of each of K >= 2 classes, such as "

@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import chex
 import jax
@@ -260,8 +261,10 @@ def test_bad_settings_are_named_in_one_line(settings, message):
 
 def test_points_and_weights_that_do_not_fit_are_named():
     params = random_params(7, K, N, D, 1.0)
-    free = Objective(bias=0.0)
+    free, ones = Objective(bias=0.0), np.ones(2)
     b = biased(params)
+    small = random_params(7, K, N, D, 1.0, jnp.float32)
+    best = partial(ncjax.minimiser, Objective(weight_decay=(1, 1)), dim=2)
     calls = [
         (lambda: Objective()(b), "the objective has no bias, got BiasedParams"),
         (lambda: free(params), r"expected ncjax.BiasedParams\(W, H, b\), got Params"),
@@ -275,6 +278,14 @@ def test_points_and_weights_that_do_not_fit_are_named():
         (lambda: ncjax.sample_weights((3,)), "of each of K >= 2 classes"),
         (lambda: ncjax.sample_weights((3, 2), (1, 0)), "class_weights must be positive"),
         (lambda: ncjax.sample_weights((3, 2), (1, 1, 1)), "class_weights must have shape"),
+        (lambda: Objective()(small, np.full((K, N), 1e39)), "weights must be finite"),
+        (lambda: Objective()(small, np.full((K, N), 1e-60)), "0 or at least 1.18e-38 in"),
+        (lambda: Objective()(params, np.full((K, N), 1j)), "weights must be real, got"),
+        (lambda: ncjax.sample_weights((3, 2), (1, -1)), "got -1 for class 1"),
+        (lambda: ncjax.sample_weights([[1, 2], 3]), "counts must be an array of numbers"),
+        (lambda: jax.jit(ncjax.sample_weights)(np.array((3, 2))), "got a traced array"),
+        (lambda: best((3, 2), class_weights="ab"), "class_weights must be an array"),
+        (lambda: jax.jit(lambda w: best((3, 2), class_weights=w).value)(ones), "traced"),
         (lambda: losses.smoothed_cross_entropy(params, 1.5), "smoothing must lie in"),
         (lambda: losses.focal_loss(params, -1.0), "gamma must be finite"),
     ]
@@ -299,6 +310,23 @@ def test_a_sample_of_weight_0_has_no_influence():
         gradient = jax.grad(objective)(there, weights)
         assert not jnp.any(gradient.H[1, 1:])
         assert np.isfinite(gradient.W).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, 1e300])
+def test_no_number_of_a_sample_of_weight_0_reaches_a_loss_or_its_gradient(value):
+    params = random_params(8, K, N, D, 1.0)
+    weights = ncjax.sample_weights(COUNTS)
+    moved = params._replace(H=params.H.at[1, 1:].set(value))
+    functions = [
+        lambda p: losses.smoothed_cross_entropy(p, 0.1, weights),
+        lambda p: losses.focal_loss(p, 2.0, weights),
+        lambda p: losses.log_focal_loss(p, 2.0, weights),
+        lambda p: losses.squared_error(p, weights),
+        lambda p: ncjax.margins(p, weights).min(),
+    ]
+    for function in functions:
+        here, there = (jax.value_and_grad(function)(p) for p in (params, moved))
+        chex.assert_trees_all_equal(here, there)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ WEIGHTS = np.array([[1.0, 0.0], [2.0, 1.0], [0.0, 0.5]])
 def losses_of(params, weights):
     """Losses that take weights, summed."""
     plain = ncjax.cross_entropy(params, weights) + ncjax.log_cross_entropy(params, weights)
-    return plain + jnp.sum(kernels.log_loss(params, jnp.asarray(weights), 2.0))
+    focal = ncjax.Objective("focal", gamma=2.0).log_loss(params, weights)
+    focal = focal + losses.log_focal_loss(params, 2.0, weights)
+    return plain + focal + kernels.log_loss(params, jnp.asarray(weights), 2.0)
 
 
 def _gradient(function):

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.arrays import as_array, read_array
-from ncjax.checks import check_integer, check_params, check_positive
-from ncjax.numerics import on_device, widen
+from ncjax.checks import check_integer, check_positive
+from ncjax.numerics import on_device
 from ncjax.peeled.kernels import cross_entropy, log_cross_entropy
-from ncjax.peeled.weights import check_weights, without_left_out
+from ncjax.peeled.weights import check_point
 from ncjax.types import Array, Params
 
 
@@ -67,8 +67,7 @@ def gradient_descent(
     >>> ncjax.gradient_descent(start, 0.1, 1000).params.H.shape[1:]
     (3, 2, 4)
     """
-    params = widen(check_params(params, finite=True))
-    weights = check_weights(weights, params)
+    params, weights = check_point(params, weights, finite=True)
     check_integer("num_steps", num_steps, least=1)
     if num_steps >= 2**31:
         raise ValueError(f"num_steps must be below 2**31, got {num_steps}")
@@ -86,7 +85,7 @@ def gradient_descent(
             f"save_steps must lie in [0, num_steps = {num_steps}], got {steps}"
         )
     return _descend(
-        without_left_out(params, weights),
+        params,
         weights,
         on_device(step_size, params.W.dtype),
         as_array("save_steps", steps.astype(np.int32)),

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.checks import check_integer, check_params, concrete
+from ncjax.checks import check_integer, concrete
 from ncjax.metrics import measures, statistics
 from ncjax.metrics.inputs import check_centres, check_classifier, check_features
 from ncjax.metrics.statistics import ClassStatistics, Comparison, Reference
 from ncjax.metrics.tiles import FEW_CLASSES, mean_over_pairs
-from ncjax.numerics import at_unit_scale, power_of_two, widen
-from ncjax.peeled.weights import check_weights, without_left_out
+from ncjax.numerics import at_unit_scale, power_of_two
+from ncjax.peeled.weights import check_point
 from ncjax.types import Array, Params
 
 # Elements of one chunk of features with its distances to the centres: 2 MB of float32.
@@ -82,10 +82,8 @@ def collapse_metrics(params: Params, weights=None) -> CollapseMetrics:
     >>> bool(ncjax.collapse_metrics(collapsed).self_duality < 1e-6)
     True
     """
-    params = widen(check_params(params))
-    weights = check_weights(weights, params)
-    counted = None if weights is None else weights > 0
-    return _metrics_of_params(without_left_out(params, weights), counted)
+    params, weights = check_point(params, weights)
+    return _metrics_of_params(params, None if weights is None else weights > 0)
 
 
 @jax.jit

@@ -17,6 +17,7 @@ from ncjax.checks import check_biased_params, check_choice, check_params
 from ncjax.numerics import at_unit_scale, einsum, widen
 from ncjax.objectives.settings import check_settings
 from ncjax.peeled import samples
+from ncjax.peeled.kernels import log_sum
 from ncjax.peeled.weights import check_weights, weighted, without_left_out
 from ncjax.types import Array, BiasedParams, Params
 
@@ -164,7 +165,7 @@ class Objective:
         logs = formula.log_of_samples(
             *self._arguments(formula, params), *self._numbers(formula)
         )
-        return jax.nn.logsumexp(logs, b=weights)
+        return log_sum(logs, weights)
 
     def sample_losses(self, params) -> Array:
         """Return the loss of each sample, (K, n), without weights."""

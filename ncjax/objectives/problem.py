@@ -8,6 +8,7 @@ import numpy as np
 
 from ncjax.checks import check_counts, check_integer
 from ncjax.objectives.objective import Objective, require_objective
+from ncjax.peeled.weights import read_class_weights
 
 FLOW = "find it by ncjax.gradient_flow(params, times=..., objective=objective)"
 
@@ -81,8 +82,8 @@ def make_problem(objective, counts, dim, class_weights=None) -> Problem:
         )
     counts = np.asarray(check_counts(counts), float)
     check_integer("dim", dim, least=1)
-    weights = np.ones(len(counts)) if class_weights is None else class_weights
-    return Problem(objective, counts, np.asarray(weights, float), int(dim))
+    weights = read_class_weights(class_weights, len(counts))
+    return Problem(objective, counts, weights, int(dim))
 
 
 def refuse(what: str, advice: str = FLOW) -> NoReturn:

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from ncjax.checks import check_nonnegative, check_params
-from ncjax.numerics import widen
+from ncjax.checks import check_nonnegative
 from ncjax.peeled import samples
-from ncjax.peeled.weights import check_weights, weighted
+from ncjax.peeled.kernels import log_sum
+from ncjax.peeled.weights import check_point, weighted
 from ncjax.types import Array, Params
 
 
@@ -34,9 +34,9 @@ def smoothed_cross_entropy(params: Params, smoothing: float, weights=None) -> Ar
     Source: Szegedy et al. (CVPR 2016); Zhou et al. (NeurIPS 2022) for the collapse.
     """
     _check_smoothing(smoothing)
-    params = widen(check_params(params))
+    params, weights = check_point(params, weights)
     losses = samples.smoothed_cross_entropy(*samples.margins_of(params), smoothing)
-    return jnp.sum(weighted(losses, check_weights(weights, params)))
+    return jnp.sum(weighted(losses, weights))
 
 
 def focal_loss(params: Params, gamma: float, weights=None) -> Array:
@@ -60,9 +60,9 @@ def focal_loss(params: Params, gamma: float, weights=None) -> Array:
     Source: Lin et al. (ICCV 2017); Zhou et al. (NeurIPS 2022) for the collapse.
     """
     check_nonnegative("gamma", gamma)
-    params = widen(check_params(params))
+    params, weights = check_point(params, weights)
     losses = samples.focal(*samples.margins_of(params), gamma)
-    return jnp.sum(weighted(losses, check_weights(weights, params)))
+    return jnp.sum(weighted(losses, weights))
 
 
 def log_focal_loss(params: Params, gamma: float, weights=None) -> Array:
@@ -77,9 +77,9 @@ def log_focal_loss(params: Params, gamma: float, weights=None) -> Array:
     Args, errors: as `focal_loss`.
     """
     check_nonnegative("gamma", gamma)
-    params = widen(check_params(params))
+    params, weights = check_point(params, weights)
     logs = samples.log_focal(*samples.margins_of(params), gamma)
-    return jax.nn.logsumexp(logs, b=check_weights(weights, params))
+    return log_sum(logs, weights)
 
 
 def squared_error(params: Params, weights=None) -> Array:
@@ -99,9 +99,9 @@ def squared_error(params: Params, weights=None) -> Array:
 
     Source: Mixon, Parshall, Pi (2020); Han, Papyan, Donoho (ICLR 2022).
     """
-    params = widen(check_params(params))
+    params, weights = check_point(params, weights)
     losses = samples.squared_error(samples.logits_of(params), samples.margins_of(params)[1])
-    return jnp.sum(weighted(losses, check_weights(weights, params)))
+    return jnp.sum(weighted(losses, weights))
 
 
 def _check_smoothing(smoothing) -> None:

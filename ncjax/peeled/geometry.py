@@ -20,7 +20,7 @@ from ncjax.checks import (
 from ncjax.numerics import at_unit_scale, matmul, wide_dtype, widen
 from ncjax.peeled import kernels
 from ncjax.peeled.logits import margins_of_params
-from ncjax.peeled.weights import check_weights, sample_weights, without_left_out
+from ncjax.peeled.weights import check_point, sample_weights, without_left_out
 from ncjax.types import Array, Params
 
 
@@ -180,8 +180,7 @@ def margins(params: Params, weights=None) -> Array:
 
     Source: Ji et al. (ICLR 2022), Section 3.1.
     """
-    params = widen(check_params(params))
-    weights = check_weights(weights, params)
+    params, weights = check_point(params, weights)
     all_margins, others = margins_of_params(params)
     if weights is not None:
         others = others & (weights > 0)[..., None]
@@ -212,9 +211,8 @@ def margin_ratio(params: Params, weights=None) -> Array:
 
     Source: Ji et al. (ICLR 2022), Theorem 3.1; ncjax for classes of unequal size.
     """
-    params = widen(check_params(params))
-    weights = check_weights(weights, params)
-    params = at_unit_scale(without_left_out(params, weights))
+    params, weights = check_point(params, weights)
+    params = at_unit_scale(params)
     bound = kernels.squared_norm(params) / (2 * kernels.separation_value(params, weights))
     return kernels.least_margin(params, weights) / bound
 

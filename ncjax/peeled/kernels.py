@@ -64,7 +64,7 @@ def log_loss(
     params: Params, weights: Array | None = None, gamma: float | Array | None = None
 ) -> Array:
     """`log L` of cross entropy, or of the focal loss with `gamma`; a scalar."""
-    return _log_sum(_log_losses(_log_odds_of_error(params), gamma), weights)
+    return log_sum(log_losses(_log_odds_of_error(params), gamma), weights)
 
 
 def log_cross_entropy(params: Params, weights: Array | None = None) -> Array:
@@ -72,13 +72,13 @@ def log_cross_entropy(params: Params, weights: Array | None = None) -> Array:
     return log_loss(params, weights)
 
 
-def _log_losses(a: Array, gamma: float | Array | None) -> Array:
+def log_losses(a: Array, gamma: float | Array | None) -> Array:
     """`log ℓ` of log odds of error: ℓ = (1-p)^γ log(1 + e^a), 1 - p = sigmoid(a)."""
     log_losses = log_softplus(a)
     return log_losses if gamma is None else log_losses + gamma * jax.nn.log_sigmoid(a)
 
 
-def _log_sum(logarithms: Array, weights: Array | None) -> Array:
+def log_sum(logarithms: Array, weights: Array | None) -> Array:
     """`log Σ weights · exp(logarithms)`, a scalar."""
     if weights is None:
         return jax.nn.logsumexp(logarithms)
@@ -131,7 +131,7 @@ def error_slopes(
     total = jnp.sum(shares, axis=-1)
     highest = highest[..., 0]
     log_odds = highest + jnp.log(total)
-    log_total = _log_sum(_log_losses(log_odds, gamma), weights)
+    log_total = log_sum(log_losses(log_odds, gamma), weights)
     log_any = jax.nn.softplus(log_odds)
     exponents = highest - log_any - log_total
     if gamma is not None:

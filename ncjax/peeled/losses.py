@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ncjax.arrays import as_array, narrow_labels, read_array
-from ncjax.checks import check_label_range, check_params
+from ncjax.checks import check_label_range
 from ncjax.numerics import widen
 from ncjax.peeled import kernels
 from ncjax.peeled.alternatives import focal_loss as focal_loss
@@ -14,7 +14,7 @@ from ncjax.peeled.alternatives import log_focal_loss as log_focal_loss
 from ncjax.peeled.alternatives import smoothed_cross_entropy as smoothed_cross_entropy
 from ncjax.peeled.alternatives import squared_error as squared_error
 from ncjax.peeled.logits import log_odds_of_error, own_and_others
-from ncjax.peeled.weights import check_weights, without_left_out
+from ncjax.peeled.weights import check_point
 from ncjax.types import Array, Params
 
 
@@ -48,7 +48,7 @@ def cross_entropy(params: Params, weights=None) -> Array:
     >>> round(float(ncjax.cross_entropy(params)), 4)  # 12 log 3
     13.1833
     """
-    return kernels.cross_entropy(*_check(params, weights))
+    return kernels.cross_entropy(*check_point(params, weights))
 
 
 def log_cross_entropy(params: Params, weights=None) -> Array:
@@ -81,14 +81,7 @@ def log_cross_entropy(params: Params, weights=None) -> Array:
     >>> round(float(ncjax.log_cross_entropy(far)) / 1e6, 4)
     -1.5
     """
-    return kernels.log_cross_entropy(*_check(params, weights))
-
-
-def _check(params: Params, weights) -> tuple[Params, Array | None]:
-    """Return params without the samples left out, and weights (K, n) or None."""
-    params = widen(check_params(params))
-    weights = check_weights(weights, params)
-    return without_left_out(params, weights), weights
+    return kernels.log_cross_entropy(*check_point(params, weights))
 
 
 def log_softplus(a: Array) -> Array:
@@ -131,7 +124,7 @@ def error_slopes(params: Params, weights=None) -> ErrorSlopes:
     Raises:
       ValueError: shapes, dtypes or weights do not fit.
     """
-    return ErrorSlopes(*_error_slopes(*_check(params, weights)))
+    return ErrorSlopes(*_error_slopes(*check_point(params, weights)))
 
 
 # Compiled, so that `jax_debug_infs` does not report its placeholders.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ncjax.numerics import einsum
-from ncjax.peeled.kernels import log_softplus
+from ncjax.peeled.kernels import log_losses, log_softplus
 from ncjax.peeled.logits import log_odds_of_error, margins_of_params
 from ncjax.types import Array, BiasedParams, Params
 
@@ -57,5 +57,4 @@ def log_cross_entropy(margins: Array, others: Array) -> Array:
 
 def log_focal(margins: Array, others: Array, gamma) -> Array:
     """Logarithm of `focal`, without underflow."""
-    a = log_odds_of_error(margins, others)
-    return gamma * jax.nn.log_sigmoid(a) + log_softplus(a)
+    return log_losses(log_odds_of_error(margins, others), gamma)

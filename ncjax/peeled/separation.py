@@ -17,14 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.checks import check_choice, check_params
+from ncjax.checks import check_choice
 from ncjax.numerics import (
     at_unit_scale,
     dot,
     matmul,
     power_of_two,
     root_of_scale,
-    widen,
 )
 from ncjax.peeled.kernels import (
     least_margin,
@@ -33,7 +32,7 @@ from ncjax.peeled.kernels import (
     squared_norm,
 )
 from ncjax.peeled.logits import log_odds_of_error, margins_of_params
-from ncjax.peeled.weights import check_weights, without_left_out
+from ncjax.peeled.weights import check_point
 from ncjax.types import Array, Params
 
 # Values of `Certificate.verdict`, and their meanings.
@@ -274,9 +273,7 @@ def kkt_angle(params: Params, weights=None) -> Array:
 
     Source: Ji et al. (ICLR 2022), Theorem 3.2, by which beta tends to 1 along the flow.
     """
-    params = widen(check_params(params))
-    weights = check_weights(weights, params)
-    params = without_left_out(params, weights)
+    params, weights = check_point(params, weights)
     gradient = at_unit_scale(_slope_of_log_loss(params, weights))
     params = at_unit_scale(params)
     radial = _inner(gradient, params) / squared_norm(params)
@@ -314,9 +311,7 @@ def _check(params: Params, weights) -> tuple[Params, Array | None]:
     Raises:
       ValueError: as `kkt`.
     """
-    params = widen(check_params(params, finite=True))
-    weights = check_weights(weights, params)
-    params = without_left_out(params, weights)
+    params, weights = check_point(params, weights, finite=True)
     _check_separated(params, weights)
     return params, weights
 
