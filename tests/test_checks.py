@@ -52,7 +52,10 @@ PARAMS = ncjax.Params(W.astype(np.float32), H.astype(np.float32))
         (lambda: ncjax.gradient_descent(PARAMS, 1e-60, 9), "step_size must be .* float32"),
         (lambda: ncjax.gradient_flow(PARAMS, [1.0], rtol=1e-60), "rtol must be .* float32"),
         (lambda: ncjax.gradient_flow(PARAMS, [1.0], max_steps=2**63), "max_steps must be"),
-        (lambda: ncjax.gradient_flow(PARAMS, None), "log_times must be .* got None"),
+        (
+            lambda: ncjax.gradient_flow(PARAMS, None),
+            "either log_times or times, .* got neither",
+        ),
         (lambda: ncjax.gradient_flow(PARAMS, ["1"]), "log_times must be .* got strings"),
         (
             lambda: ncjax.gradient_descent(PARAMS, 0.1, 9, save_steps=iter([1])),

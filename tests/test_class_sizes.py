@@ -13,7 +13,7 @@ from strategies import random_params, seeds, separating, sine_params
 
 import ncjax
 from ncjax import losses
-from ncjax.flow import block_solve, solve
+from ncjax.flow import block_solve, steps
 from ncjax.flow.methods import choose_solver
 from ncjax.flow.solve import SUCCESS
 from ncjax.peeled import kernels
@@ -257,12 +257,12 @@ def test_the_explicit_flow_maps_over_starts_and_takes_the_steps_of_the_samples_k
 def test_entries_left_out_loosen_no_tolerance():
     params, weights = sine_params(), jnp.ones((4, 3)).at[:, 1:].set(0)
     few = params._replace(H=params.H[:, :1])
-    share = solve._share_of_entries(params, weights)
+    share = steps._share_of_entries(params, weights)
     assert float(share) == pytest.approx(few_entries(few) / few_entries(params))
     kept = without_left_out(params, weights)
-    absolute = solve._absolute_tolerance(kept, 1e-8, share)
+    absolute = steps._absolute_tolerance(kept, 1e-8, share)
     assert float(absolute) == pytest.approx(
-        float(solve._absolute_tolerance(few, 1e-8, None)), rel=1e-14
+        float(steps._absolute_tolerance(few, 1e-8, None)), rel=1e-14
     )
 
 
