@@ -337,3 +337,25 @@ def test_bad_input_is_named(fn):
 def test_certificate_refuses_a_negative_tolerance():
     with pytest.raises(ValueError, match="tol must not be negative, got -1"):
         ncjax.certificate(separating(0), tol=-1)
+
+
+@pytest.mark.parametrize(
+    ("majority", "minority", "size"),
+    [(2, 5, 10**15), (1, 3, 10**15), (3, 3, 10**12), (1, 1, 10**15)],
+)
+def test_the_value_keeps_its_digits_at_any_ratio_of_the_sizes(majority, minority, size):
+    """Two sizes of classes: eigenvalues n_A, n_B and the mean with exchanged weights."""
+    across = (minority * size + majority * 3) / (majority + minority)
+    expected = (majority - 1) * size**0.5 + (minority - 1) * 3**0.5 + across**0.5
+    for counts in (
+        (3,) * minority + (size,) * majority,
+        (size,) * majority + (3,) * minority,
+    ):
+        assert ncjax.separation_value(counts) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 30000), (30000, 1, 1, 1)])
+def test_the_margin_ratio_in_float32_is_1_for_very_different_classes(counts):
+    problem = ncjax.solve_separation(counts, 4, dtype=jnp.float32)
+    ratio = ncjax.margin_ratio(problem.params, problem.weights)
+    assert float(ratio) == pytest.approx(1, abs=1e-6)

@@ -39,11 +39,10 @@ def separation_value(params: Params, weights: Array | None = None) -> float | Ar
     if weights is None:
         return (num_classes - 1) * math.sqrt(per_class)
     counts = jnp.sum((weights > 0).astype(weights.dtype), axis=1)
-    means = counts / num_classes
-    # P diag(n) P, where P projects on the vectors that sum to zero.
-    matrix = jnp.diag(counts) - means[:, None] - means[None] + jnp.mean(means)
-    # The first eigenvalue is 0, of the vector of ones.
-    return jnp.sum(jnp.sqrt(jnp.linalg.eigvalsh(matrix)[1:]))
+    # Singular values of diag(n)^(1/2) P, where P projects on the vectors that sum to zero:
+    # the squares would lose the digits of small classes beside large ones.
+    centring = jnp.eye(num_classes, dtype=counts.dtype) - 1 / num_classes
+    return jnp.sum(jnp.linalg.svd(jnp.sqrt(counts)[:, None] * centring, compute_uv=False))
 
 
 def least_margin(params: Params, weights: Array | None = None) -> Array:

@@ -113,24 +113,26 @@ def separation_value(counts) -> float:
     >>> round(ncjax.separation_value((5, 3, 2, 1)), 6)
     4.851017
     """
-    values, _ = _spectrum(check_counts(counts))
-    return float(np.sum(np.sqrt(values)))
+    roots, _ = _spectrum(check_counts(counts))
+    return float(np.sum(roots))
 
 
 def _spectrum(counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return positive eigenvalues (K-1,) and eigenvectors (K, K-1) of `P diag(n) P`."""
+    """Return roots of eigenvalues > 0 of `P diag(n) P`, (K-1,), and vectors (K, K-1)."""
     basis = helmert(len(counts))
-    values, vectors = np.linalg.eigh((basis * np.asarray(counts, float)) @ basis.T)
-    return values, basis.T @ vectors
+    # One factor keeps the digits of small classes beside large ones.
+    factor = basis * np.sqrt(np.asarray(counts, float))
+    vectors, roots, _ = np.linalg.svd(factor, full_matrices=False)
+    return roots, basis.T @ vectors
 
 
 def _seli(counts: tuple[int, ...], dim: int) -> tuple[np.ndarray, ...]:
     """Return W (K, d), the rows h_k (K, d) and the multipliers λ_kj (K, K)."""
-    values, vectors = _spectrum(counts)
+    roots, vectors = _spectrum(counts)
     num_classes = len(counts)
 
     def power(exponent: float) -> np.ndarray:
-        return (vectors * values**exponent) @ vectors.T
+        return (vectors * roots ** (2 * exponent)) @ vectors.T
 
     # E without the projector P, which every power of A contains.
     wide = dim >= num_classes
