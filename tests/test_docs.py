@@ -44,7 +44,7 @@ PRIVATE = {
     *("peeled.kernels", "peeled.logits", "peeled.samples", "objectives.settings"),
     *(f"objectives.{name}" for name in ("roots", "rays", "problem", "factors")),
     *(f"objectives.{name}" for name in ("collapse", "squared", "fixed", "blocks")),
-    "objectives.simplex",
+    *("objectives.simplex", "objectives.coupling"),
     "objectives.free_bias",
     "torch.layers",
 }

@@ -10,6 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import ncjax
+from ncjax.objectives.coupling import triple
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -328,3 +329,35 @@ def test_a_block_point_that_is_not_known_gets_one_line(objective, arguments, mes
 def test_a_rank_point_that_is_not_known_gets_one_line(objective, arguments, message):
     with pytest.raises(ValueError, match=message):
         ncjax.rank_point(objective, *arguments)
+
+
+@pytest.mark.parametrize("objective", [Objective, Squared])
+def test_small_eigenvalues_keep_their_digits_where_the_decays_differ_by_1e12(objective):
+    """The directions that move H alone have the decay of H, the slowest of all."""
+    K, n, d = 4, 3, 6
+    even, uneven = (
+        ncjax.spectrum(objective(weight_decay=decay), (n,) * K, d)
+        for decay in ((0.1, 0.1), (1e5, 1e-7))
+    )
+    assert uneven.eigenvalues[0] == 0
+    assert uneven.multiplicities[0] == even.multiplicities[0]
+    assert uneven.eigenvalues[1] == pytest.approx(1e-7, rel=1e-13)
+    rank = K if objective is Squared else K - 1
+    assert uneven.multiplicities[1] == (K * n - rank) * (d - rank)
+
+
+def test_the_products_of_the_eigenvalues_of_a_block_do_not_depend_on_one_decay():
+    """A block D M D has the determinant of M times that of D."""
+    even, uneven = (triple(0.1, 0.7, 0.2, 0.5, r2) for r2 in (1.0, 1e6))
+    assert np.prod(uneven) * 1e6 == pytest.approx(np.prod(even), rel=1e-9)
+    assert uneven[0] == pytest.approx(0.8e6, rel=1e-11)
+
+
+@pytest.mark.parametrize("decay", [(1e5, 1e-7), (1e-7, 1e5)])
+def test_the_unstable_eigenvalue_keeps_its_digits_where_the_decays_differ(decay):
+    """mu² - sigma² is the product of both eigenvalues, their sum is that of the decays."""
+    saddle = ncjax.rank_point(Squared(weight_decay=decay), 2, 4, 3, 6)
+    other = (0.01 - 3) / saddle.eigenvalue
+    assert saddle.eigenvalue + other == pytest.approx(sum(decay), rel=1e-13)
+    origin = ncjax.spectrum(Squared(weight_decay=decay), (3,) * 4, 6, at="origin")
+    assert origin.eigenvalues[0] == pytest.approx(saddle.eigenvalue, rel=1e-13)

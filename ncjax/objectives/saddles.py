@@ -8,6 +8,7 @@ import numpy as np
 
 from ncjax.checks import check_integer, check_sizes, float_dtype
 from ncjax.objectives.blocks import log_probabilities, log_pull_within
+from ncjax.objectives.coupling import pair
 from ncjax.objectives.factors import factorise
 from ncjax.objectives.objective import Objective
 from ncjax.objectives.problem import Optimum, Problem, make_problem, value_of
@@ -216,11 +217,10 @@ def _point(
     params = Params(
         jnp.asarray(W, dtype), jnp.asarray(np.repeat(H[:, None], per_class, axis=1), dtype)
     )
-    half = (decay_W - decay_H) / 2
     return CriticalPoint(
         params=params,
         value=value_of(problem, Optimum(W, H, True, "")),
         sigma_max=sigma_max,
-        eigenvalue=(decay_W + decay_H) / 2 - math.hypot(half, sigma_max),
+        eigenvalue=pair(decay_W, decay_H, mu - sigma_max, mu + sigma_max)[0],
         multiplicity=multiplicity,
     )

@@ -12,13 +12,16 @@ import numpy as np
 
 from ncjax.checks import check_choice
 from ncjax.objectives.collapse import normalised, optimal_margin
+from ncjax.objectives.coupling import pair, triple
 from ncjax.objectives.objective import Objective
 from ncjax.objectives.problem import Problem, make_problem
 from ncjax.objectives.rays import largest_margin, pull
 from ncjax.objectives.simplex import Curvature
 
-# Eigenvalues closer than this share of the largest one are equal.
+# Eigenvalues closer than this share of themselves are equal.
 _EQUAL = 1e-12
+# Eigenvalues below this share of the largest one are rounding errors of 0.
+_ZERO = 1e-15
 POINTS = ("minimiser", "origin")
 
 
@@ -117,19 +120,13 @@ def _merged(pairs) -> Spectrum:
     values: list[float] = []
     counts: list[int] = []
     for value, count in pairs:
-        value = 0.0 if abs(value) <= _EQUAL * scale else value
-        if values and value - values[-1] <= _EQUAL * scale:
+        value = 0.0 if abs(value) <= _ZERO * scale else value
+        if values and value - values[-1] <= _EQUAL * abs(value):
             counts[-1] += count
         else:
             values.append(value)
             counts.append(count)
     return Spectrum(np.array(values), np.array(counts))
-
-
-def _eigenvalues(block: list[list[float]], of_W: list[bool], factor: float):
-    """Eigenvalues of a block whose rows and columns of W gain `factor`, of H lose it."""
-    scale = np.array([factor if is_W else 1 / factor for is_W in of_W])
-    return np.linalg.eigvalsh(scale[:, None] * np.array(block) * scale)
 
 
 def _of_etf(problem: Problem):
@@ -146,30 +143,36 @@ def _of_etf(problem: Problem):
             _refuse("a ball that holds a minimiser of the loss")
         mu = math.sqrt(n) * pull(objective, K, margin)
     r2 = 1 / math.sqrt(problem.ratio)
-    r = math.sqrt(r2)
     curve = Curvature.at(K, margin)
     s2, eps, kap = math.sqrt(n) * margin, curve.eps, curve.kap
     a, b = s2 * curve.A / curve.c2, s2 * curve.B / math.sqrt(curve.c2)
-    pair, triple = [True, False], [True, False, False]
-
+    plus = s2 * eps + mu
+    blocks = [
+        (0, 2 * plus, (K - 1) * (K - 2) // 2),
+        (2 * mu, 2 * s2 * eps, K * (K - 3) // 2),
+        (0, 2 * mu, (K - 1) * (d - K + 1)),
+    ]
     if objective.ball is not None:
         yield 0, 2
     else:
-        radial = [[s2 * kap + mu, s2 * kap - mu], [s2 * kap - mu, s2 * kap + mu]]
-        yield from ((x, 1) for x in _eigenvalues(radial, pair, r))
-    plus, minus = s2 * eps + mu, s2 * eps - mu
-    for block, count in (
-        ([[plus, plus], [plus, plus]], (K - 1) * (K - 2) // 2),
-        ([[plus, minus], [minus, plus]], K * (K - 3) // 2),
-        ([[mu, -mu], [-mu, mu]], (K - 1) * (d - K + 1)),
-    ):
-        yield from ((x, count) for x in _eigenvalues(block, pair, r))
-    mixed = [[a + mu, a - mu, b], [a - mu, a + mu, b], [b, b, s2 * curve.C + mu]]
-    yield from ((x, K - 1) for x in _eigenvalues(mixed, triple, r))
+        blocks.append((2 * mu, 2 * s2 * kap, 1))  # the radial direction
+    yield from _of_pairs(blocks, r2)
+    yield from ((x, K - 1) for x in triple(mu, a, b, s2 * curve.C + mu, r2))
     yield mu * r2, d
     yield mu / r2, (K * n - K + 1) * (d - K + 1)
-    yield (mu + s2 * eps) / r2, (n - 1) * K * (K - 2)
+    yield plus / r2, (n - 1) * K * (K - 2)
     yield (mu + s2 * kap) / r2, (n - 1) * K
+
+
+def _of_pairs(blocks, r2: float):
+    r"""Pairs of eigenvalue and multiplicity of blocks from (low, high, multiplicity).
+
+    A block is $D \begin{pmatrix} p & m \\ m & p \end{pmatrix} D$ with $D =
+    \operatorname{diag}(r, r^{-1})$ and p - m, p + m given.
+    """
+    for low, high, count in blocks:
+        middle = (low + high) / 2
+        yield from ((x, count) for x in pair(middle * r2, middle / r2, low, high))
 
 
 def _of_unit_rows(problem: Problem):
@@ -187,9 +190,9 @@ def _of_unit_rows(problem: Problem):
     yield g + s, (n - 1) * K * (K - 2)
     yield (n + 1) * (g + s), (K - 1) * (K - 2) // 2
     total = (n + 1) * (g + s)
-    root = math.sqrt(total**2 - 16 * n * g * s)
-    yield (total - root) / 2, K * (K - 3) // 2
-    yield (total + root) / 2, K * (K - 3) // 2
+    large = (total + math.sqrt(total**2 - 16 * n * g * s)) / 2
+    yield 4 * n * g * s / large, K * (K - 3) // 2
+    yield large, K * (K - 3) // 2
     yield from ((x, K - 1) for x in np.linalg.eigvalsh(curve.unit_block(n, t0, g)))
 
 
@@ -201,14 +204,12 @@ def _of_squared_error(problem: Problem):
         yield from _at_origin(problem)
         return
     r2 = 1 / math.sqrt(problem.ratio)
-    pair, r = [True, False], math.sqrt(r2)
-    near, far = root_n - 2 * mu, root_n
-    for block, count in (
-        ([[far, near], [near, far]], K * (K + 1) // 2),
-        ([[far, far], [far, far]], K * (K - 1) // 2),
-        ([[mu, -mu], [-mu, mu]], K * (d - K)),
-    ):
-        yield from ((x, count) for x in _eigenvalues(block, pair, r))
+    blocks = [
+        (2 * mu, 2 * (root_n - mu), K * (K + 1) // 2),
+        (0, 2 * root_n, K * (K - 1) // 2),
+        (0, 2 * mu, K * (d - K)),
+    ]
+    yield from _of_pairs(blocks, r2)
     yield root_n / r2, (n - 1) * K**2
     yield mu / r2, (K * n - K) * (d - K)
 
@@ -225,10 +226,9 @@ def _at_origin(problem: Problem):
     values = values[values > _EQUAL * values[0]]
     samples = int(problem.counts.sum())
     decay = objective.weight_decay or (0.0, 0.0)
-    mean, half = (decay[0] + decay[1]) / 2, (decay[0] - decay[1]) / 2
     for value in values:
-        yield mean - math.hypot(half, value), problem.dim
-        yield mean + math.hypot(half, value), problem.dim
+        both = pair(*decay, problem.mu - value, problem.mu + value)
+        yield from ((x, problem.dim) for x in both)
     yield decay[0], (K - len(values)) * problem.dim
     yield decay[1], (samples - len(values)) * problem.dim
     yield 0, (K * int(problem.counts.max()) - samples) * problem.dim
