@@ -34,7 +34,7 @@ SCALE = 30.0
 
 @dataclasses.dataclass(frozen=True)
 class Config(cli.Settings):
-    """Check every statement of the theory, in less than two minutes on two cores.
+    """Check every statement of the theory, in less than four minutes on two cores.
 
     Example: python -m experiments.theorems
     """

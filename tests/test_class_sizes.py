@@ -200,6 +200,7 @@ def test_the_reference_flow_of_unequal_classes():
     assert float(proof.gap) < 2e-6
 
 
+@pytest.mark.slow
 def test_class_weights_move_margins_by_their_logarithms():
     start = sine_params(num_classes=3, per_class=2)
     by_class = jnp.array([4.0, 1.0, 1.0])
