@@ -87,8 +87,10 @@ def lower_bound(
         return slope(theta) - cost.linear - cost.quadratic * theta
 
     inner = bisect(total_slope, jnp.zeros_like(cost.most), cost.most)
-    theta = jnp.where(total(cost.most) >= total(inner), cost.most, inner)
-    return Bound(total(theta) + cost.constant, theta)
+    thetas = jnp.stack([inner, cost.most, jnp.zeros_like(inner)])
+    totals = jnp.stack([total(theta) for theta in thetas])
+    best = jnp.argmax(totals)
+    return Bound(totals[best] + cost.constant, thetas[best])
 
 
 def bisect(decreasing, low: Array, high: Array) -> Array:
@@ -184,8 +186,11 @@ def _cost(objective, params, weights, slopes, sigma_max, free_bias) -> _Cost:
     if free_bias:
         reach = _reach_of_bias(objective, params, weights)
         return cost._replace(linear=cost.linear + reach * jnp.sum(jnp.abs(in_bias)))
-    quadratic = cost.quadratic + jnp.sum(in_bias**2) / objective.bias
-    return cost._replace(quadratic=quadratic)
+    # A traced decay may be 0. The share 0 then gives the bound, which this keeps finite.
+    decay = jnp.maximum(objective.bias, float(jnp.finfo(slopes.dtype).tiny))
+    quadratic = cost.quadratic + jnp.sum(in_bias**2) / decay
+    largest = float(jnp.finfo(slopes.dtype).max) / 4
+    return cost._replace(quadratic=jnp.minimum(quadratic, largest))
 
 
 def _cost_of_features(objective: Objective, params, slopes: Array) -> _Cost:
@@ -218,7 +223,9 @@ def _reach_of_bias(objective: Objective, params, weights: Array | None) -> Array
     per_weight = 0.5 if squared else jnp.log(num_classes)
     level = per_weight * total_weight(params, weights)
     heaviest = 1.0 if weights is None else jnp.min(jnp.max(weights, axis=1))
-    worst = level / heaviest
+    smoothing = 0.0 if objective.smoothing is None else objective.smoothing
+    target = 1 - smoothing + smoothing / num_classes  # of the own class
+    worst = level / (heaviest * target)
     reach = 1 + jnp.sqrt(2 * worst) if squared else worst
     return reach + 2**0.5 * _reach_of_logits(objective, params, level)
 

@@ -35,7 +35,7 @@ def focal_bound(objective: Objective, params) -> Bound:
         used = jnp.minimum(nu, jnp.minimum(at_zero, 1))
         margin = _margin(used, gamma, num_classes)
         value = samples * (_loss(margin, gamma, num_classes) + used * margin)
-        return Bound(value, used / nu)
+        return Bound(value, used / jnp.where(nu > 0, nu, 1))
     tau = largest_nuclear_norm(objective, params, None)
     largest = tau / ((num_classes - 1) * per_class**0.5)  # mean of t at most
     used = jnp.minimum(_slope(largest, gamma, num_classes), 1)
@@ -60,6 +60,7 @@ def _slope(margin: Array, gamma, num_classes: int) -> Array:
 
 def _margin(slope: Array, gamma, num_classes: int) -> Array:
     """Return the m >= 0 with `-ψ'(m) = slope`, from `-ψ' <= (1 + γ) e^((γ + 1) a)`."""
+    slope = jnp.maximum(slope, float(jnp.finfo(slope.dtype).tiny))  # it may underflow
     furthest = (jnp.log1p(gamma) - jnp.log(slope)) / (gamma + 1)
     high = jnp.maximum(jnp.log(num_classes - 1) + furthest, 0)
     return bisect(
