@@ -1,4 +1,4 @@
-"""Certificates of points: bounds against NumPy and L-BFGS, verdicts at known points."""
+"""Certificates of points: bounds against NumPy and SciPy, verdicts at known points."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
-from regularised import Model
+from regularised import Model, descend
 from strategies import seeds, sine_params
 
 import ncjax
@@ -206,6 +206,15 @@ def test_the_focal_bound_holds_for_many_classes_too(gamma):
         assert certify(z, model).bound <= optimum * (1 + 1e-9)
 
 
+def test_the_focal_bound_is_zero_where_no_minimum_is_attained_or_slopes_underflow():
+    big = ncjax.Objective("focal", gamma=10, ball=(1e3, 1e3))
+    free = ncjax.Objective("focal", gamma=2, weight_decay=(0, 0.1), fixed_classifier=True)
+    for objective in (big, free):
+        found = ncjax.certificate(sine_params(), objective)
+        assert 0 <= found.bound < 1e-300
+        assert found.theta == 0
+
+
 # Verdicts at minimisers
 
 
@@ -275,6 +284,24 @@ def test_collapse_is_optimal_for_every_objective(name):
     assert abs(found.gap) < 1e-8 * found.value
 
 
+@pytest.mark.parametrize("loss", ["squared_error", "smoothing"])
+def test_an_optimum_inside_the_ball_is_certified_and_outside_it_is_not(loss):
+    """There the slopes vanish, so that no relative gradient is defined."""
+    if loss == "smoothing":
+        settings = {"smoothing": 0.1}
+        params = collapse(margin_of_decay(0.0, 0.1))
+    else:
+        settings = {"loss": loss}
+        frame = jnp.eye(K, D)  # M = Y
+        params = ncjax.Params(frame, jnp.repeat(frame[:, None], N, axis=1))
+    for bound, verdict in [(50.0, "globally optimal point"), (1.0, "not a critical point")]:
+        objective = ncjax.Objective(**settings, ball=(bound, bound))
+        assert words(ncjax.certificate(params, objective)) == verdict
+    moved = params._replace(W=params.W.at[0, 0].add(1e-3))
+    found = ncjax.certificate(moved, ncjax.Objective(**settings, ball=(50.0, 50.0)))
+    assert words(found) == "not a critical point"
+
+
 @pytest.mark.parametrize(
     ("objective", "counts"),
     [
@@ -324,9 +351,7 @@ def test_samples_of_weight_zero_count_as_absent():
     "settings", [{"weight_decay": (0.1, 0.3)}, {"ball": (9.0, 5.0)}, {"temperature": 3.0}]
 )
 def test_a_fixed_classifier_has_a_tight_bound(settings):
-    """The objective is convex in H, so L-BFGS over H alone finds the optimum."""
-    from scipy.optimize import minimize
-
+    """The objective is convex in H, so a descent over H alone finds the optimum."""
     objective = ncjax.Objective(**settings, fixed_classifier=True)
     start = sine_params()
     if "ball" in settings:
@@ -340,13 +365,7 @@ def test_a_fixed_classifier_has_a_tight_bound(settings):
 
         return jax.value_and_grad(value)(h)
 
-    run = minimize(
-        of_features,
-        np.asarray(start.H).ravel(),
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": 2000, "ftol": 1e-16, "gtol": 1e-10},
-    )
+    run = descend(of_features, np.asarray(start.H).ravel(), gtol=1e-10)
     H = jnp.asarray(run.x).reshape(start.H.shape)
     best = start._replace(H=H)
     if "ball" in settings:
@@ -364,7 +383,11 @@ def hessian_along(fn, params, direction):
     """The least eigenvalue of the Hessian of `fn`, and its quotient in a direction."""
     z, unflatten = ravel_pytree(params)
     v, _ = ravel_pytree(direction)
-    hessian = np.asarray(jax.jit(jax.hessian(lambda z: fn(unflatten(z))))(z))
+
+    def along(v):
+        return jax.jvp(jax.grad(lambda z: fn(unflatten(z))), (z,), (v,))[1]
+
+    hessian = np.asarray(jax.jit(jax.vmap(along))(jnp.eye(len(z))))
     return np.linalg.eigvalsh(hessian)[0], v @ hessian @ v
 
 
@@ -436,19 +459,11 @@ def test_the_limit_of_a_start_of_low_rank_is_a_saddle():
     frame = np.linalg.svd(np.concatenate([W, H.reshape(-1, 8)]))[2][:4]
     model = Model((7, 3, 4), decay=(0.5, 0.5))
     z = np.concatenate([(W @ frame.T).ravel(), (H @ frame.T).ravel()])
-    limit = point(descend(model, z), model)
+    limit = point(descend(model.value_and_grad, z, gtol=1e-9).x, model)
     params = ncjax.Params(limit.W @ frame, limit.H @ frame)
     found = ncjax.certificate(params, ncjax.Objective(weight_decay=(0.5, 0.5)))
     assert words(found) == "strict saddle point"
     assert found.sigma_max > 1.2 * found.mu
-
-
-def descend(model, z):
-    from scipy.optimize import minimize
-
-    options = {"maxiter": 5000, "ftol": 1e-17, "gtol": 1e-11}
-    fn = model.value_and_grad
-    return minimize(fn, z, jac=True, method="L-BFGS-B", options=options).x
 
 
 def test_without_room_for_the_frame_the_descent_needs_a_larger_dim():
@@ -481,6 +496,20 @@ def test_under_jit_and_vmap_numbers_and_points_may_vary():
         objective = ncjax.Objective(weight_decay=(decay, decay))
         right = ncjax.certificate(start, objective).bound
         np.testing.assert_allclose(got[k], right, rtol=1e-12)
+
+
+def test_a_traced_decay_of_the_bias_may_be_zero():
+    """A free bias is not recognised there; the bound is the least loss, not NaN."""
+    point = with_bias(sine_params(), 0.3 * np.cos(np.arange(4)))
+
+    @jax.jit
+    @jax.vmap
+    def bounds(decay):
+        objective = ncjax.Objective(weight_decay=(0.1, 0.1), bias=decay)
+        return ncjax.certificate(point, objective).bound
+
+    got = bounds(jnp.asarray([0.0, 0.5]))
+    np.testing.assert_allclose(got, [0, 2.587524811657], rtol=1e-10)
 
 
 def test_half_precision_is_certified_in_float32():

@@ -13,6 +13,7 @@ from ncjax.objectives.focal_bound import focal_bound
 from ncjax.objectives.free_bias import with_best_bias
 from ncjax.objectives.objective import Objective, require_objective, unit_rows
 from ncjax.peeled import samples, separation
+from ncjax.peeled.weights import weighted
 from ncjax.types import Array, BiasedParams, Params
 
 # Values of `PointCertificate.verdict`, and their meanings.
@@ -105,6 +106,11 @@ def certificate(
     gradients g, and includes the distance to the boundary; for a temperature (a, b) are
     (K, N) and the gradients are taken in the unit vectors. A bias adds $|\nabla_b F| /
     (\sqrt N \sigma_{\max} + \lambda_b |b|)$.
+
+    The slopes of the squared error and of label smoothing vanish at an optimum inside a
+    ball. There $\sigma_{\max}$ counts as zero up to tol times $|\omega|$, or $\alpha
+    |\omega|$ with smoothing, and the residual has this scale in place of a smaller
+    $\sigma_{\max}$.
 
     With the focal loss, a temperature or a fixed classifier, $\sigma_{\max} \le \mu$
     proves nothing. There a critical point is called optimal if the gap is at most tol times
@@ -218,7 +224,10 @@ def _certificate(objective, params, weights, tol, free_bias: bool) -> PointCerti
         bound, theta = lower_bound(objective, best, weights, slopes, sigma_max, free_bias)
     decays, mu = _multipliers(objective, params, weights, slopes)
     direction = _direction(params, u, v, decays, sigma_max, tol)
-    residual = _residual(objective, params, weights, gradient, value, sigma_max, mu)
+    scale = _scale_of_slopes(objective, params, weights)
+    residual = _residual(
+        objective, params, weights, gradient, value, jnp.maximum(sigma_max, scale), mu
+    )
     return PointCertificate(
         value=value,
         bound=bound,
@@ -231,9 +240,9 @@ def _certificate(objective, params, weights, tol, free_bias: bool) -> PointCerti
         tolerance=tol,
         verdict=_verdict(
             objective,
-            proved_by_gap=value - bound <= tol * value,
+            proved_by_gap=value - bound <= tol * jnp.maximum(value, tol * scale**2),
             critical=residual <= tol,
-            exceeds=sigma_max > mu * (1 + tol),
+            exceeds=sigma_max > mu + tol * jnp.maximum(mu, scale),
             across=_across(params.W, u),
             room=~jnp.isnan(direction.W[0, 0]),
         ),
@@ -274,8 +283,16 @@ def _multipliers(objective, params, weights, slopes) -> tuple[tuple[Array, Array
     return (of_W, of_H), pull / largest_nuclear_norm(objective, params, weights)
 
 
-def _residual(objective, params, weights, gradient, value, sigma_max, mu) -> Array:
-    """Return the relative gradient, see `certificate`."""
+def _scale_of_slopes(objective, params, weights) -> Array:
+    """Return the size of the terms that cancel in the slopes; 0 if they never vanish."""
+    share = 1.0 if objective.loss == "squared_error" else objective.smoothing
+    ones = jnp.ones(params.H.shape[:2], params.H.dtype)
+    size = jnp.sqrt(jnp.sum(weighted(ones, weights) ** 2))
+    return jnp.zeros_like(size) if share is None else share * size
+
+
+def _residual(objective, params, weights, gradient, value, size, mu) -> Array:
+    """Return the relative gradient for slopes of a size, see `certificate`."""
     moving = ("H",) if objective.fixed_classifier else ("W", "H")
     squares = {name: jnp.sum(getattr(gradient, name) ** 2) for name in moving}
     if objective.weight_decay is not None:
@@ -283,32 +300,31 @@ def _residual(objective, params, weights, gradient, value, sigma_max, mu) -> Arr
         total = sum(squares[name] / decays[name] for name in moving) / (2 * value)
     else:
         total = _residual_on_boundary(
-            objective, params, weights, gradient, moving, sigma_max, mu
+            objective, params, weights, gradient, moving, size, mu
         )
     if objective.bias is not None:
-        scale = jnp.sqrt(num_samples(params, weights)) * sigma_max
+        scale = jnp.sqrt(num_samples(params, weights)) * size
         scale += objective.bias * jnp.sqrt(jnp.sum(params.b**2))
         total += jnp.sum(gradient.b**2) / jnp.where(scale > 0, scale, 1) ** 2
     return jnp.sqrt(total)
 
 
-def _residual_on_boundary(
-    objective, params, weights, gradient, moving, sigma_max, mu
-) -> Array:
+def _residual_on_boundary(objective, params, weights, gradient, moving, size, mu) -> Array:
     """Return the square of the residual of a ball or a temperature, without bias."""
     tau = largest_nuclear_norm(objective, params, weights)
     sizes = {name: jnp.sum(getattr(params, name) ** 2) for name in moving}
     bounds = sizes  # (K, N) for unit vectors
     if objective.ball is not None:
         bounds = dict(zip("WH", objective.ball, strict=True))
-    scale = tau * sigma_max
-    total = jnp.zeros_like(sigma_max)
+    scale = tau * size
+    total = jnp.zeros_like(size)
     for name in moving:
         slope, leaf = getattr(gradient, name), getattr(params, name)
         along = jnp.sum(slope * leaf) / jnp.where(sizes[name] > 0, sizes[name], 1)
         tangent = jnp.sum((slope - along * leaf) ** 2)
-        outside = mu * tau * (sizes[name] / bounds[name] - 1)
-        total += bounds[name] * tangent / 2 + outside**2
+        excess = sizes[name] / bounds[name] - 1
+        distance = jnp.where(excess > 0, scale, mu * tau) * excess
+        total += bounds[name] * tangent / 2 + distance**2
     return total / jnp.where(scale > 0, scale, 1) ** 2
 
 
