@@ -295,3 +295,15 @@ def test_points_that_do_not_fit_the_objective_are_refused():
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), sine_params())
     with pytest.raises(ValueError, match="params must be float32 or float64"):
         ncjax.gradient_flow(half, times=[1.0], objective=DECAY)
+    with pytest.raises(ValueError, match=r"expected ncjax.Params.*got NoneType"):
+        ncjax.gradient_flow(None, times=[1.0], objective=DECAY)
+    mixed = sine_params()._replace(W=half.W)
+    with pytest.raises(ValueError, match="W and H of one floating dtype"):
+        ncjax.gradient_flow(mixed, times=[1.0], objective=DECAY)
+
+
+def test_a_ball_needs_a_direction_to_start_in():
+    start = sine_params()
+    start = start._replace(W=jnp.zeros_like(start.W))
+    with pytest.raises(ValueError, match="W must not be zero on a ball"):
+        ncjax.gradient_flow(start, times=[1.0], objective=ncjax.Objective(ball=(8, 24)))

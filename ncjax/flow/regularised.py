@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.arrays import as_array
-from ncjax.checks import check_choice, check_count
+from ncjax.checks import check_choice, check_count, concrete
 from ncjax.flow import invariants, outcome, saving, steps
 from ncjax.flow.invariants import InvariantDrift
 from ncjax.flow.methods import METHODS, Method
@@ -74,7 +74,7 @@ def follow(
     - on a ball $|W|^2$ and $|H|^2$, and with a temperature the norms of all rows, are
       conserved; their largest relative change stands in `balance`.
 
-    Where no law is known, it is NaN.
+    Where no law is known, it is NaN, which `jax_debug_nans` reports.
 
     Args: as `ncjax.gradient_flow`. The objective's numbers may be traced.
 
@@ -84,12 +84,14 @@ def follow(
     Raises:
       ValueError: shapes, dtypes or weights do not fit, the solver is unknown or implicit,
         or (outside jit) times are negative or do not increase, tolerances are not positive,
-        or params hold NaN or infinity.
+        params hold NaN or infinity, or W or H is zero on a ball.
     """
-    dtype = jnp.result_type(*(as_array("params", leaf) for leaf in params))
+    given, (params, weights) = params, objective.check(params, weights, finite=True)
+    dtype = as_array("W", given[0]).dtype
     if dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"params must be float32 or float64, got {dtype}")
-    params, weights = objective.check(params, weights, finite=True)
+    if objective.ball is not None:
+        _check_direction(params)
     times = _check_times(times, dtype)
     rtol = steps.relative_tolerance(rtol, dtype)
     relative, absolute = steps.tolerances(params, weights, rtol, atol)
@@ -209,6 +211,17 @@ def _on_boundary(ball, params):
         for bound, leaf in zip(ball, params, strict=False)
     )
     return params._replace(W=W, H=H)
+
+
+def _check_direction(params) -> None:
+    """Raise ValueError if W or H is known and zero, which no scale brings to a sphere."""
+    for name, leaf in zip("WH", params, strict=False):
+        values = concrete(leaf)
+        if values is not None and not values.any():
+            raise ValueError(
+                f"{name} must not be zero on a ball, got zeros: the flow starts on the "
+                "boundary, in the direction of W and H"
+            )
 
 
 def _drift(objective: Objective, t, state, start) -> InvariantDrift:
