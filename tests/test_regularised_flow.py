@@ -1,5 +1,7 @@
 """The flow of objectives in plain time, against exact solutions and reference runs."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,9 @@ def test_the_distance_to_the_minimum_decays_at_the_slowest_eigenvalue():
     gaps = found.value - optimum(0.1)
     np.testing.assert_allclose(gaps[1] / gaps[0], np.exp(-2 * 0.1 * 20), rtol=1e-2)
     assert abs(gaps[2]) < 1e-13
+    middle = jax.tree.map(lambda leaf: leaf[0], found.params)
+    again = flow(middle, [0.1, 1.0, 20.0], DECAY, rtol=1e-11)  # a leg from t = 70 to 90
+    np.testing.assert_allclose(again.final.W, found.params.W[1], atol=1e-9)
     verdict = ncjax.certificate(found.final, DECAY).verdict
     assert ncjax.POINT_VERDICTS[int(verdict)] == "globally optimal point"
 
@@ -99,16 +104,18 @@ def test_many_starts_converge_at_once_and_a_bad_one_disturbs_none():
     starts = starts._replace(W=starts.W.at[3].multiply(1e200))
 
     @jax.jit
-    @jax.vmap
-    def run(start):
-        return ncjax.gradient_flow(start, times=[130.0], objective=DECAY, max_steps=2000)
+    @partial(jax.vmap, in_axes=(0, None))
+    def run(start, times):
+        return ncjax.gradient_flow(start, times=times, objective=DECAY, max_steps=2000)
 
-    found = run(starts)
+    found = run(starts, jnp.asarray([1.0, 130.0]))
     good = np.arange(8) != 3
-    np.testing.assert_allclose(found.value[good, 0], optimum(0.1), rtol=1e-10)
+    np.testing.assert_allclose(found.value[good, 1], optimum(0.1), rtol=1e-10)
     assert (found.result[good] == SUCCESS).all()
     assert found.result[3] == STEP_TOO_SMALL
     assert jnp.isnan(found.final.W[3]).all()
+    for times in ([2.0, 1.0], [-1.0, 1.0], [1.0, jnp.nan]):  # jit cannot raise errors
+        assert (run(starts, jnp.asarray(times)).result == BAD_TIMES).all()
 
 
 def test_squared_error_has_an_exact_flow():
@@ -126,14 +133,18 @@ def test_squared_error_has_an_exact_flow():
 
 
 @pytest.mark.parametrize(
-    ("num_classes", "times", "lengths"),
-    [(4, [1.0, 1e3], [0.828638959711, 6.43281286362]), (10, [10.0], [3.86685344754])],
+    ("num_classes", "times", "lengths", "settings"),
+    [
+        (4, [1.0, 1e3], [0.828638959711, 6.43281286362], {"weight_decay": (0.5, 0.0)}),
+        (10, [10.0], [3.86685344754], {}),
+    ],
 )
-def test_with_a_fixed_frame_features_grow_along_it(num_classes, times, lengths):
+def test_with_a_fixed_frame_features_grow_along_it(num_classes, times, lengths, settings):
     """From zero each sample moves along its row of the classifier, which stays."""
-    frame = ncjax.simplex_etf(num_classes, num_classes)
-    start = ncjax.Params(frame, jnp.zeros((num_classes, 2, num_classes)))
-    found = flow(start, times, ncjax.Objective(fixed_classifier=True), rtol=1e-11)
+    frame = ncjax.simplex_etf(num_classes, max(num_classes, D))
+    start = ncjax.Params(frame, jnp.zeros((num_classes, N, max(num_classes, D))))
+    objective = ncjax.Objective(fixed_classifier=True, **settings)
+    found = flow(start, times, objective, rtol=1e-11)
     got = jnp.einsum("tkid,kd->tki", found.params.H, frame)
     expected = np.broadcast_to(np.reshape(lengths, (-1, 1, 1)), got.shape)
     np.testing.assert_allclose(got, expected, rtol=1e-9)
@@ -142,7 +153,7 @@ def test_with_a_fixed_frame_features_grow_along_it(num_classes, times, lengths):
 
 def test_the_decay_of_a_fixed_classifier_moves_nothing():
     objective = ncjax.Objective(weight_decay=(0.5, 0.1), fixed_classifier=True)
-    found = flow(sine_params(), [3.0], objective)
+    found = flow(sine_params(), [1.0, 3.0], objective)
     np.testing.assert_array_equal(found.final.W, sine_params().W)
     assert found.drift.classifier_sum[0] == 0
 
@@ -231,25 +242,28 @@ def test_the_loss_alone_is_the_flow_of_the_logarithmic_clock():
 # Calls
 
 
-def test_recorded_values_replace_the_states():
-    found = flow(sine_params(), [0.0], DECAY, record=ncjax.squared_norm)
-    assert found.params is None
-    np.testing.assert_allclose(found.recorded, [ncjax.squared_norm(sine_params())])
-    np.testing.assert_allclose(found.value, [16.79666778715])
-
-
-def test_the_limit_of_steps_is_reported():
+def test_recorded_values_replace_the_states_up_to_the_limit_of_steps():
     found = ncjax.gradient_flow(
-        sine_params(), times=[0.01, 10.0, 50.0], objective=DECAY, max_steps=5
+        sine_params(),
+        times=[0.0, 10.0, 50.0],
+        objective=DECAY,
+        record=ncjax.squared_norm,
+        max_steps=5,
     )
+    assert found.params is None
+    np.testing.assert_allclose(found.recorded[0], ncjax.squared_norm(sine_params()))
+    np.testing.assert_allclose(found.value[0], 16.79666778715)
     assert int(found.result) == STEP_LIMIT
-    assert jnp.isfinite(found.value[0])
-    assert jnp.isnan(found.value[2])
+    for leaf in (found.value, found.recorded, *found.drift):
+        assert jnp.isnan(leaf[2])
+    assert jnp.isnan(found.final.W).all()
 
 
-def test_under_jit_times_out_of_order_give_a_code():
-    run = jax.jit(lambda t: ncjax.gradient_flow(sine_params(), times=t, objective=DECAY))
-    assert int(run(jnp.asarray([3.0, 2.0, 1.0])).result) == BAD_TIMES
+def test_a_flow_to_its_start_alone_takes_no_step():
+    found = flow(sine_params(), [0.0], ncjax.Objective(temperature=5.0))
+    np.testing.assert_array_equal(found.params.W[0], sine_params().W)
+    np.testing.assert_array_equal(found.final.H, sine_params().H)
+    assert int(found.num_steps) == 0
 
 
 def test_float32_stays_float32():
