@@ -136,7 +136,7 @@ def test_squared_error_has_an_exact_flow():
     ("num_classes", "times", "lengths", "settings"),
     [
         (4, [1.0, 1e3], [0.828638959711, 6.43281286362], {"weight_decay": (0.5, 0.0)}),
-        (10, [10.0], [3.86685344754], {}),
+        pytest.param(10, [10.0], [3.86685344754], {}, marks=pytest.mark.slow),
     ],
 )
 def test_with_a_fixed_frame_features_grow_along_it(num_classes, times, lengths, settings):
