@@ -302,6 +302,14 @@ def test_an_optimum_inside_the_ball_is_certified_and_outside_it_is_not(loss):
     assert words(found) == "not a critical point"
 
 
+def test_rows_of_zeros_have_no_unit_vector():
+    origin = jax.tree.map(jnp.zeros_like, sine_params())
+    with jax.debug_nans(True):
+        found = ncjax.certificate(origin, ncjax.Objective(temperature=5.0))
+    assert words(found) == "not a critical point"
+    assert found.residual >= 1
+
+
 @pytest.mark.parametrize(
     ("objective", "counts"),
     [

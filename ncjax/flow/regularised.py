@@ -64,6 +64,7 @@ def follow(
     $e^{-\text{rate} \cdot t}$, $F - \min F$ like its square, with the slowest positive
     eigenvalue of the Hessian (`ncjax.spectrum`), so $t = \log(1/\text{tol}) / \text{rate}$
     reaches a minimum to tol. `ncjax.certificate(flow.final, objective)` bounds the rest.
+    Later times still cost steps in proportion to t, because stability bounds the step.
 
     `drift` compares each state with laws that the exact flow obeys:
 

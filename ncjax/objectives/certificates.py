@@ -313,17 +313,19 @@ def _residual_on_boundary(objective, params, weights, gradient, moving, size, mu
     """Return the square of the residual of a ball or a temperature, without bias."""
     tau = largest_nuclear_norm(objective, params, weights)
     sizes = {name: jnp.sum(getattr(params, name) ** 2) for name in moving}
-    bounds = sizes  # (K, N) for unit vectors
-    if objective.ball is not None:
-        bounds = dict(zip("WH", objective.ball, strict=True))
     scale = tau * size
+    if objective.ball is None:  # a row of zeros has no unit vector
+        limits, inside = (float(len(params.W)), num_samples(params, weights)), scale
+    else:
+        limits, inside = objective.ball, mu * tau
+    bounds = dict(zip("WH", limits, strict=True))
     total = jnp.zeros_like(size)
     for name in moving:
         slope, leaf = getattr(gradient, name), getattr(params, name)
         along = jnp.sum(slope * leaf) / jnp.where(sizes[name] > 0, sizes[name], 1)
         tangent = jnp.sum((slope - along * leaf) ** 2)
         excess = sizes[name] / bounds[name] - 1
-        distance = jnp.where(excess > 0, scale, mu * tau) * excess
+        distance = jnp.where(excess > 0, scale, inside) * excess
         total += bounds[name] * tangent / 2 + distance**2
     return total / jnp.where(scale > 0, scale, 1) ** 2
 
