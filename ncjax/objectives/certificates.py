@@ -315,7 +315,8 @@ def _residual_on_boundary(objective, params, weights, gradient, moving, size, mu
     sizes = {name: jnp.sum(getattr(params, name) ** 2) for name in moving}
     scale = tau * size
     if objective.ball is None:  # a row of zeros has no unit vector
-        limits, inside = (float(len(params.W)), num_samples(params, weights)), scale
+        rows = jnp.full_like(scale, len(params.W))
+        limits, inside = (rows, num_samples(params, weights)), scale
     else:
         limits, inside = objective.ball, mu * tau
     bounds = dict(zip("WH", limits, strict=True))
