@@ -362,20 +362,17 @@ def neighbours_path() -> str:
 
 def neighbours_minority() -> str:
     """List cosines of minority classifiers, 5 of 10 classes large, over the imbalance."""
-    chosen = [row for row in run("neighbours")["minority"] if row["large_classes"] == 5]
-    ratios = sorted({row["ratio"] for row in chosen})
-    kinds = dict.fromkeys((row["model"], row["class_weights"]) for row in chosen)
+    every = run("neighbours")["minority"]
+    ratios = sorted({row["ratio"] for row in every})
     rows = []
-    for model, weights in kinds:
-        of_kind = [
-            r for r in chosen if (r["model"], r["class_weights"]) == (model, weights)
-        ]
+    for kind in dict.fromkeys((row["model"], row["class_weights"]) for row in every):
+        of_kind = [r for r in every if (r["model"], r["class_weights"]) == kind]
         errors = [r["error_worst"] for r in of_kind if r["error_worst"] is not None]
-        cosines = {r["ratio"]: f"{r['found']:.4f}" for r in of_kind}
-        cells = [cosines.get(ratio, "") for ratio in ratios]
-        rows.append([f"{model}, class weights {weights}", *cells, f"{max(errors):.0e}"])
-    head = ["end of the flow", *(f"R = {ratio}" for ratio in ratios)]
-    return table([*head, "largest error against the closed form"], rows)
+        chosen = {r["ratio"]: r["found"] for r in of_kind if r["large_classes"] == 5}
+        cells = [f"{chosen[ratio]:.4f}" if ratio in chosen else "" for ratio in ratios]
+        rows.append(["{}, class weights {}".format(*kind), *cells, f"{max(errors):.0e}"])
+    head = ["end of the flow, 5 large classes", *(f"R = {ratio}" for ratio in ratios)]
+    return table([*head, "largest error, 3, 5 or 7 large classes"], rows)
 
 
 def neighbours_by() -> str:
