@@ -347,7 +347,7 @@ def test_small_eigenvalues_keep_their_digits_where_the_decays_differ_by_1e12(obj
 
 
 def test_the_products_of_the_eigenvalues_of_a_block_do_not_depend_on_one_decay():
-    """A block D M D has the determinant of M times that of D."""
+    """Use det(D M D) = det(M) det(D)²."""
     even, uneven = (triple(0.1, 0.7, 0.2, 0.5, r2) for r2 in (1.0, 1e6))
     assert np.prod(uneven) * 1e6 == pytest.approx(np.prod(even), rel=1e-9)
     assert uneven[0] == pytest.approx(0.8e6, rel=1e-11)
@@ -355,7 +355,7 @@ def test_the_products_of_the_eigenvalues_of_a_block_do_not_depend_on_one_decay()
 
 @pytest.mark.parametrize("decay", [(1e5, 1e-7), (1e-7, 1e5)])
 def test_the_unstable_eigenvalue_keeps_its_digits_where_the_decays_differ(decay):
-    """mu² - sigma² is the product of both eigenvalues, their sum is that of the decays."""
+    """Use the product mu² - sigma² and the sum lambda_W + lambda_H of the eigenvalues."""
     saddle = ncjax.rank_point(Squared(weight_decay=decay), 2, 4, 3, 6)
     other = (0.01 - 3) / saddle.eigenvalue
     assert saddle.eigenvalue + other == pytest.approx(sum(decay), rel=1e-13)

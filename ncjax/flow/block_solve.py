@@ -126,7 +126,7 @@ def _slopes_and_eliminated_curvatures(
     root = jnp.sqrt(jnp.where(others, P, 0))  # r, (K, n, K)
     beta = jnp.exp(log_loss) / (1 + jnp.sqrt(right))  # (K, n)
     if weights is not None:
-        # A sample left out has r = 0, whatever beta is.
+        # A sample left out has r = 0, so its beta does not matter.
         beta = beta / jnp.where(weights > 0, weights, 1)
 
     def scale(matrix):

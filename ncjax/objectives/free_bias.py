@@ -51,7 +51,7 @@ def _newton_step(objective, params: BiasedParams, weights) -> Array:
     """Return the candidate with the smallest slopes.
 
     A share of Newton's step always lowers them. Where the softmax is saturated, the
-    curvature vanishes, and the logarithm of wanted over found probabilities is better.
+    curvature vanishes, and the logarithm of target over found probabilities is better.
     """
     b = params.b
     slopes = class_slopes(objective, params, weights)

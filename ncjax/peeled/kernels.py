@@ -148,7 +148,7 @@ def error_slopes(
 
 
 def _log_focus(a: Array, gamma: float | Array) -> Array:
-    """`log` of the focal loss's slope over that of cross entropy, at log odds `a`.
+    """Log of the focal loss's slope over the cross entropy's, at log odds `a`.
 
     The slope in `a` is `(1-p)^γ ((1-p) + γ p log(1 + e^a))`, for cross entropy `1-p`.
     """
