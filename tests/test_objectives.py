@@ -192,6 +192,15 @@ def test_numbers_may_be_traced_and_equal_objectives_compile_once():
     assert float(Objective(ball=(2, 8)).tau) == 4
 
 
+def test_an_objective_shows_the_settings_that_are_given():
+    objective = Objective("focal", gamma=0.0, weight_decay=(0.1, 0.2), bias=0.0)
+    shown = "Objective('focal', gamma=0.0, weight_decay=(0.1, 0.2), bias=0.0)"
+    assert repr(objective) == shown
+    assert repr(Objective(fixed_classifier=True)) == (
+        "Objective('cross_entropy', fixed_classifier=True)"
+    )
+
+
 def test_a_fixed_classifier_has_no_gradient():
     params = random_params(4, K, N, D, 1.0)
     objective = Objective(weight_decay=(0.1, 0.1), fixed_classifier=True)

@@ -44,7 +44,7 @@ _NAMES = ("loss", "fixed_classifier")
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Objective:
     r"""A loss of the logits, with weight decay, on a norm ball, or alone.
 
@@ -103,6 +103,16 @@ class Objective:
         if not callable(self.loss):
             check_choice("loss", self.loss, LOSSES)
         check_settings(self)
+
+    def __repr__(self):
+        """Return the call with the settings that differ from their defaults."""
+        values = {name: getattr(self, name) for name in (*_NUMBERS, *_NAMES[1:])}
+        given = [
+            f"{name}={value!r}"
+            for name, value in values.items()
+            if value is not None and value is not False
+        ]
+        return f"Objective({', '.join([repr(self.loss), *given])})"
 
     def tree_flatten_with_keys(self):
         """Return the numbers, which may be traced, and the names."""
