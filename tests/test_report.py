@@ -195,7 +195,7 @@ def test_a_failed_statement_is_marked(tmp_path):
     summary["statements"][3]["passed"] = False
     (folder / "summary.json").write_text(json.dumps(summary))
     page = make(tmp_path, folder)
-    assert "25 of 26 statements hold" in page.text
+    assert "41 of 42 statements hold" in page.text
     assert page.words.count("FAILS") == 1
 
 

@@ -672,7 +672,7 @@ def test_two_processes_agree_with_one(finished, tmp_path):
 @pytest.mark.parametrize(
     ("module", "settings"),
     [
-        (train_resnet, {"width": 0.05}),
+        pytest.param(train_resnet, {"width": 0.05}, marks=pytest.mark.slow),
         pytest.param(train_vgg, {"width": 0.05}, marks=pytest.mark.slow),
         pytest.param(
             train_small, {"model": "convnet", "width": 0.1}, marks=pytest.mark.slow
@@ -697,6 +697,7 @@ def test_a_network_memorises_a_hundred_real_images(tmp_path, module, settings):
     assert last["least_margin"] > 0
 
 
+@pytest.mark.slow
 def test_peel_describes_the_network_and_where_the_flow_takes_it(finished, tmp_path):
     config = peel.Config(
         run=str(finished),
