@@ -16,7 +16,7 @@ from experiments._runs import files, folders
 
 GOOD, BAD, OPEN = "good", "bad", "open"
 _TEMPLATE = "page.html"
-_COLOURS = 32
+_COLOURS = 28
 _MOST_PIXELS = 50_000_000
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # Errors of reading a summary that has another shape.
@@ -144,7 +144,9 @@ def _figure(path: Path, caption: str, notes: list[str]) -> Figure | None:
         with Image.open(path, formats=["PNG"]) as image:
             if image.width * image.height > _MOST_PIXELS:
                 raise ValueError("too many pixels")
-            palette = image.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE)
+            # Thin curves keep their colours, which are rare among the pixels.
+            cover, plain = Image.Quantize.MAXCOVERAGE, Image.Dither.NONE
+            palette = image.convert("RGB").quantize(_COLOURS, cover, dither=plain)
     except FileNotFoundError:
         notes.append(f"There is no {path.name}.")
         return None
