@@ -185,6 +185,9 @@ CALLS = {
         ncjax.certificate(_flattened(p.params), _decay())._replace(direction=None),
         ncjax.certificate(p.params),
     ),
+    "separation.orthogonal_to_rows": lambda p: (
+        p.W @ separation.orthogonal_to_rows(p.W, p.W[:, None], jnp.asarray(1e-5, p.W.dtype))
+    ),
     "separation.kkt_angle": lambda p: ncjax.kkt_angle(p.params),
     "solve.gradient_flow": lambda p: (
         ncjax.gradient_flow(

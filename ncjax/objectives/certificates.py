@@ -349,10 +349,7 @@ def _top_singular(matrix: Array) -> tuple[Array, Array, Array]:
 def _direction(params, u: Array, v: Array, decays, sigma_max: Array, tol: Array):
     """Return `(cos φ u aᵀ, sin φ v aᵀ)`, with a orthogonal to all rows up to tol."""
     W, H = at_unit_scale(params.W), at_unit_scale(params.H)
-    rows = jnp.concatenate([W, H.reshape(-1, H.shape[-1])])
-    values, vectors = jnp.linalg.eigh(matmul(rows.T, rows))
-    room = values[0] <= tol**2 * values[-1]
-    a = vectors[:, 0] / jnp.sqrt(jnp.where(room, 1.0, -1.0).astype(vectors.dtype))
+    a = separation.orthogonal_to_rows(W, H, tol)
     angle = jnp.arctan2(sigma_max, (decays[1] - decays[0]) / 2) / 2
     found = {
         "W": jnp.cos(angle) * jnp.outer(u, a),

@@ -397,12 +397,23 @@ def _combination(multipliers: Array, params: Params) -> Params:
 def _descent_direction(params: Params, u: Array, v: Array, tolerance: Array) -> Params:
     """`(u aᵀ, v aᵀ) / √2`, with a unit vector a orthogonal to all rows up to tolerance."""
     W, H = at_unit_scale(params)
+    chex.assert_shape([u, v], [(len(W),), (H.shape[0] * H.shape[1],)])
+    a = orthogonal_to_rows(W, H, tolerance) / math.sqrt(2)
+    return Params(W=jnp.outer(u, a), H=jnp.outer(v, a).reshape(H.shape))
+
+
+def orthogonal_to_rows(W: Array, H: Array, tolerance: Array) -> Array:
+    """Return a unit vector (d,) orthogonal to all rows up to tolerance, NaN if none exists.
+
+    Args:
+      W: (K, d) array of unit scale.
+      H: (K, n, d) array of unit scale.
+      tolerance: least singular value of the rows, over the largest, that counts as 0.
+    """
     rows = jnp.concatenate([W, H.reshape(-1, H.shape[-1])])
-    chex.assert_shape([u, v], [(len(W),), (len(rows) - len(W),)])
     values, vectors = jnp.linalg.eigh(matmul(rows.T, rows))
     room = values[0] <= tolerance**2 * values[-1]
-    a = vectors[:, 0] / jnp.sqrt(jnp.where(room, 2.0, -1.0).astype(vectors.dtype))
-    return Params(W=jnp.outer(u, a), H=jnp.outer(v, a).reshape(H.shape))
+    return vectors[:, 0] / jnp.sqrt(jnp.where(room, 1.0, -1.0).astype(vectors.dtype))
 
 
 def _least_squares_multipliers(scaled: Params, weights: Array | None) -> Array:
