@@ -1,7 +1,7 @@
 """The methods of `gradient_flow` in one table, and the choice among them."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import jax
@@ -33,6 +33,35 @@ class Method(NamedTuple):
     icoeff: float = 1.0  # and integral
     finish: Finish | None = None  # None keeps the interpolated states
     needs_curvature: bool = False  # of the cross entropy, by `block_solve`
+
+    def solve(self, field, *, rtol, atol, least_step, progress: bool, **options) -> Any:
+        """Return `diffrax.Solution` of `dy/dt = field(t, y, args)`, also of a failed solve.
+
+        Args:
+          field: right-hand side of the equation.
+          rtol: relative tolerance of a step.
+          atol: absolute tolerance of a step.
+          least_step: length of a step below which the solve ends.
+          progress: show a tqdm bar.
+          **options: t0, t1, dt0, y0, args, saveat and max_steps of `diffrax.diffeqsolve`.
+        """
+        meter = diffrax.TqdmProgressMeter() if progress else diffrax.NoProgressMeter()
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            self.solver,
+            stepsize_controller=diffrax.PIDController(
+                rtol=rtol,
+                atol=atol,
+                pcoeff=self.pcoeff,
+                icoeff=self.icoeff,
+                norm=steps.finite_or_infinite_norm,
+                force_dtmin=False,
+                dtmin=least_step,
+            ),
+            throw=False,
+            progress_meter=meter,
+            **options,
+        )
 
 
 METHODS = {

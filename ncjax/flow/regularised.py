@@ -137,9 +137,8 @@ def _integrate(
         drift = _drift(objective, t, state, start)
         return drift, saving.as_floats(observe(state), t.dtype)
 
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(partial(_field, structure)),
-        method.solver,
+    solution = method.solve(
+        partial(_field, structure),
         t0=jnp.zeros_like(t_save[-1]),
         t1=t_save[-1],
         dt0=jnp.where(t_save[-1] > 0, jnp.minimum(_FIRST, t_save[-1]), _FIRST),
@@ -148,20 +147,11 @@ def _integrate(
         saveat=diffrax.SaveAt(
             subs=[saving.at_times(t_save, save), diffrax.SubSaveAt(t1=True)]
         ),
-        stepsize_controller=diffrax.PIDController(
-            rtol=rtol,
-            atol=atol,
-            pcoeff=method.pcoeff,
-            icoeff=method.icoeff,
-            norm=steps.finite_or_infinite_norm,
-            force_dtmin=False,
-            dtmin=_least_step(t_save[-1]),
-        ),
+        rtol=rtol,
+        atol=atol,
+        least_step=_least_step(t_save[-1]),
         max_steps=max_steps,
-        throw=False,
-        progress_meter=(
-            diffrax.TqdmProgressMeter() if progress else diffrax.NoProgressMeter()
-        ),
+        progress=progress,
     )
     drift, observed = saving.first_rows(solution.ys[0], times.size)
     # diffrax fills the times that it did not reach with infinity.

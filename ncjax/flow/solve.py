@@ -222,29 +222,19 @@ def _integrate(
     x_start, x_save, in_order = _on_clock(start, log_times)
     observe = partial(_observe, record, loss)
     plan = saving.plan(observe, params, x_save, x_start, method.finish, rtol, atol, loss)
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(field),
-        method.solver,
+    solution = method.solve(
+        field,
         t0=x_start,
         t1=x_save[-1],
         dt0=method.first_step(x_start, x_save[-1]),
         y0=unscaled(-x_start, params),
         args=loss,
         saveat=plan.saveat,
-        stepsize_controller=diffrax.PIDController(
-            rtol=rtol,
-            atol=atol,
-            pcoeff=method.pcoeff,
-            icoeff=method.icoeff,
-            norm=steps.finite_or_infinite_norm,
-            force_dtmin=False,
-            dtmin=steps.least_step(x_start, x_save[-1]),
-        ),
+        rtol=rtol,
+        atol=atol,
+        least_step=steps.least_step(x_start, x_save[-1]),
         max_steps=max_steps,
-        throw=False,
-        progress_meter=(
-            diffrax.TqdmProgressMeter() if progress else diffrax.NoProgressMeter()
-        ),
+        progress=progress,
     )
     saved = plan.read(solution)
     # diffrax fills the times that it did not reach with infinity.
