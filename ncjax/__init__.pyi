@@ -67,6 +67,7 @@ from .peeled import Separation as Separation
 from .peeled import balance as balance
 from .peeled import block_saddle as block_saddle
 from .peeled import cross_entropy as cross_entropy
+from .peeled import init_deep_params as init_deep_params
 from .peeled import init_params as init_params
 from .peeled import kkt as kkt
 from .peeled import kkt_angle as kkt_angle
@@ -81,4 +82,5 @@ from .peeled import simplex_etf as simplex_etf
 from .peeled import solve_separation as solve_separation
 from .peeled import squared_norm as squared_norm
 from .types import BiasedParams as BiasedParams
+from .types import DeepParams as DeepParams
 from .types import Params as Params

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.arrays import as_array, read_array
-from ncjax.types import Array, BiasedParams, Params
+from ncjax.types import Array, BiasedParams, DeepParams, Params
 
 
 def check_sizes(**sizes: int) -> None:
@@ -130,7 +130,8 @@ def check_params(params: Params, *, finite: bool = False) -> Params:
     Raises:
       ValueError: shapes or dtypes do not fit, or a value is not finite.
     """
-    if not (isinstance(params, tuple) and len(params) == 2):
+    pair = isinstance(params, tuple) and len(params) == 2
+    if not pair or isinstance(params, DeepParams):
         raise ValueError(f"expected ncjax.Params(W, H), got {type(params).__name__}")
     W, H = (as_array(name, leaf) for name, leaf in zip("WH", params, strict=True))
     if W.ndim != 2 or H.ndim != 3 or (H.shape[0], H.shape[2]) != W.shape:

@@ -1,4 +1,4 @@
-"""`Params` and `BiasedParams`, the free variables of the layer-peeled model."""
+"""`Params`, `DeepParams` and `BiasedParams`, the free variables of layer-peeled models."""
 
 from typing import NamedTuple
 
@@ -16,6 +16,27 @@ class Params(NamedTuple):
 
     W: Array  # (K, d)     classifier, row w_k belongs to class k
     H: Array  # (K, n, d)  features, h_{k,i} is the i-th sample of class k
+
+
+class DeepParams(NamedTuple):
+    r"""Free variables $Z = (W_1, \dots, W_L, H)$ of the deep linear layer-peeled model.
+
+    The logits are $W_L \cdots W_1 h_{k,i}$. The margins are homogeneous of degree p = L + 1
+    in Z: $m(cZ) = c^p m(Z)$. With one layer it is the model of `Params(W_1, H)`.
+    """
+
+    layers: tuple[Array, ...]  # W_1 (d_1, d_0), ..., W_L (K, d_{L-1}), features to logits
+    H: Array  # (K, n, d_0)  features, the input of the first layer
+
+    @property
+    def W(self) -> Array:
+        """The classifier `W_L` (K, d_{L-1}), the last layer."""
+        return self.layers[-1]
+
+    @property
+    def degree(self) -> int:
+        """The number of factors `p = L + 1`, the degree of the margins."""
+        return len(self.layers) + 1
 
 
 class BiasedParams(NamedTuple):

@@ -124,6 +124,9 @@ def _eigenvalues(eig):
 
 
 CALLS = {
+    "deep.init_deep_params": lambda p: ncjax.init_deep_params(
+        p.key, K, N, (D, D), dtype=p.W.dtype
+    ),
     "geometry.init_params": lambda p: ncjax.init_params(p.key, K, N, D, dtype=p.W.dtype),
     "geometry.simplex_etf": lambda p: (
         ncjax.simplex_etf(K, D, p.key, dtype=p.W.dtype),
@@ -383,7 +386,12 @@ COMPILED = (
 OUTSIDE_JAX = "directions.one_vs_rest_distances"
 # Python's floats, so not under jax.jit.
 RETURNS_FLOATS = ("conventions.measure", "result.analyze")
-RANDOM = ("geometry.init_params", "geometry.simplex_etf", "landscape.spectral_density")
+RANDOM = (
+    "deep.init_deep_params",
+    "geometry.init_params",
+    "geometry.simplex_etf",
+    "landscape.spectral_density",
+)
 
 
 def public_names():

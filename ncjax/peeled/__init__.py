@@ -2,13 +2,15 @@
 
 `geometry` draws starts and holds simplex ETF, block saddles, margins and balance. `losses`
 holds the cross entropy in margin form and its logarithm, and other losses. `weights` lets
-classes have any size. `separation` holds the minimum-norm separation problem: multipliers,
-KKT residuals and certificate. `optimum` holds its solution.
+classes have any size, `deep` adds linear layers. `separation` holds the minimum-norm
+separation problem: multipliers, KKT residuals and certificate. `optimum` holds its
+solution.
 
 Half precision (float16, bfloat16) is computed in float32. Results are float32; only
 derivatives keep the dtype of the params.
 """
 
+from ncjax.peeled.deep import init_deep_params as init_deep_params
 from ncjax.peeled.geometry import balance as balance
 from ncjax.peeled.geometry import block_saddle as block_saddle
 from ncjax.peeled.geometry import init_params as init_params

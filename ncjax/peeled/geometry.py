@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,10 @@ from ncjax.checks import (
 )
 from ncjax.numerics import at_unit_scale, matmul, wide_dtype, widen
 from ncjax.peeled import kernels
+from ncjax.peeled.deep import check_deep_params, check_factors
 from ncjax.peeled.logits import margins_of_params
 from ncjax.peeled.weights import check_point, sample_weights, without_left_out
-from ncjax.types import Array, Params
+from ncjax.types import Array, DeepParams, Params
 
 
 def init_params(
@@ -152,22 +153,29 @@ def helmert(size: int) -> np.ndarray:
     return rows / np.sqrt(r * (r + 1.0))
 
 
-def squared_norm(params: Params) -> Array:
-    r"""$|Z|^2 = |W|_F^2 + |H|_F^2$, a scalar.
+def squared_norm(params: Params | DeepParams) -> Array:
+    r"""$|Z|^2 = |W|_F^2 + |H|_F^2$, a scalar; for `DeepParams` the sum over all factors.
 
     Half precision is computed in float32, which the result has. A square beyond the range
     of the dtype counts as 0 or infinity.
     """
-    return kernels.squared_norm(widen(check_params(params)))
+    return kernels.squared_norm(widen(_check(params)))
 
 
-def margins(params: Params, weights=None) -> Array:
+def _check(params: Params | DeepParams) -> Params | DeepParams:
+    """Return a point of any depth as JAX arrays."""
+    if isinstance(params, DeepParams):
+        return check_deep_params(params)
+    return check_params(params)
+
+
+def margins(params: Params | DeepParams, weights=None) -> Array:
     r"""Pairwise margins $m_{kij} = (w_k - w_j)^\top h_{k,i}$, with `+inf` where j = k.
 
     The infinite entries make `jax_debug_infs` raise an error.
 
     Args:
-      params: `W` (K, d) and `H` (K, n, d).
+      params: `W` (K, d) and `H` (K, n, d); or `DeepParams`.
       weights: (K, n) or (K,) weights of the samples or classes, not negative. The margins
         of a sample of weight 0 are `+inf`. None is 1 everywhere.
 
@@ -180,7 +188,7 @@ def margins(params: Params, weights=None) -> Array:
 
     Source: Ji et al. (ICLR 2022), Section 3.1.
     """
-    params, weights = check_point(params, weights)
+    params, weights = check_factors(params, weights)
     all_margins, others = margins_of_params(params)
     if weights is not None:
         others = others & (weights > 0)[..., None]
@@ -217,22 +225,37 @@ def margin_ratio(params: Params, weights=None) -> Array:
     return kernels.least_margin(params, weights) / bound
 
 
-def balance(params: Params) -> Array:
+@overload
+def balance(params: Params) -> Array: ...
+
+
+@overload
+def balance(params: DeepParams) -> tuple[Array, ...]: ...
+
+
+def balance(params: Params | DeepParams) -> Array | tuple[Array, ...]:
     r"""$W^\top W - \sum_{k,i} h_{k,i} h_{k,i}^\top$, conserved by the gradient flow.
+
+    With L layers these are $W_1^\top W_1 - \sum_{k,i} h_{k,i} h_{k,i}^\top$ and
+    $W_{l+1}^\top W_{l+1} - W_l W_l^\top$ for l = 1, ..., L - 1.
 
     A product below the range of the dtype counts as 0; one above it gives infinity or NaN.
 
     Args:
-      params: `W` (K, d) and `H` (K, n, d), with rows of zeros for samples left out.
+      params: `W` (K, d) and `H` (K, n, d), with rows of zeros for samples left out; or
+        `DeepParams`.
 
     Returns:
       (d, d) symmetric array, zero at a neural collapse that is a global optimum; float32
-      for half precision.
+      for half precision. For `DeepParams` a tuple of L such arrays (d_l, d_l), from l = 0.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
     """
-    return kernels.balance(widen(check_params(params)))
+    checked = widen(_check(params))
+    if isinstance(checked, DeepParams):
+        return kernels.balances(checked)
+    return kernels.balance(checked)
 
 
 def block_saddle(

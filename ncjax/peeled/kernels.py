@@ -8,22 +8,23 @@ a program. The rows of H with weight 0 must be zero (`weights.without_left_out`)
 """
 
 import math
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
 
 from ncjax.numerics import einsum, matmul
 from ncjax.peeled.logits import least_of_others, log_odds_of_error, margins_of_params
-from ncjax.types import Array, Params
+from ncjax.types import Array, DeepParams, Params
 
 # Below _SMALL the next term of log log1p(e^a) = a - e^a/2 + ... is less than one rounding
 # of `a` in float32 and float64, and e^a is far from underflow.
 _SMALL = -30.0
 
 
-def squared_norm(params: Params) -> Array:
-    """`|W|² + |H|²`, a scalar."""
-    return jnp.sum(params.W**2) + jnp.sum(params.H**2)
+def squared_norm(params: Params | DeepParams) -> Array:
+    """`|Z|²`, the sum over all factors, a scalar."""
+    return reduce(jnp.add, (jnp.sum(leaf**2) for leaf in jax.tree.leaves(params)))
 
 
 def balance(params: Params) -> Array:
@@ -31,6 +32,14 @@ def balance(params: Params) -> Array:
     W, H = params
     gram = einsum("kid,kie->de", H, H)
     return matmul(W.T, W) - gram
+
+
+def balances(params: DeepParams) -> tuple[Array, ...]:
+    """`W_1ᵀ W_1 - Σ h hᵀ` and all `W_(l+1)ᵀ W_(l+1) - W_l W_lᵀ`, (d_l, d_l) from l = 0."""
+    layers, H = params
+    pairs = zip(layers[1:], layers[:-1], strict=True)
+    above = [matmul(W.T, W) - matmul(below, below.T) for W, below in pairs]
+    return balance(Params(layers[0], H)), *above
 
 
 def separation_value(params: Params, weights: Array | None = None) -> float | Array:

@@ -13,12 +13,12 @@ from ncjax.peeled.alternatives import focal_loss as focal_loss
 from ncjax.peeled.alternatives import log_focal_loss as log_focal_loss
 from ncjax.peeled.alternatives import smoothed_cross_entropy as smoothed_cross_entropy
 from ncjax.peeled.alternatives import squared_error as squared_error
+from ncjax.peeled.deep import check_factors
 from ncjax.peeled.logits import log_odds_of_error, own_and_others
-from ncjax.peeled.weights import check_point
-from ncjax.types import Array, Params
+from ncjax.types import Array, DeepParams, Params
 
 
-def cross_entropy(params: Params, weights=None) -> Array:
+def cross_entropy(params: Params | DeepParams, weights=None) -> Array:
     r"""Cross entropy, a sum over samples.
 
     $$\mathcal L(Z) = \sum_{k,i} \omega_{ki}
@@ -30,7 +30,7 @@ def cross_entropy(params: Params, weights=None) -> Array:
     (float32): use `log_cross_entropy` there.
 
     Args:
-      params: `W` (K, d) and `H` (K, n, d).
+      params: `W` (K, d) and `H` (K, n, d); or `DeepParams`.
       weights: $\omega$, (K, n) for samples or (K,) for classes, not negative. Weight 0
         leaves a sample out, so that classes may differ in size (`ncjax.sample_weights`).
         None is 1 everywhere.
@@ -48,10 +48,10 @@ def cross_entropy(params: Params, weights=None) -> Array:
     >>> round(float(ncjax.cross_entropy(params)), 4)  # 12 log 3
     13.1833
     """
-    return kernels.cross_entropy(*check_point(params, weights))
+    return kernels.cross_entropy(*check_factors(params, weights))
 
 
-def log_cross_entropy(params: Params, weights=None) -> Array:
+def log_cross_entropy(params: Params | DeepParams, weights=None) -> Array:
     r"""Natural logarithm of `cross_entropy`, finite and exact at any norm.
 
     With $a_{ki} = \log \sum_{j \ne k} e^{-m_{kij}}$, the log odds of an error,
@@ -64,7 +64,7 @@ def log_cross_entropy(params: Params, weights=None) -> Array:
     NaN only if a logit overflows.
 
     Args:
-      params: `W` (K, d) and `H` (K, n, d).
+      params: `W` (K, d) and `H` (K, n, d); or `DeepParams`.
       weights: $\omega$, as in `cross_entropy`.
 
     Returns:
@@ -81,7 +81,7 @@ def log_cross_entropy(params: Params, weights=None) -> Array:
     >>> round(float(ncjax.log_cross_entropy(far)) / 1e6, 4)
     -1.5
     """
-    return kernels.log_cross_entropy(*check_point(params, weights))
+    return kernels.log_cross_entropy(*check_factors(params, weights))
 
 
 def log_softplus(a: Array) -> Array:
@@ -103,7 +103,7 @@ class ErrorSlopes(NamedTuple):
     right: Array  # (K, n)     softmax weight of the own class
 
 
-def error_slopes(params: Params, weights=None) -> ErrorSlopes:
+def error_slopes(params: Params | DeepParams, weights=None) -> ErrorSlopes:
     r"""Slopes of every sample's loss in its logits, relative to the whole loss.
 
     $$P_{kij} = \frac{\omega_{ki}}{\mathcal L} \frac{\partial \ell_{ki}}{\partial z_{kij}}
@@ -115,7 +115,7 @@ def error_slopes(params: Params, weights=None) -> ErrorSlopes:
     e^-1000000. `p_k - 1` is minus the sum of the other probabilities, without cancellation.
 
     Args:
-      params: `W` (K, d) and `H` (K, n, d).
+      params: `W` (K, d) and `H` (K, n, d); or `DeepParams`.
       weights: $\omega$, as in `cross_entropy`.
 
     Returns:
@@ -124,7 +124,7 @@ def error_slopes(params: Params, weights=None) -> ErrorSlopes:
     Raises:
       ValueError: shapes, dtypes or weights do not fit.
     """
-    return ErrorSlopes(*_error_slopes(*check_point(params, weights)))
+    return ErrorSlopes(*_error_slopes(*check_factors(params, weights)))
 
 
 # Compiled, so that `jax_debug_infs` does not report its placeholders.
