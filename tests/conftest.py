@@ -7,6 +7,9 @@ import sys
 import jax
 import pytest
 from hypothesis import settings
+from matplotlib.figure import Figure
+
+from ncjax import plotting
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -72,6 +75,16 @@ def full_precision():
     """Compute products of float32 in float32 on every platform."""
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture
+def blank_figures(monkeypatch):
+    """Write blank figures, for tests of runs that do not look at them: half a run's time.
+
+    Fixtures of a wider scope, such as the run of a module, still draw.
+    """
+    drawn = plotting.render(Figure(figsize=(1, 1)))
+    monkeypatch.setattr(plotting, "render", lambda figure: drawn)
 
 
 @pytest.fixture(params=["cpu", "gpu"])

@@ -205,6 +205,7 @@ def test_a_folder_that_holds_a_file_of_an_output_is_refused(tmp_path):
     assert (tmp_path / "metrics.csv").read_text() == "precious"
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_overwrite_removes_all_files_of_the_old_run(tmp_path):
     (tmp_path / "metrics.csv").write_text("old")
     (tmp_path / "notes.txt").write_text("mine")
@@ -214,6 +215,7 @@ def test_overwrite_removes_all_files_of_the_old_run(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "notes.txt"}
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"config": {"seed": 0}}')
     folders.save_checkpoint(tmp_path, {"W": np.zeros(2)})
@@ -228,6 +230,7 @@ def test_the_resume_command_repeats_the_settings_that_differ_from_defaults():
     assert command.endswith("--workdir=here --resume --seeds=3 --dtype=float32")
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_results_of_failed_seeds_are_kept_up_to_the_failure(tmp_path, monkeypatch, capsys):
     extend, flow = _legs._extend, []
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 import ncjax
 from experiments import (
@@ -20,7 +19,6 @@ from experiments import (
 )
 from experiments._runs import files, folders
 from experiments._statements import below
-from ncjax import plotting
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -224,11 +222,9 @@ def curve(rng):
 
 
 @pytest.fixture
-def quick(monkeypatch, models):
+def quick(monkeypatch, models, blank_figures):
     """Replace every part by its stand-in, and record which were computed."""
     computed = []
-    drawn = plotting.render(Figure(figsize=(1, 1)))
-    monkeypatch.setattr(plotting, "render", lambda figure: drawn)
 
     def part(name):
         def compute():

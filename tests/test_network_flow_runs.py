@@ -29,7 +29,7 @@ SMALL = network_flow.Config(
     model="mlp", width=0.05, per_class=4, log_t_max=12.0, test_split="test[:40]"
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "blank_figures")
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +138,6 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(finished, tmp_path):
 
 def test_a_run_is_resumed_before_the_first_row_and_at_the_end(tmp_path, monkeypatch):
     """A checkpoint may lack the row of the end, and a run goes on without that row."""
-    monkeypatch.setattr(_flow_record, "draw", lambda folder, rows: None)
     show = _flow_loop._show
 
     def run(config, stop):

@@ -46,6 +46,8 @@ SMALL = train_small.Config(
 # Variations at another moment or size, half a minute each.
 SLOW = pytest.mark.slow
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 
 def small(folder, **changes):
     return dataclasses.replace(SMALL, workdir=str(folder), **changes)
