@@ -64,6 +64,7 @@ from .peeled import KKT as KKT
 from .peeled import VERDICTS as VERDICTS
 from .peeled import Certificate as Certificate
 from .peeled import Separation as Separation
+from .peeled import SoftmaxCode as SoftmaxCode
 from .peeled import balance as balance
 from .peeled import block_saddle as block_saddle
 from .peeled import cross_entropy as cross_entropy
@@ -79,6 +80,7 @@ from .peeled import sample_weights as sample_weights
 from .peeled import separation as separation
 from .peeled import separation_value as separation_value
 from .peeled import simplex_etf as simplex_etf
+from .peeled import softmax_codes as softmax_codes
 from .peeled import solve_separation as solve_separation
 from .peeled import squared_norm as squared_norm
 from .types import BiasedParams as BiasedParams

@@ -127,6 +127,9 @@ CALLS = {
     "deep.init_deep_params": lambda p: ncjax.init_deep_params(
         p.key, K, N, (D, D), dtype=p.W.dtype
     ),
+    "codes.softmax_codes": lambda p: [
+        code.params for code in ncjax.softmax_codes(K, 2, N, dtype=p.W.dtype).values()
+    ],
     "geometry.init_params": lambda p: ncjax.init_params(p.key, K, N, D, dtype=p.W.dtype),
     "geometry.simplex_etf": lambda p: (
         ncjax.simplex_etf(K, D, p.key, dtype=p.W.dtype),

@@ -162,17 +162,17 @@ def test_separation_has_unit_margins_and_the_optimal_value(seed, shape):
     num_classes, per_class, dim = shape
     rng = np.random.default_rng(seed)
     counts = np.append(per_class, rng.integers(1, per_class + 1, num_classes - 1))
-    if dim < num_classes - 1:
-        with pytest.raises(ValueError, match="dim must be at least"):
-            ncjax.solve_separation(counts, dim)
-        return
-    solution = ncjax.solve_separation(counts, dim)
+    solution = ncjax.solve_separation(counts, dim, starts=2)
     weights = ncjax.sample_weights(counts)
     margins = np.asarray(ncjax.margins(solution.params, weights))
     assert np.isfinite(margins).sum() == (num_classes - 1) * counts.sum()
-    np.testing.assert_allclose(margins[np.isfinite(margins)], 1, rtol=1e-12)
     half = float(ncjax.squared_norm(solution.params)) / 2
     assert solution.value == pytest.approx(half, rel=1e-12)
+    if dim < num_classes - 1:  # a search
+        assert margins.min() == pytest.approx(1, abs=1e-12)
+        assert solution.value > ncjax.separation_value(counts)
+        return
+    np.testing.assert_allclose(margins[np.isfinite(margins)], 1, rtol=1e-12)
     assert solution.value == pytest.approx(ncjax.separation_value(counts), rel=1e-12)
     # No point of the same margins is smaller.
     other = jax.tree.map(jnp.add, solution.params, random_params(seed, *shape, 0.1))

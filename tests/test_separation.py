@@ -255,12 +255,12 @@ def _dual(multipliers):
             5,
             r"number of samples of each of K >= 2 classes, such as \(4, 4, 1, 1\), got 4",
         ),
-        ((4, 4, 1, 1), 2, "dim must be at least num_classes - 1 = 3, or 2 with equal"),
-        ((4,) * 6, 3, "dim must be at least num_classes - 1 = 5, or 2 with equal"),
+        ((4, 4, 1, 1), 1, "dim must be at least 2 for num_classes = 4, got 1: on a line"),
+        ((4,) * 40, 3, "at dim = 3 has 1800 unknowns and margins, more than 800"),
         ((4, 4), 0, "dim must be an integer of at least 1, got 0"),
     ],
 )
-def test_bad_counts_and_a_small_dim_are_named(counts, dim, message):
+def test_bad_counts_and_dims_are_named(counts, dim, message):
     with pytest.raises(ValueError, match=message):
         ncjax.solve_separation(counts, dim)
 

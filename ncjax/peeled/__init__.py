@@ -10,6 +10,8 @@ Half precision (float16, bfloat16) is computed in float32. Results are float32; 
 derivatives keep the dtype of the params.
 """
 
+from ncjax.peeled.codes import SoftmaxCode as SoftmaxCode
+from ncjax.peeled.codes import softmax_codes as softmax_codes
 from ncjax.peeled.deep import init_deep_params as init_deep_params
 from ncjax.peeled.geometry import balance as balance
 from ncjax.peeled.geometry import block_saddle as block_saddle

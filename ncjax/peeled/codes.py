@@ -1,0 +1,167 @@
+r"""Softmax codes: KKT directions of minimum-norm separation in closed form, at any depth.
+
+Collapse is one of them. With three factors or more it need not be the one of least norm,
+and with few dimensions it does not fit.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from ncjax.checks import check_integer, check_sizes, float_dtype
+from ncjax.peeled.factors import balanced_params, norm_of_matrix, truncated_svd
+from ncjax.types import DeepParams, Params
+
+# Up to this K the codes have blocks of all sizes, beyond it blocks of one size.
+_ALL_PARTITIONS = 12
+
+
+class SoftmaxCode(NamedTuple):
+    r"""A direction that satisfies the KKT conditions, at a least margin of 1."""
+
+    name: str
+    params: Params | DeepParams  # `Params` for depth 1; balanced
+    value: float  # V = |Z|²/2 = (p/2) n^(1/p) Σ σ_i^(2/p)
+    matrix: np.ndarray  # M (K, K), logits of the class means: column k for class k
+    singular_values: np.ndarray  # (rank,)  σ_i of M, descending
+    rank: int  # the least width that holds the code
+
+
+def softmax_codes(
+    num_classes: int,
+    depth: int = 1,
+    per_class: int = 1,
+    *,
+    dim: int | None = None,
+    dtype=None,
+) -> dict[str, SoftmaxCode]:
+    r"""Return directions that satisfy the KKT conditions at p = depth + 1 factors.
+
+    A code is given by the logits M (K, K) of its class means. Let
+    $P_b = I - \tfrac1b \mathbf 1 \mathbf 1^\top$, and n the samples of a class.
+
+    | name | $V / (\tfrac p2 n^{1/p})$ | rank |
+    | --- | --- | --- |
+    | simplex | $K - 1$ | K - 1 |
+    | pairs | $\tfrac K2 2^{2/p}$ | K/2 |
+    | simplices 3+2 | $\sum_i (b_i - 1) (\tfrac{b_i}{b_i - 1})^{2/p}$ | K - m |
+    | polygon | $2 (\tfrac{g K}2)^{2/p}$ | 2 |
+    | pairs + apex | the one of the pairs $+ (\tfrac{K-1}K)^{1/p}$ | 1 more |
+
+    - simplex: neural collapse, $M = P_K$.
+    - simplices: m blocks of $b_1 + b_2 + \dots = K$ classes, block-diagonal M with the
+      blocks $\tfrac{b_i}{b_i - 1} P_{b_i}$. Margins across blocks are 1.
+    - pairs: K/2 antipodal pairs, all $b_i = 2$.
+    - polygon: $M_{jk} = g \cos \tfrac{2 \pi (j - k)}{K}$ with $g^{-1} = 1 - \cos
+      \tfrac{2 \pi}K$.
+    - apex: blocks over the first K - 1 classes, and the last class alone on an axis, with
+      the column $e_K - \tfrac1K \mathbf 1$. Pairs + apex at K = 5 is the square pyramid.
+
+    **Which are minima.** For p = 2 only the simplex is a minimum once dim is above the rank
+    of a code; the others are strict saddles there. For p >= 3 a direction orthogonal to a
+    code has a positive eigenvalue, so a code that is a minimum at dim = rank stays one at
+    any dim.
+
+    Args:
+      num_classes: `K`, at least 2.
+      depth: `L`, the number of layers.
+      per_class: `n`, samples of each class.
+      dim: width of all layers: codes of a larger rank are left out. None gives every code,
+        and each the width of its rank.
+      dtype: floating dtype of the params; JAX's default if None.
+
+    Returns:
+      Dictionary from names to `SoftmaxCode`. Up to K = 12 it has blocks of all sizes from
+      2 on, beyond it blocks of one size.
+
+    Raises:
+      ValueError: a size is out of range.
+
+    Source: Jiang et al., "Generalized neural collapse for a large number of classes" (2023)
+    for softmax codes; Súkeník, Lampert, Mondelli (NeurIPS 2024), Garrod and Keating (2025)
+    and Garrod et al. (arXiv 2605.23087) for depth. The block formulas are ncjax's.
+
+    >>> import ncjax
+    >>> codes = ncjax.softmax_codes(6, depth=2)
+    >>> best = min(codes.values(), key=lambda code: code.value)
+    >>> best.name, best.rank, round(best.value / 1.5, 4)
+    ('pairs', 3, 4.7622)
+    """
+    check_sizes(num_classes=num_classes, per_class=per_class)
+    check_integer("depth", depth, least=1)
+    if dim is not None:
+        check_integer("dim", dim, least=1)
+    dtype = float_dtype(dtype)
+    codes = {}
+    for name, matrix in code_matrices(num_classes):
+        _, singular, _ = truncated_svd(matrix)
+        rank = len(singular)
+        if dim is not None and dim < rank:
+            continue
+        scaled = math.sqrt(per_class) * matrix
+        params = balanced_params(
+            scaled, (per_class,) * num_classes, depth, dim or rank, dtype
+        )
+        value = norm_of_matrix(scaled, depth + 1)
+        codes[name] = SoftmaxCode(name, params, value, matrix, singular, rank)
+    return codes
+
+
+def code_matrices(num_classes: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the name and the matrix M (K, K) at one sample a class of every code."""
+    yield "simplex", np.eye(num_classes) - 1 / num_classes
+    for blocks in _partitions(num_classes):
+        yield _name(blocks), _simplices(blocks)
+    if num_classes >= 5:
+        yield "polygon", _polygon(num_classes)
+    for blocks in _partitions(num_classes - 1):
+        yield f"{_name(blocks)} + apex", _with_apex(_simplices(blocks))
+
+
+def _partitions(total: int) -> list[tuple[int, ...]]:
+    """Return the ways to split classes into at least two blocks of at least two."""
+    if total > _ALL_PARTITIONS:
+        sizes = range(total // 2, 1, -1)
+        return [(size,) * (total // size) for size in sizes if total % size == 0]
+    return [blocks for blocks in _split(total, total) if len(blocks) > 1]
+
+
+def _split(total: int, largest: int) -> Iterator[tuple[int, ...]]:
+    """Yield partitions of a number into parts from 2 to `largest`, descending."""
+    if total == 0:
+        yield ()
+    for first in range(min(total, largest), 1, -1):
+        for rest in _split(total - first, first):
+            yield first, *rest
+
+
+def _name(blocks: tuple[int, ...]) -> str:
+    if max(blocks) == 2:
+        return "pairs"
+    return "simplices " + "+".join(str(size) for size in blocks)
+
+
+def _simplices(blocks: tuple[int, ...]) -> np.ndarray:
+    """Return the matrix with a simplex for each block; margins across blocks are 1."""
+    matrix, first = np.zeros((sum(blocks),) * 2), 0
+    for size in blocks:
+        block = slice(first, first + size)
+        matrix[block, block] = (size * np.eye(size) - 1) / (size - 1)
+        first += size
+    return matrix
+
+
+def _with_apex(base: np.ndarray) -> np.ndarray:
+    """Return the matrix with one more class, on an axis that no other feature has."""
+    size = len(base) + 1
+    matrix = np.pad(base, ((0, 1), (0, 1)))
+    matrix[:, -1] = -1 / size
+    matrix[-1, -1] += 1
+    return matrix
+
+
+def _polygon(num_classes: int) -> np.ndarray:
+    turn = 2 * np.pi / num_classes * np.arange(num_classes)
+    return np.cos(turn[:, None] - turn) / (1 - math.cos(turn[1]))
