@@ -15,7 +15,7 @@ from ncjax.peeled.factors import balanced_params, norm_of_matrix, truncated_svd
 from ncjax.types import DeepParams, Params
 
 # Up to this K the codes have blocks of all sizes, beyond it blocks of one size.
-_ALL_PARTITIONS = 12
+_ALL_SIZES = 10
 
 
 class SoftmaxCode(NamedTuple):
@@ -112,20 +112,19 @@ def softmax_codes(
 def code_matrices(num_classes: int) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the name and the matrix M (K, K) at one sample a class of every code."""
     yield "simplex", np.eye(num_classes) - 1 / num_classes
-    for blocks in _partitions(num_classes):
-        yield _name(blocks), _simplices(blocks)
     if num_classes >= 5:
         yield "polygon", _polygon(num_classes)
-    for blocks in _partitions(num_classes - 1):
-        yield f"{_name(blocks)} + apex", _with_apex(_simplices(blocks))
+    for apexes in range(num_classes - 3):
+        for blocks in _blocks(num_classes - apexes, num_classes <= _ALL_SIZES):
+            yield _name(blocks, apexes), _simplices(blocks, apexes)
 
 
-def _partitions(total: int) -> list[tuple[int, ...]]:
+def _blocks(total: int, all_sizes: bool) -> list[tuple[int, ...]]:
     """Return the ways to split classes into at least two blocks of at least two."""
-    if total > _ALL_PARTITIONS:
-        sizes = range(total // 2, 1, -1)
-        return [(size,) * (total // size) for size in sizes if total % size == 0]
-    return [blocks for blocks in _split(total, total) if len(blocks) > 1]
+    if all_sizes:
+        return [blocks for blocks in _split(total, total) if len(blocks) > 1]
+    sizes = range(total // 2, 1, -1)
+    return [(size,) * (total // size) for size in sizes if total % size == 0]
 
 
 def _split(total: int, largest: int) -> Iterator[tuple[int, ...]]:
@@ -137,28 +136,23 @@ def _split(total: int, largest: int) -> Iterator[tuple[int, ...]]:
             yield first, *rest
 
 
-def _name(blocks: tuple[int, ...]) -> str:
-    if max(blocks) == 2:
-        return "pairs"
-    return "simplices " + "+".join(str(size) for size in blocks)
+def _name(blocks: tuple[int, ...], apexes: int) -> str:
+    sizes = "+".join(str(size) for size in blocks)
+    name = "pairs" if max(blocks) == 2 else f"simplices {sizes}"
+    if apexes:
+        name += " + apex" if apexes == 1 else f" + {apexes} apexes"
+    return name
 
 
-def _simplices(blocks: tuple[int, ...]) -> np.ndarray:
+def _simplices(blocks: tuple[int, ...], apexes: int) -> np.ndarray:
     """Return the matrix with a simplex for each block; margins across blocks are 1."""
-    matrix, first = np.zeros((sum(blocks),) * 2), 0
+    num_classes = sum(blocks) + apexes
+    matrix, first = np.eye(num_classes) - 1 / num_classes, 0
+    matrix[:, : sum(blocks)] = 0
     for size in blocks:
         block = slice(first, first + size)
         matrix[block, block] = (size * np.eye(size) - 1) / (size - 1)
         first += size
-    return matrix
-
-
-def _with_apex(base: np.ndarray) -> np.ndarray:
-    """Return the matrix with one more class, on an axis that no other feature has."""
-    size = len(base) + 1
-    matrix = np.pad(base, ((0, 1), (0, 1)))
-    matrix[:, -1] = -1 / size
-    matrix[-1, -1] += 1
     return matrix
 
 

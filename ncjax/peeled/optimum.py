@@ -24,7 +24,7 @@ from ncjax.peeled.search import search
 from ncjax.types import Array, DeepParams, Params
 
 # Most unknowns and margins of a search together; this many take about a minute.
-_LARGEST = 800
+_LARGEST = 2000
 
 
 _Point = TypeVar("_Point", bound=Params | DeepParams)
@@ -102,9 +102,8 @@ def solve_separation(
     \sigma_i(M)^{2/p} \quad \text{s.t. margins at least } 1,$$
 
     where M (K, K) has the columns $\sqrt{n_k}\, W_L \cdots W_1 h_k$. It is not convex.
-    Sequential quadratic programming (SciPy's SLSQP) descends from `starts` points, the
-    first of them near the codes of `softmax_codes`, and Newton's method on the KKT
-    conditions ends each descent. The result is numerical: the KKT conditions hold to
+    An augmented Lagrangian descends from `starts` points, the first half of them near the
+    codes of `softmax_codes`, and Newton's method on the KKT conditions ends each descent. The result is numerical: the KKT conditions hold to
     rounding, that no point is smaller is not proved. The bound
     $V \ge \tfrac p2 v(n)^{2/p}$ is attained for K = 2 alone.
 
@@ -113,13 +112,13 @@ def solve_separation(
       dim: `d`, the least width of all layers; at least 2, or 1 for K = 2.
       dtype: floating dtype; JAX's default if None.
       depth: `L`, the number of layers.
-      starts: number of starts of a search; None takes 8 to 60, the fewer the larger the
+      starts: number of starts of a search; None takes 8 to 40, the fewer the larger the
         problem.
       seed: seed of the random starts.
 
     Returns:
       `Separation`. `spread` tells how often the search ended at which value: several values
-      are local minima, and one start in sixty at the best one asks for more starts.
+      are local minima, and one start in forty at the best one asks for more starts.
 
     Raises:
       ValueError: counts are no integers or below 1, a size is out of range, d = 1 with
@@ -183,7 +182,7 @@ def _check_effort(num_classes: int, dim: int, depth: int, starts: int | None) ->
             f"the search for num_classes = {num_classes} at dim = {dim} has {size} "
             f"unknowns and margins, more than {_LARGEST}: choose fewer classes"
         )
-    return starts or int(np.clip(10**6 // size**2, 8, 60))
+    return starts or int(np.clip(4 * 10**6 // size**2, 8, 40))
 
 
 def _codes(num_classes: int, dim: int, depth: int) -> tuple[np.ndarray, ...]:

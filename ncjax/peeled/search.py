@@ -5,6 +5,7 @@ B^\top$. This loses nothing: all minimisers of all p factors are balanced, and S
 quasi-norms of a power at most 1 are subadditive (Rotfel'd).
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -20,6 +21,9 @@ from ncjax.peeled.factors import (
 # Margins within this distance of 1 after the search are constraints of the last steps.
 _NEAR = 1e-5
 _NEWTON_STEPS = 12
+# Rounds of the augmented Lagrangian, and the error in margins at which they stop.
+_ROUNDS = 20
+_UNMET = 1e-8
 _RESIDUAL = 1e-11
 # Values that differ by less are one minimum.
 _SAME = 1e-7
@@ -109,13 +113,34 @@ class SeparationProblem:
             out[:, :, -1] = slope * (a.T[k] - a.T[j]) * b.T[k] / self.roots[k, None]
         return out.reshape(len(k), -1)
 
+    def augmented(
+        self, x: np.ndarray, multipliers: np.ndarray, penalty: float
+    ) -> tuple[float, np.ndarray]:
+        """Return `|Z|²/2 + Σ max(0, λ - ρ (m - 1))² / (2 ρ)` and its gradient."""
+        (a, b, s), K = self.parts(x), len(self.roots)
+        pull = np.maximum(0, multipliers - penalty * self.slack(x))
+        dual, power = self.dual(pull), s**self.middle
+        value, gradient = self.objective(x)
+        rows = gradient.reshape(self.sizes.shape)
+        rows[:, :K] -= power * (b @ dual.T)
+        rows[:, K : 2 * K] -= power * (a @ dual)
+        if self.middle:
+            slope = self.middle * s[:, 0] ** (self.middle - 1)
+            rows[:, -1] -= slope * np.sum((a @ dual) * b, axis=1)
+        return value + pull @ pull / (2 * penalty), rows.ravel()
+
+    def dual(self, multipliers: np.ndarray) -> np.ndarray:
+        """Return `S = Σ λ_kj (e_k - e_j) e_kᵀ / sqrt(n_k)`, (K, K)."""
+        k, j = self.pairs
+        dual = np.zeros((len(self.roots),) * 2)
+        dual[j, k] = -multipliers / self.roots[k]
+        np.fill_diagonal(dual, -dual.sum(axis=0))
+        return dual
+
     def curvature(self, x: np.ndarray, multipliers: np.ndarray) -> np.ndarray:
         """Return the Hessian of the Lagrangian, a block for each rank-one part."""
-        (a, b, s), (k, j) = self.parts(x), self.pairs
+        (a, b, s), dual = self.parts(x), self.dual(multipliers)
         K, size = len(self.roots), self.sizes.shape[1]
-        dual = np.zeros((K, K))
-        np.add.at(dual, (k, k), multipliers / self.roots[k])
-        np.add.at(dual, (j, k), -multipliers / self.roots[k])
         q, blocks = self.middle, np.zeros((self.dim, size, self.dim, size))
         for i in range(self.dim):
             block = np.diag(self.sizes[i])
@@ -161,11 +186,12 @@ def search(
     problem = SeparationProblem(roots, min(dim, len(counts) - 1), degree)
     rng = np.random.default_rng(seed)
     ends = []
-    for number in range(starts):
-        code = codes[number] * roots if number < len(codes) else None
-        matrix = _descend(problem, _start(problem, code, number, rng))
-        if matrix is not None:
-            ends.append((norm_of_matrix(matrix, degree), matrix))
+    with _one_thread():
+        for number in range(starts):
+            code = codes[number] * roots if number < len(codes) else None
+            matrix = _descend(problem, _start(problem, code, number, rng))
+            if matrix is not None:
+                ends.append((norm_of_matrix(matrix, degree), matrix))
     if not ends:
         raise RuntimeError(
             f"none of {starts} starts came to a minimum: raise starts, or choose counts "
@@ -174,6 +200,19 @@ def search(
     scale = mean ** (1 / degree)
     _, best = min(ends, key=lambda end: end[0])
     return Found(best * np.sqrt(mean), _spread([scale * value for value, _ in ends]))
+
+
+def _one_thread() -> AbstractContextManager:
+    """Keep the linear algebra on one thread, if threadpoolctl is installed.
+
+    On matrices this small threads only wait for each other: on a busy machine a search
+    takes ten times as long with them.
+    """
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return nullcontext()
+    return threadpool_limits(limits=1, user_api="blas")
 
 
 def _spread(values: list[float]) -> tuple[tuple[float, int], ...]:
@@ -207,17 +246,29 @@ def _start(problem: SeparationProblem, code, number: int, rng) -> np.ndarray:
 
 
 def _descend(problem: SeparationProblem, x: np.ndarray) -> np.ndarray | None:
-    """Return the matrix of the minimum below a start, None if none is reached."""
+    """Return the matrix of the minimum below a start, None if none is reached.
+
+    An augmented Lagrangian, minimised by L-BFGS: it does not mind that the slopes of the
+    active margins are dependent at symmetric codes, where sequential quadratic programming
+    diverges.
+    """
     from scipy.optimize import minimize  # type: ignore[import-untyped]  # slow to import
 
-    margins = {"type": "ineq", "fun": problem.slack, "jac": problem.jacobian}
-    options = {"maxiter": 500, "ftol": 1e-14}
-    found = minimize(
-        problem.objective, x, jac=True, constraints=margins, method="SLSQP", options=options
-    ).x
-    if not np.isfinite(found).all() or problem.slack(found).min() < -_NEAR:
-        return None
-    found = _polish(problem, found)
+    multipliers, penalty, last = np.zeros(len(problem.pairs[0])), 20.0, np.inf
+    options = {"maxiter": 1000, "maxcor": 20, "gtol": 1e-9, "ftol": 1e-15}
+    for _ in range(_ROUNDS):
+        arguments = multipliers, penalty
+        x = minimize(
+            problem.augmented, x, arguments, "L-BFGS-B", jac=True, options=options
+        ).x
+        slack = problem.slack(x)
+        unmet = float(np.abs(np.maximum(-slack, -multipliers / penalty)).max())
+        if unmet < _UNMET or not np.isfinite(unmet):
+            break
+        multipliers = np.maximum(0, multipliers - penalty * slack)
+        penalty *= 1 if unmet < last / 4 else 2.5
+        last = unmet
+    found = _polish(problem, x) if problem.slack(x).min() > -_NEAR else None
     if found is None:
         return None
     matrix = problem.matrix(found)
