@@ -63,6 +63,8 @@ from .objectives import spectrum as spectrum
 from .peeled import KKT as KKT
 from .peeled import VERDICTS as VERDICTS
 from .peeled import Certificate as Certificate
+from .peeled import NearestCode as NearestCode
+from .peeled import PolygonSaddle as PolygonSaddle
 from .peeled import Separation as Separation
 from .peeled import SoftmaxCode as SoftmaxCode
 from .peeled import balance as balance
@@ -76,6 +78,8 @@ from .peeled import log_cross_entropy as log_cross_entropy
 from .peeled import losses as losses
 from .peeled import margin_ratio as margin_ratio
 from .peeled import margins as margins
+from .peeled import nearest_code as nearest_code
+from .peeled import polygon_saddle as polygon_saddle
 from .peeled import sample_weights as sample_weights
 from .peeled import separation as separation
 from .peeled import separation_value as separation_value

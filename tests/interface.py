@@ -178,6 +178,10 @@ CALLS = {
         ).params
     ),
     "weights.sample_weights": lambda p: ncjax.sample_weights((N,) * K, dtype=p.W.dtype),
+    "nearest.nearest_code": lambda p: ncjax.nearest_code(p.params),
+    "polygon.polygon_saddle": lambda p: (
+        ncjax.polygon_saddle(K, N, D, dtype=p.W.dtype).params
+    ),
     "optimum.solve_separation": lambda p: ncjax.solve_separation(
         (N, N, 1, 1), D, dtype=p.W.dtype
     ),
@@ -388,7 +392,7 @@ COMPILED = (
 )
 OUTSIDE_JAX = "directions.one_vs_rest_distances"
 # Python's floats, so not under jax.jit.
-RETURNS_FLOATS = ("conventions.measure", "result.analyze")
+RETURNS_FLOATS = ("conventions.measure", "nearest.nearest_code", "result.analyze")
 RANDOM = (
     "deep.init_deep_params",
     "geometry.init_params",

@@ -4,7 +4,7 @@
 holds the cross entropy in margin form and its logarithm, and other losses. `weights` lets
 classes have any size, `deep` adds linear layers. `separation` holds the minimum-norm
 separation problem: multipliers, KKT residuals and certificate. `optimum` holds its
-solution.
+solution, `codes` and `polygon` hold other KKT directions, `nearest` tells them apart.
 
 Half precision (float16, bfloat16) is computed in float32. Results are float32; only
 derivatives keep the dtype of the params.
@@ -22,9 +22,13 @@ from ncjax.peeled.geometry import simplex_etf as simplex_etf
 from ncjax.peeled.geometry import squared_norm as squared_norm
 from ncjax.peeled.losses import cross_entropy as cross_entropy
 from ncjax.peeled.losses import log_cross_entropy as log_cross_entropy
+from ncjax.peeled.nearest import NearestCode as NearestCode
+from ncjax.peeled.nearest import nearest_code as nearest_code
 from ncjax.peeled.optimum import Separation as Separation
 from ncjax.peeled.optimum import separation_value as separation_value
 from ncjax.peeled.optimum import solve_separation as solve_separation
+from ncjax.peeled.polygon import PolygonSaddle as PolygonSaddle
+from ncjax.peeled.polygon import polygon_saddle as polygon_saddle
 from ncjax.peeled.separation import KKT as KKT
 from ncjax.peeled.separation import VERDICTS as VERDICTS
 from ncjax.peeled.separation import Certificate as Certificate

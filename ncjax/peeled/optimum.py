@@ -103,9 +103,9 @@ def solve_separation(
 
     where M (K, K) has the columns $\sqrt{n_k}\, W_L \cdots W_1 h_k$. It is not convex.
     An augmented Lagrangian descends from `starts` points, the first half of them near the
-    codes of `softmax_codes`, and Newton's method on the KKT conditions ends each descent. The result is numerical: the KKT conditions hold to
-    rounding, that no point is smaller is not proved. The bound
-    $V \ge \tfrac p2 v(n)^{2/p}$ is attained for K = 2 alone.
+    codes of `softmax_codes`, and Newton's method on the KKT conditions ends each descent.
+    The result is numerical. The KKT conditions hold to rounding, but nothing proves that no
+    point is smaller. The bound $V \ge \tfrac p2 v(n)^{2/p}$ is attained for K = 2 alone.
 
     Args:
       counts: (K,) integers $n_k$ of at least 1, the number of samples of each class.

@@ -127,7 +127,7 @@ class SeparationProblem:
         if self.middle:
             slope = self.middle * s[:, 0] ** (self.middle - 1)
             rows[:, -1] -= slope * np.sum((a @ dual) * b, axis=1)
-        return value + pull @ pull / (2 * penalty), rows.ravel()
+        return value + float(pull @ pull) / (2 * penalty), rows.ravel()
 
     def dual(self, multipliers: np.ndarray) -> np.ndarray:
         """Return `S = Σ λ_kj (e_k - e_j) e_kᵀ / sqrt(n_k)`, (K, K)."""
@@ -209,7 +209,7 @@ def _one_thread() -> AbstractContextManager:
     takes ten times as long with them.
     """
     try:
-        from threadpoolctl import threadpool_limits
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
     except ImportError:
         return nullcontext()
     return threadpool_limits(limits=1, user_api="blas")
