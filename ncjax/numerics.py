@@ -92,18 +92,18 @@ def at_unit_scale(arrays, axis: int | None = None):
     return jax.tree.map(lambda leaf: leaf / scale, arrays)
 
 
-def root_of_scale(array: ArrayLike) -> Array:
-    """Return the largest power of two whose square is at most max |entry|.
+def root_of_scale(array: ArrayLike, degree: int = 2) -> Array:
+    """Return the largest power of two whose power p = degree is at most max |entry|.
 
-    Two divisions by it are exact and leave entries below 4. The square of `r` scales a
-    product of two arrays, and `r` itself its square root, without rounding.
+    p divisions by it are exact and leave entries below 2^p. The power p of `r` scales a
+    product of p arrays, and `r` itself its root of degree p, without rounding.
 
     Returns:
       Scalar; the root of the least normal number if all entries are 0. A constant to
       derivatives.
     """
     largest = _largest(array, None)
-    return _two_to(_exponent(largest) // 2, largest.dtype)
+    return _two_to(_exponent(largest) // degree, largest.dtype)
 
 
 def _exponent(x: Array) -> Array:

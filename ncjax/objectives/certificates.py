@@ -1,7 +1,7 @@
 """Certificates of any point: lower bound, gap, verdict, direction of descent."""
 
 from functools import partial
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ from ncjax.objectives.focal_bound import focal_bound
 from ncjax.objectives.free_bias import with_best_bias
 from ncjax.objectives.objective import Objective, require_objective, unit_rows
 from ncjax.peeled import samples, separation
+from ncjax.peeled.deep_separation import DeepCertificate, deep_certificate
 from ncjax.peeled.weights import weighted
-from ncjax.types import Array, BiasedParams, Params
+from ncjax.types import Array, BiasedParams, DeepParams, Params
 
 # Values of `PointCertificate.verdict`, and their meanings.
 GLOBAL_OPTIMUM = 0
@@ -65,6 +66,17 @@ def certificate(
 
 @overload
 def certificate(
+    params: DeepParams,
+    objective: None = None,
+    *,
+    weights=None,
+    multipliers: str = "softmax",
+    tol: float | None = None,
+) -> DeepCertificate: ...
+
+
+@overload
+def certificate(
     params: Params | BiasedParams,
     objective: Objective,
     *,
@@ -75,7 +87,7 @@ def certificate(
 
 
 def certificate(
-    params: Params | BiasedParams,
+    params: Params | BiasedParams | DeepParams,
     objective: Objective | None = None,
     *,
     weights=None,
@@ -117,12 +129,15 @@ def certificate(
     the value. The bound of the focal loss is the value of collapse, for balanced classes.
 
     Without an objective this is `ncjax.separation.certificate`, for the direction of the
-    unregularised model.
+    unregularised model. For `DeepParams` it is
+    `ncjax.peeled.deep_separation.deep_certificate`: with three or more factors the test of
+    $\sigma_{\max}$ does not apply, and no test decides whether a KKT direction is optimal.
 
     Works under `jax.jit` and `jax.vmap`.
 
     Args:
-      params: `W` (K, d) and `H` (K, n, d), and `b` (K,) if the objective has a bias.
+      params: `W` (K, d) and `H` (K, n, d), and `b` (K,) if the objective has a bias; or,
+        without an objective, `DeepParams`.
       objective: `Objective` with weight decay, a ball or a temperature; None certifies the
         direction of the unregularised model.
       weights: (K, n) or (K,) weights, see `sample_weights`; 1 if None.
@@ -135,12 +150,13 @@ def certificate(
       verdict in words. With a free bias, G, the bound and $\sigma_{\max}$ are taken at the
       best bias for this W and H. The direction is NaN if the rows of W and H span the whole
       space; `jax_debug_nans` reports it. At a saddle of cross entropy without bias they do
-      not if d >= K - 1. Without an objective, `Certificate`.
+      not if d >= K - 1. Without an objective, `Certificate`, for `DeepParams`
+      `DeepCertificate`.
 
     Raises:
       ValueError: shapes or dtypes do not fit, the objective has no regularisation, a decay
-        of 0, a loss without a bound, or weights with the focal loss, tol is negative, or
-        (outside jit) params are not finite.
+        of 0, a loss without a bound, or weights with the focal loss, tol is negative,
+        `DeepParams` come with an objective, or (outside jit) params are not finite.
 
     Source: Zhu et al. (NeurIPS 2021), and Haeffele, Vidal (2015) for the dual; the bounds
     away from critical points are ncjax's.
@@ -153,13 +169,16 @@ def certificate(
     'strict saddle point'
     """
     if objective is None:
-        return separation.certificate(
-            params,  # type: ignore[arg-type]
-            weights,
-            multipliers=multipliers,
-            tol=tol,
-        )
+        judge: Any = separation.certificate
+        if isinstance(params, DeepParams):
+            judge = deep_certificate
+        return judge(params, weights, multipliers=multipliers, tol=tol)
     require_objective(objective)
+    if isinstance(params, DeepParams):
+        raise ValueError(
+            "an objective is certified for ncjax.Params alone, got ncjax.DeepParams: no "
+            "lower bound is known for several layers, call ncjax.certificate(params)"
+        )
     if multipliers != "softmax":
         raise ValueError(
             f"multipliers are for a certificate without objective, got {multipliers!r}"

@@ -172,10 +172,30 @@ def check_factors(params: Params | DeepParams, weights) -> tuple[Params, Array |
     Raises:
       ValueError: as `check_point` and `check_deep_point`.
     """
-    if not isinstance(params, DeepParams):
-        return check_point(params, weights)
-    params, weights = check_deep_point(params, weights)
-    return factors_at(params, len(params.layers) - 1), weights
+    params, weights = check_any_point(params, weights)
+    return last_factors(params), weights
+
+
+def check_any_point(params, weights, *, finite: bool = False):
+    """Return a point of any depth without the samples left out, and weights or None.
+
+    Raises:
+      ValueError: as `check_point` and `check_deep_point`.
+    """
+    check = check_deep_point if isinstance(params, DeepParams) else check_point
+    return check(params, weights, finite=finite)
+
+
+def last_factors(params: Params | DeepParams) -> Params:
+    """Return the two factors at the last layer of a point of any depth."""
+    if isinstance(params, DeepParams):
+        return factors_at(params, len(params.layers) - 1)
+    return params
+
+
+def degree_of(params: Params | DeepParams) -> int:
+    """Return the number p of factors, the degree of the margins."""
+    return params.degree if isinstance(params, DeepParams) else 2
 
 
 def factors_at(params: DeepParams, layer: int) -> Params:

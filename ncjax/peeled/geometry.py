@@ -17,11 +17,11 @@ from ncjax.checks import (
     check_sizes,
     float_dtype,
 )
-from ncjax.numerics import at_unit_scale, matmul, wide_dtype, widen
+from ncjax.numerics import matmul, wide_dtype, widen
 from ncjax.peeled import kernels
 from ncjax.peeled.deep import check_deep_params, check_factors
 from ncjax.peeled.logits import margins_of_params
-from ncjax.peeled.weights import check_point, sample_weights, without_left_out
+from ncjax.peeled.weights import sample_weights, without_left_out
 from ncjax.types import Array, DeepParams, Params
 
 
@@ -193,36 +193,6 @@ def margins(params: Params | DeepParams, weights=None) -> Array:
     if weights is not None:
         others = others & (weights > 0)[..., None]
     return jnp.where(others, all_margins, jnp.inf)
-
-
-def margin_ratio(params: Params, weights=None) -> Array:
-    r"""Dataset margin divided by its upper bound at this norm, in (-inf, 1].
-
-    $$\frac{2 v(n) \, q_{\min}}{|Z|^2} \le 1, \qquad
-    q_{\min} = \min_{k,i} \min_{j \ne k} (w_k - w_j)^\top h_{k,i}$$
-
-    $v(n)$ is `separation_value` of the class sizes, $(K-1) \sqrt n$ for equal ones. The
-    ratio is 1 if and only if `Z` is an optimal direction, with `|W|_F = |H|_F`: neural
-    collapse for classes of equal size. It does not depend on the norm of `Z`, and is NaN at
-    the origin. No scale of `Z` overflows.
-
-    Args:
-      params: `W` (K, d) and `H` (K, n, d).
-      weights: (K, n) or (K,) weights of the samples or classes, not negative. Samples of
-        weight 0 are left out; other weights change nothing. None is 1 everywhere.
-
-    Returns:
-      Scalar, float32 for half precision.
-
-    Raises:
-      ValueError: shapes, dtypes or weights do not fit.
-
-    Source: Ji et al. (ICLR 2022), Theorem 3.1; ncjax for classes of unequal size.
-    """
-    params, weights = check_point(params, weights)
-    params = at_unit_scale(params)
-    bound = kernels.squared_norm(params) / (2 * kernels.separation_value(params, weights))
-    return kernels.least_margin(params, weights) / bound
 
 
 @overload

@@ -42,7 +42,9 @@ def balances(params: DeepParams) -> tuple[Array, ...]:
     return balance(Params(layers[0], H)), *above
 
 
-def separation_value(params: Params, weights: Array | None = None) -> float | Array:
+def separation_value(
+    params: Params | DeepParams, weights: Array | None = None
+) -> float | Array:
     """`v(n)`, the least `|Z|²/2` at margins of 1, for n_k samples of positive weight."""
     num_classes, per_class, _ = params.H.shape
     if weights is None:

@@ -4,8 +4,8 @@ $$\min \tfrac12 |W|_F^2 + \tfrac12 |H|_F^2 \quad \text{s.t.} \quad
 (w_k - w_j)^\top h_{k,i} \ge 1 \; (j \ne k)$$
 
 The gradient flow converges in direction to KKT points of this problem. `kkt` measures how
-near a point is, `certificate` tells the global optimum from a saddle. `optimum` holds the
-solution in closed form.
+near a point is, also one of several linear layers. `certificate` tells the global optimum
+of two factors from a saddle. `optimum` holds the solution in closed form.
 """
 
 import math
@@ -15,25 +15,27 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ncjax.checks import check_choice
-from ncjax.numerics import (
-    at_unit_scale,
-    dot,
-    matmul,
-    power_of_two,
-    root_of_scale,
-)
-from ncjax.peeled.kernels import (
-    least_margin,
+from ncjax.numerics import at_unit_scale, matmul, power_of_two
+from ncjax.peeled.deep import check_any_point, last_factors
+from ncjax.peeled.kernels import least_margin, separation_value, squared_norm
+from ncjax.peeled.multipliers import (
+    check_separated,
+    combination,
+    dual_matrix,
+    finite_margins,
+    fitted_scale,
+    inner,
+    least_squares_multipliers,
     log_cross_entropy,
-    separation_value,
-    squared_norm,
+    normalise,
+    residual_tolerance,
+    softmax_multipliers,
+    unit_least_margin,
 )
-from ncjax.peeled.logits import log_odds_of_error, margins_of_params
 from ncjax.peeled.weights import check_point
-from ncjax.types import Array, Params
+from ncjax.types import Array, DeepParams, Params
 
 # Values of `Certificate.verdict`, and their meanings.
 GLOBAL_OPTIMUM = 0
@@ -50,15 +52,13 @@ VERDICTS = (
 )
 MULTIPLIERS = ("softmax", "nnls")
 
-# Largest default tolerance of a verdict, used at a small norm.
-_LOOSEST = 0.1
 # Bound on |Wᵀu| / |W|_2 at a saddle, where the exact value is 0; u is the top left singular
 # vector of S.
 _WITHIN = 0.5
 
 
 class KKT(NamedTuple):
-    r"""How near $\tilde Z = Z / \sqrt{q_{\min}}$ is to a KKT point of (P2)."""
+    r"""How near $\tilde Z = Z / q_{\min}^{1/p}$ is to a KKT point of (P2), p factors."""
 
     multipliers: Array  # (K, n, K)  λ_kij >= 0, zero where j = k or the weight is 0
     stationarity: Array  # ()  |Z̃ - Σ λ ∇m| / |Z̃|
@@ -81,24 +81,26 @@ class Certificate(NamedTuple):
     verdict: Array  # ()  index into VERDICTS (int32)
 
 
-def kkt(params: Params, weights=None, *, multipliers: str = "softmax") -> KKT:
+def kkt(params: Params | DeepParams, weights=None, *, multipliers: str = "softmax") -> KKT:
     r"""Multipliers and KKT residuals of the minimum-norm separation problem.
 
-    With $\tilde Z = Z / \sqrt{q_{\min}}$ and its margins $\tilde m$, a KKT point has
+    With $\tilde Z = Z / q_{\min}^{1/p}$ and its margins $\tilde m$, a KKT point has
 
     $$\tilde Z = \sum \lambda_{kij} \nabla \tilde m_{kij}, \qquad \lambda_{kij} \ge 0,
     \qquad \lambda_{kij} (\tilde m_{kij} - 1) = 0, \qquad \tilde m_{kij} \ge 1.$$
 
     Along the flow the softmax weights $\omega_{ki}\, p_{kij} / \mathcal L$ tend to the
     multipliers, up to a scale that is fitted by least squares. Stationarity then equals
-    `kkt_angle`.
+    `kkt_angle`. Two factors have p = 2, and `DeepParams` of L layers have p = L + 1.
 
     W and H may have any common scale at which the logits are finite. If their scales differ
     by more than 1e15 in float32, or 1e120 in float64, multipliers underflow: balance the
-    norms first, by `ncjax.balance_norms`.
+    norms first, by `ncjax.balance_norms`. For `DeepParams` the features of every layer must
+    be finite too.
 
     Args:
-      params: `W` (K, d) and `H` (K, n, d) with every sample classified correctly.
+      params: `W` (K, d) and `H` (K, n, d), or `DeepParams`, with every sample classified
+        correctly.
       weights: (K, n) or (K,) weights of the samples or classes in the loss, not negative.
         Samples of weight 0 are left out: they have no margin and no multiplier. None is 1
         everywhere.
@@ -123,35 +125,36 @@ def kkt(params: Params, weights=None, *, multipliers: str = "softmax") -> KKT:
     True
     """
     check_choice("multipliers", multipliers, MULTIPLIERS)
-    params, weights = _check(params, weights)
+    params, weights = check_any_point(params, weights, finite=True)
+    check_separated(params, weights)
     return _kkt(params, weights, multipliers)
 
 
 # One compiled program: one for each operation takes several times as long to compile.
 @partial(jax.jit, static_argnums=2)
-def _kkt(params: Params, weights: Array | None, multipliers: str) -> KKT:
-    scaled = _normalise(params, weights)
+def _kkt(params: Params | DeepParams, weights: Array | None, multipliers: str) -> KKT:
+    scaled = normalise(params, weights)
     if multipliers == "softmax":
-        found = _softmax_multipliers(params, weights)
-        found = found * _fitted_scale(scaled, found)
+        found = softmax_multipliers(params, weights)
+        found = found * fitted_scale(scaled, found)
     else:
-        found = _least_squares_multipliers(scaled, weights)
+        found = least_squares_multipliers(scaled, weights)
     gradient = at_unit_scale(jax.grad(log_cross_entropy)(params, weights))
     params = at_unit_scale(params)
     lengths = jnp.sqrt(squared_norm(gradient) * squared_norm(params))
     scale = power_of_two(scaled)
     unit, rest = jax.tree.map(
         lambda leaf: leaf / scale,
-        (scaled, jax.tree.map(jnp.subtract, scaled, _combination(found, scaled))),
+        (scaled, jax.tree.map(jnp.subtract, scaled, combination(found, scaled))),
     )
-    scaled_margins = _finite_margins(scaled)
+    scaled_margins = finite_margins(scaled)
     slack = jnp.sum(found * (scaled_margins - 1)) / jnp.sum(found * scaled_margins)
     return KKT(
         multipliers=found,
         stationarity=jnp.sqrt(squared_norm(rest) / squared_norm(unit)),
         complementarity=slack,
-        infeasibility=1 - least_margin(scaled, weights),
-        beta=-_inner(gradient, params) / lengths,
+        infeasibility=1 - least_margin(last_factors(scaled), weights),
+        beta=-inner(gradient, params) / lengths,
     )
 
 
@@ -214,7 +217,8 @@ def certificate(
     if tol is not None and not tol >= 0:
         raise ValueError(f"tol must not be negative, got {tol}")
     check_choice("multipliers", multipliers, MULTIPLIERS)
-    params, weights = _check(params, weights)
+    params, weights = check_point(params, weights, finite=True)
+    check_separated(params, weights)
     return _certificate(params, weights, multipliers, tol)
 
 
@@ -224,13 +228,13 @@ def _certificate(
 ) -> Certificate:
     conditions = _kkt(params, weights, multipliers)
     optimum = separation_value(params, weights)
-    dual = _dual_matrix(conditions.multipliers)
+    dual = dual_matrix(conditions.multipliers)
     left, singular, right = jnp.linalg.svd(dual, full_matrices=False)
     sigma_max = singular[0]
-    primal = squared_norm(_normalise(params, weights)) / 2
+    primal = squared_norm(normalise(params, weights)) / 2
     bound = jnp.sum(conditions.multipliers) / jnp.maximum(1, sigma_max)
     residual = jnp.maximum(conditions.stationarity, jnp.abs(conditions.complementarity))
-    tolerance = _tolerance(params, weights, tol)
+    tolerance = residual_tolerance(params, weights, tol)
     direction = _descent_direction(params, left[:, 0], right[0], tolerance)
     W = at_unit_scale(params.W)
     within = jnp.linalg.norm(matmul(left[:, 0], W)) / jnp.linalg.norm(W, 2)
@@ -244,14 +248,14 @@ def _certificate(
         residual=residual,
         tolerance=tolerance,
         verdict=jnp.where(
-            _unit_least_margin(params, weights)[0] > 0,
+            unit_least_margin(params, weights)[0] > 0,
             _verdict(direction, residual, sigma_max, tolerance, within),
             NOT_SEPARATED,
         ).astype(jnp.int32),
     )
 
 
-def kkt_angle(params: Params, weights=None) -> Array:
+def kkt_angle(params: Params | DeepParams, weights=None) -> Array:
     r"""Sine of the angle between `Z` and $-\nabla \mathcal L(Z)$, 0 at a KKT direction.
 
     $$\sqrt{1 - \beta^2}, \qquad
@@ -261,40 +265,31 @@ def kkt_angle(params: Params, weights=None) -> Array:
     angles keep their digits. It is NaN at the origin.
 
     Args:
-      params: `W` (K, d) and `H` (K, n, d).
+      params: `W` (K, d) and `H` (K, n, d); or `DeepParams`.
       weights: (K, n) or (K,) weights of the samples or classes in the loss, as in `kkt`.
 
     Returns:
       Scalar in [0, 1], float32 for half precision. It is right at any scale at which the
-      logits are finite.
+      logits are finite; for `DeepParams` the features of every layer must be finite too.
 
     Raises:
       ValueError: shapes, dtypes or weights do not fit.
 
     Source: Ji et al. (ICLR 2022), Theorem 3.2, by which beta tends to 1 along the flow.
     """
-    params, weights = check_point(params, weights)
+    params, weights = check_any_point(params, weights)
     gradient = at_unit_scale(_slope_of_log_loss(params, weights))
     params = at_unit_scale(params)
-    radial = _inner(gradient, params) / squared_norm(params)
+    radial = inner(gradient, params) / squared_norm(params)
     tangent = jax.tree.map(lambda g, z: g - radial * z, gradient, params)
     return jnp.sqrt(squared_norm(tangent) / squared_norm(gradient))
 
 
-def _slope_of_log_loss(params: Params, weights: Array | None) -> Params:
+def _slope_of_log_loss(params: Params | DeepParams, weights: Array | None):
     """`∇log L` times a power of two near L, if L is above 1: 1/L may be too small."""
     log_loss, pull_back = jax.vjp(lambda p: log_cross_entropy(p, weights), params)
     powers = jnp.clip(log_loss / math.log(2), 0, jnp.finfo(log_loss.dtype).maxexp - 8)
     return pull_back(jnp.ldexp(jnp.ones_like(log_loss), powers.astype(jnp.int32)))[0]
-
-
-def _tolerance(params: Params, weights: Array | None, tol: float | None) -> Array:
-    dtype = params.W.dtype
-    if tol is not None:
-        return jnp.asarray(tol, dtype)
-    least, root = _unit_least_margin(params, weights)
-    least = jnp.where(least > 0, jnp.maximum(least * root * root, 1), least)
-    return jnp.clip(1 / jnp.sqrt(least), 100 * float(jnp.finfo(dtype).eps), _LOOSEST)
 
 
 def _verdict(direction, residual, sigma_max, tolerance, within) -> Array:
@@ -303,95 +298,6 @@ def _verdict(direction, residual, sigma_max, tolerance, within) -> Array:
     saddle = jnp.where(within <= _WITHIN, saddle, NOT_KKT)
     code = jnp.where(sigma_max <= 1 + tolerance, GLOBAL_OPTIMUM, saddle)
     return jnp.where(residual <= tolerance, code, NOT_KKT)
-
-
-def _check(params: Params, weights) -> tuple[Params, Array | None]:
-    """Return params without the samples left out, and weights (K, n) or None.
-
-    Raises:
-      ValueError: as `kkt`.
-    """
-    params, weights = check_point(params, weights, finite=True)
-    _check_separated(params, weights)
-    return params, weights
-
-
-def _check_separated(params: Params, weights: Array | None) -> None:
-    """Raise ValueError if a margin is known and not positive."""
-    least, root = _unit_least_margin(params, weights)
-    if not isinstance(least, jax.core.Tracer) and not least > 0:
-        raise ValueError(
-            f"every margin must be positive, got q_min = {float(least * root * root):.3g}: "
-            "multipliers are not defined where a sample is misclassified; follow the flow "
-            "until the loss is below log 2"
-        )
-
-
-def _unit_least_margin(params: Params, weights: Array | None) -> tuple[Array, Array]:
-    """`q_min` at W and H of unit scale, and the r with `q_min = r² ·` that number."""
-    roots = [root_of_scale(leaf) for leaf in params]
-    unit = [leaf / root / root for leaf, root in zip(params, roots, strict=True)]
-    return least_margin(Params(*unit), weights), roots[0] * roots[1]
-
-
-def _normalise(params: Params, weights: Array | None) -> Params:
-    """`Z / sqrt(q_min)`, whose least margin is 1; NaN if q_min is not positive."""
-    least, root = _unit_least_margin(params, weights)
-    least = jnp.sqrt(jnp.where(least > 0, least, -1))
-    return jax.tree.map(lambda leaf: leaf / root / least, params)
-
-
-def _finite_margins(params: Params) -> Array:
-    """Margins (K, n, K) with 0 where j = k."""
-    all_margins, others = margins_of_params(params)
-    return jnp.where(others, all_margins, 0)
-
-
-def _softmax_multipliers(params: Params, weights: Array | None) -> Array:
-    """`ω_ki p_kij / L`, (K, n, K), p the probability of class j at sample (k, i)."""
-    margins, others = margins_of_params(params)
-    log_normaliser = jax.nn.softplus(log_odds_of_error(margins, others))[..., None]
-    exponents = -margins - log_normaliser - log_cross_entropy(params, weights)
-    if weights is not None:
-        others = others & (weights > 0)[..., None]
-        exponents = exponents + jnp.log(jnp.where(weights > 0, weights, 1))[..., None]
-    return jnp.where(others, jnp.exp(jnp.where(others, exponents, 0)), 0)
-
-
-def _fitted_scale(scaled: Params, multipliers: Array) -> Array:
-    """The s that minimises `|s Σ multipliers ∇m - Z̃|`."""
-    combined = _combination(multipliers, scaled)
-    scale, scale_combined = power_of_two(scaled), power_of_two(combined)
-    scaled = jax.tree.map(lambda leaf: leaf / scale, scaled)
-    combined = jax.tree.map(lambda leaf: leaf / scale_combined, combined)
-    return _inner(combined, scaled) / squared_norm(combined) * (scale / scale_combined)
-
-
-def _inner(first: Params, second: Params) -> Array:
-    """Inner product of two points."""
-    products = [dot(x.ravel(), y.ravel()) for x, y in zip(first, second, strict=True)]
-    return products[0] + products[1]
-
-
-def _dual_matrix(multipliers: Array) -> Array:
-    """S (K, K n): column (k, i) has Σ_j λ_kij in row k and -λ_kij in row j."""
-    num_classes, per_class, _ = multipliers.shape
-    own = jnp.eye(num_classes, dtype=multipliers.dtype)[:, None, :]
-    chex.assert_shape(multipliers, (num_classes, per_class, num_classes))
-    columns = own * jnp.sum(multipliers, axis=-1, keepdims=True) - multipliers
-    return columns.reshape(num_classes * per_class, num_classes).T
-
-
-def _combination(multipliers: Array, params: Params) -> Params:
-    """`Σ λ ∇m = (S H, Sᵀ W)`."""
-    dual = _dual_matrix(multipliers)
-    W, H = params
-    features = H.reshape(-1, H.shape[-1])
-    chex.assert_shape(dual, (len(W), len(features)))
-    return Params(
-        W=matmul(dual, features),
-        H=matmul(dual.T, W).reshape(H.shape),
-    )
 
 
 def _descent_direction(params: Params, u: Array, v: Array, tolerance: Array) -> Params:
@@ -414,44 +320,3 @@ def orthogonal_to_rows(W: Array, H: Array, tolerance: Array) -> Array:
     values, vectors = jnp.linalg.eigh(matmul(rows.T, rows))
     room = values[0] <= tolerance**2 * values[-1]
     return vectors[:, 0] / jnp.sqrt(jnp.where(room, 1.0, -1.0).astype(vectors.dtype))
-
-
-def _least_squares_multipliers(scaled: Params, weights: Array | None) -> Array:
-    """Non-negative multipliers (K, n, K) with the least KKT residual, from the host."""
-    num_classes, per_class, _ = scaled.H.shape
-    shape = (num_classes, per_class, num_classes)
-
-    def on_host(W, H, weights):
-        counted = None if weights is None else np.asarray(weights) > 0
-        found = _nnls(np.asarray(W, np.float64), np.asarray(H, np.float64), counted)
-        return found.astype(W.dtype)
-
-    result = jax.ShapeDtypeStruct(shape, scaled.W.dtype)
-    return jax.pure_callback(on_host, result, *scaled, weights, vmap_method="sequential")
-
-
-def _nnls(W: np.ndarray, H: np.ndarray, counted: np.ndarray | None) -> np.ndarray:
-    """Active-set non-negative least squares on stationarity and complementarity."""
-    from scipy.optimize import nnls  # type: ignore[import-untyped]  # takes half a second
-
-    num_classes, per_class, dim = H.shape
-    pairs = np.broadcast_to(
-        ~np.eye(num_classes, dtype=bool)[:, None, :],
-        (num_classes, per_class, num_classes),
-    )
-    k, i, j = np.nonzero(pairs if counted is None else pairs & counted[..., None])
-    column = np.arange(k.size)
-    by_W = np.zeros((num_classes, dim, k.size))
-    by_W[k, :, column] += H[k, i]
-    by_W[j, :, column] -= H[k, i]
-    by_H = np.zeros((num_classes, per_class, dim, k.size))
-    by_H[k, i, :, column] = W[k] - W[j]
-    slack = np.diag(np.sum((W[k] - W[j]) * H[k, i], axis=1) - 1)
-    rows = [by_W.reshape(-1, k.size), by_H.reshape(-1, k.size), slack]
-    system = np.concatenate(rows)
-    if not np.isfinite(system).all():
-        return np.full((num_classes, per_class, num_classes), np.nan)
-    target = np.concatenate([W.ravel(), H.ravel(), np.zeros(k.size)])
-    multipliers = np.zeros((num_classes, per_class, num_classes))
-    multipliers[k, i, j], _ = nnls(system, target, maxiter=100 * k.size)
-    return multipliers

@@ -1,0 +1,222 @@
+r"""Certificate of a point of several linear layers: what is proved about its direction.
+
+$$\min \tfrac12 |Z|^2 = \tfrac12 \sum_l |W_l|_F^2 + \tfrac12 |H|_F^2 \quad \text{s.t.} \quad
+\text{all margins} \ge 1$$
+
+With p factors it is $\min \tfrac p2 \sum_i \sigma_i(M)^{2/p}$ over the logits M, whose
+margins are at least 1. For p >= 3 this is not convex, and the nuclear norm's dual, with its
+test of $\sigma_{\max}$, says nothing.
+"""
+
+import math
+from functools import partial, reduce
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ncjax.checks import check_choice
+from ncjax.peeled import separation
+from ncjax.peeled.deep import check_deep_point, last_factors
+from ncjax.peeled.kernels import separation_value, squared_norm
+from ncjax.peeled.margin_bound import collapse_value, least_width
+from ncjax.peeled.multipliers import (
+    check_separated,
+    normalise,
+    residual_tolerance,
+    unit_least_margin,
+)
+from ncjax.peeled.samples import logits_of
+from ncjax.peeled.separation import MULTIPLIERS
+from ncjax.types import Array, DeepParams, Params
+
+# Values of `DeepCertificate.verdict`, and their meanings.
+GLOBAL_OPTIMUM = 0
+UNDECIDED = 1
+NOT_KKT = 2
+NOT_SEPARATED = 3
+NOT_OPTIMAL = 4
+DEEP_VERDICTS = (
+    "globally optimal direction",
+    "KKT direction whose optimality no test decides: sigma_max is for two factors alone",
+    "not a KKT point",
+    "not separated: a sample is misclassified",
+    "KKT direction that is not globally optimal",
+)
+
+
+class DeepCertificate(NamedTuple):
+    r"""What is known of the direction of a point of p factors."""
+
+    value: Array  # ()  |Z̃|²/2
+    bound: Array  # ()  (p/2) v(n)^(2/p), at most the minimum of |Z̃|²/2
+    gap: Array  # ()  value / bound - 1
+    excess: Array  # ()  value over the value of collapse, minus 1; negative below it
+    schatten: Array  # ()  (p/2) Σ σ_i^(2/p) of the logits, the least value with them
+    imbalance: Array  # ()  value / schatten - 1, zero for balanced factors
+    residual: Array  # ()  the larger of stationarity and complementarity
+    tolerance: Array  # ()  upper bound of a residual that counts as zero
+    transverse: Array  # ()  Hessian eigenvalue of directions orthogonal to all rows
+    verdict: Array  # ()  index into DEEP_VERDICTS (int32)
+
+
+def deep_certificate(
+    params: DeepParams,
+    weights=None,
+    *,
+    multipliers: str = "softmax",
+    tol: float | None = None,
+) -> DeepCertificate:
+    r"""Measure how far a direction of p = L + 1 factors is from known bounds.
+
+    Let $\tilde Z = Z / q_{\min}^{1/p}$, with logits $\tilde M$ (K, N) of singular values
+    $\sigma_i$. Then
+
+    $$\tfrac12 |\tilde Z|^2 \;\ge\; \tfrac p2 \sum_i \sigma_i^{2/p} \;\ge\;
+    \tfrac p2 \Bigl(\sum_i \sigma_i\Bigr)^{2/p} \;\ge\; \tfrac p2\, v(n)^{2/p}.$$
+
+    The first is an equality for balanced factors, $W_{l+1}^\top W_{l+1} = W_l W_l^\top$ and
+    $W_1^\top W_1 = \sum h h^\top$. The last number, `bound`, is the only lower bound of the
+    minimum that is proved. For p >= 3 it is attained for K = 2 alone, and for K >= 3 no
+    test decides whether a KKT direction is optimal: **the test of sigma_max does not
+    apply**. A KKT direction is called not optimal if collapse, or another code in closed
+    form, has a smaller norm, and undecided otherwise.
+
+    For p >= 3 collapse and other softmax codes can be stable side by side. A direction
+    orthogonal to all rows and columns of all factors changes the logits in order p of the
+    step. The Riemannian Hessian of $\log \mathcal L$ on the sphere has there the eigenvalue
+    `transverse`, at a large norm
+
+    $$\frac p{2V} q_{\min}^{1-2/p} > 0, \qquad V = \tfrac12 |\tilde Z|^2.$$
+
+    For two factors the eigenvalues are $(1 \pm \sigma_i(S)) / V$ instead, which may be
+    negative.
+
+    With one layer, p = 2, the verdict is that of `ncjax.certificate` of the two factors.
+
+    Args:
+      params: `DeepParams` with every sample classified correctly, at a scale for which
+        `kkt` is right.
+      weights: (K, n) or (K,) weights of the samples or classes in the loss, not negative.
+        Samples of weight 0 are left out. None is 1 everywhere.
+      multipliers: as in `kkt`. Softmax weights describe the direction only at a large
+        norm: scale the direction up, or use "nnls".
+      tol: largest residual that counts as zero; a value above a known smaller one by this
+        share counts as larger. None takes $q_{\min}^{-1/p}$, the rate at which the
+        residuals of the flow decay, clipped to at most 0.1 and at least 100 roundings.
+
+    Returns:
+      `DeepCertificate`, float32 for half precision. `DEEP_VERDICTS[int(verdict)]` is the
+      verdict in words. Singular values below rounding count as 0.
+
+    Raises:
+      ValueError: as `kkt`, or tol is negative.
+
+    Source: ncjax; the bound by Schatten norms follows Haeffele, Vidal (2015), and Sukenik
+    et al. (2024) and Garrod, Keating (2025) found that collapse need not be optimal.
+
+    >>> import ncjax
+    >>> two = ncjax.block_saddle(num_blocks=1, block_size=2, per_class=1, dim=2)
+    >>> deep = ncjax.DeepParams(layers=(two.W.T @ two.W, 30 * two.W), H=30 * two.H)
+    >>> ncjax.DEEP_VERDICTS[int(ncjax.certificate(deep, multipliers="nnls").verdict)]
+    'not a KKT point'
+    """
+    if tol is not None and not tol >= 0:
+        raise ValueError(f"tol must not be negative, got {tol}")
+    check_choice("multipliers", multipliers, MULTIPLIERS)
+    params, weights = check_deep_point(params, weights, finite=True)
+    check_separated(params, weights)
+    return _certificate(params, weights, multipliers, tol)
+
+
+@partial(jax.jit, static_argnums=2)
+def _certificate(
+    params: DeepParams, weights: Array | None, multipliers: str, tol: float | None
+) -> DeepCertificate:
+    degree = params.degree
+    conditions = separation.kkt(params, weights, multipliers=multipliers)
+    scaled = normalise(params, weights)
+    value = squared_norm(scaled) / 2
+    bound = degree / 2 * separation_value(params, weights) ** (2 / degree)
+    schatten = _schatten_value(scaled)
+    residual = jnp.maximum(conditions.stationarity, jnp.abs(conditions.complementarity))
+    tolerance = residual_tolerance(params, weights, tol)
+    if degree == 2:
+        verdict = _verdict_of_two_factors(params, weights, multipliers, tol)
+    else:
+        verdict = _verdict(params, weights, schatten, residual, tolerance)
+    least, root = unit_least_margin(params, weights)
+    return DeepCertificate(
+        value=value,
+        bound=jnp.asarray(bound, value.dtype),
+        gap=value / bound - 1,
+        excess=value / collapse_value(params, weights) - 1,
+        schatten=schatten,
+        imbalance=value / schatten - 1,
+        residual=residual,
+        tolerance=tolerance,
+        transverse=_transverse(least, root, degree) / value,
+        verdict=jnp.where(least > 0, verdict, NOT_SEPARATED).astype(jnp.int32),
+    )
+
+
+def _transverse(least: Array, root: Array, degree: int) -> Array:
+    """`(p/2) q^(1-2/p)` for `q = root^p least`, without overflow."""
+    positive = jnp.where(least > 0, least, 1)
+    return degree / 2 * positive ** (1 - 2 / degree) * root ** (degree - 2)
+
+
+def _schatten_value(scaled: DeepParams) -> Array:
+    """`(p/2) Σ σ_i^(2/p)` of the logits, a matrix with a column for each sample."""
+    logits = logits_of(last_factors(scaled))
+    matrix = logits.reshape(-1, logits.shape[-1])
+    sigma = jnp.linalg.svd(matrix, compute_uv=False)[: least_width(scaled)]
+    rounding = max(matrix.shape) * float(jnp.finfo(sigma.dtype).eps) * sigma[0]
+    # A small power of a rounding is not small.
+    powers = jnp.where(sigma > rounding, sigma, 0) ** (2 / scaled.degree)
+    return scaled.degree / 2 * jnp.sum(powers)
+
+
+def _verdict(params, weights, schatten, residual, tolerance) -> Array:
+    """Index into DEEP_VERDICTS of a separated point of three factors or more."""
+    if len(params.layers[-1]) == 2:
+        # Every KKT direction has the logits u gᵀ of one rank, and all margins 1.
+        code = jnp.asarray(GLOBAL_OPTIMUM)
+    else:
+        known = _least_known_value(params, weights)
+        code = jnp.where(schatten > (1 + tolerance) * known, NOT_OPTIMAL, UNDECIDED)
+    return jnp.where(residual <= tolerance, code, NOT_KKT)
+
+
+def _least_known_value(params: DeepParams, weights: Array | None) -> float | Array:
+    """Return the least value of the closed forms whose rank the widths allow.
+
+    These are collapse, and for classes of equal size antipodal pairs and the polygon.
+    """
+    num_classes, per_class, _ = params.H.shape
+    width, power = least_width(params), 2 / params.degree
+    fits = width >= num_classes - 1
+    values = [collapse_value(params, weights)] if fits else []
+    if weights is None:
+        unit = params.degree / 2 * per_class ** (power / 2)
+        if num_classes % 2 == 0 and width >= num_classes // 2:
+            values.append(unit * num_classes / 2 * 2**power)
+        if width >= 2:
+            distance = 1 - math.cos(2 * math.pi / num_classes)
+            values.append(unit * 2 * (num_classes / (2 * distance)) ** power)
+    return reduce(jnp.minimum, map(jnp.asarray, values), jnp.asarray(jnp.inf))
+
+
+def _verdict_of_two_factors(params, weights, multipliers, tol) -> Array:
+    """Index into DEEP_VERDICTS from the test of sigma_max."""
+    factors = Params(params.W, params.H)
+    proof = separation.certificate(factors, weights, multipliers=multipliers, tol=tol)
+    of_verdict = {
+        separation.GLOBAL_OPTIMUM: GLOBAL_OPTIMUM,
+        separation.STRICT_SADDLE: NOT_OPTIMAL,
+        separation.NOT_KKT: NOT_KKT,
+        separation.NOT_SEPARATED: NOT_SEPARATED,
+        separation.NO_ROOM: NOT_OPTIMAL,
+    }
+    table = jnp.asarray([of_verdict[code] for code in sorted(of_verdict)])
+    return table[proof.verdict]

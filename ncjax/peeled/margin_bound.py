@@ -1,0 +1,146 @@
+r"""The largest dataset margin at a norm: the margin ratio, and the value of collapse.
+
+With the attainable value $V = \min |Z|^2 / 2$ subject to margins of at least 1, a point of
+p factors has $q_{\min} \le (|Z|^2 / 2V)^{p/2}$.
+"""
+
+import math
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+
+from ncjax.checks import check_positive
+from ncjax.numerics import at_unit_scale, on_device
+from ncjax.peeled import kernels
+from ncjax.peeled.deep import check_any_point
+from ncjax.peeled.geometry import helmert
+from ncjax.peeled.multipliers import unit_least_margin
+from ncjax.peeled.optimum import solve_separation
+from ncjax.types import Array, DeepParams, Params
+
+# Largest K d for which the attainable norm is searched for numerically, in seconds.
+_SEARCHED = 100
+
+
+def margin_ratio(params: Params | DeepParams, weights=None, *, value=None) -> Array:
+    r"""Dataset margin divided by its upper bound at this norm, as norms: at most 1.
+
+    $$\frac{2 V q_{\min}^{2/p}}{|Z|^2}, \qquad
+    q_{\min} = \min_{k,i} \min_{j \ne k} (w_k - w_j)^\top h_{k,i}$$
+
+    p is the number of factors, 2 for `Params`, and V is the attainable value: the least
+    $|Z|^2 / 2$ at margins of 1. The ratio does not depend on the norm of `Z`, and is NaN at
+    the origin. No scale of `Z` overflows. It has the sign of $q_{\min}$.
+
+    **Two factors.** The default of V for $d \ge K - 1$ is $v(n)$, `separation_value` of the
+    class sizes, $(K-1) \sqrt n$ for equal ones. The ratio is 1 if and only if `Z` is an
+    optimal direction, with `|W|_F = |H|_F`: neural collapse for classes of equal size. For
+    d = 2 V is the value of the regular polygon, and for other $d < K - 1$ the least value
+    that `solve_separation` finds by a search, computed once for each (K, d). Neither is
+    proved to be the least one.
+
+    **Several layers.** The default of V is the value of collapse, $\tfrac p2 \sum_i
+    \sigma_i^{2/p}$ with the singular values of $P \operatorname{diag}(\sqrt{n_k})$, which
+    is $\tfrac p2 (K-1) n^{1/p}$ for equal sizes. The ratio is 1 at a balanced collapse. For
+    p >= 3 collapse need not have the least norm, and the ratio exceeds 1 at codes of a
+    smaller norm, such as three antipodal pairs for K = 6 and p = 3: 1.05.
+
+    Args:
+      params: `W` (K, d) and `H` (K, n, d); or `DeepParams`.
+      weights: (K, n) or (K,) weights of the samples or classes, not negative. Samples of
+        weight 0 are left out; other weights change nothing. None is 1 everywhere.
+      value: V for all these samples, if you know it: `solve_separation(counts, dim).value`.
+
+    Returns:
+      Scalar, float32 for half precision.
+
+    Raises:
+      ValueError: shapes, dtypes or weights do not fit, or value is not positive. Without
+        value: the least width is below K - 1 and there are weights, or several layers, or
+        `K * d` is above 100 (d > 2), or d = 1 and K >= 3, so that no margin is positive.
+
+    Source: Ji et al. (ICLR 2022), Theorem 3.1; ncjax for classes of unequal size, for
+    several layers and for small d.
+
+    >>> import ncjax
+    >>> square = ncjax.solve_separation(counts=(1, 1, 1, 1), dim=2)
+    >>> round(float(ncjax.margin_ratio(square.params)), 6)
+    1.0
+    """
+    params, weights = check_any_point(params, weights)
+    params = at_unit_scale(params)
+    if value is None:
+        value = _default_value(params, weights)
+    else:
+        check_positive("value", value, params.H.dtype)
+        value = on_device(value, params.H.dtype)
+    bound = kernels.squared_norm(params) / (2 * value)
+    if isinstance(params, DeepParams):
+        return _margin_as_square(params, weights) / bound
+    return kernels.least_margin(params, weights) / bound
+
+
+def _margin_as_square(params: DeepParams, weights: Array | None) -> Array:
+    """`q_min^(2/p)` with the sign of `q_min`."""
+    least, root = unit_least_margin(params, weights)
+    length = jnp.abs(least) ** (1 / params.degree) * root
+    return jnp.sign(least) * length**2
+
+
+def _default_value(params: Params | DeepParams, weights: Array | None) -> float | Array:
+    num_classes, width = params.H.shape[0], least_width(params)
+    if width >= num_classes - 1:
+        if isinstance(params, DeepParams):
+            return collapse_value(params, weights)
+        return kernels.separation_value(params, weights)
+    name = "the least width" if isinstance(params, DeepParams) else "dim"
+    small = f"{name} is {width}, below K - 1 = {num_classes - 1}"
+    if width == 1:
+        raise ValueError(f"{small}: one dimension separates two classes at most")
+    if isinstance(params, DeepParams):
+        raise ValueError(
+            f"{small}: collapse does not fit, pass value= with the least |Z|²/2 at margins "
+            "of 1"
+        )
+    if weights is not None:
+        raise ValueError(
+            f"{small}: with weights the default value is not known, pass "
+            "value=ncjax.solve_separation(counts, dim).value"
+        )
+    if width > 2 and num_classes * width > _SEARCHED:
+        raise ValueError(
+            f"{small}: a search for the least norm takes long for K * dim above "
+            f"{_SEARCHED}, got {num_classes * width}; pass value="
+        )
+    return _searched_value(num_classes, width) * math.sqrt(params.H.shape[1])
+
+
+@lru_cache
+def _searched_value(num_classes: int, dim: int) -> float:
+    """V of one sample a class; n samples have √n times this value."""
+    with jax.ensure_compile_time_eval():
+        return solve_separation((1,) * num_classes, dim).value
+
+
+def least_width(params: Params | DeepParams) -> int:
+    """Return the least width, which bounds the rank of the logits."""
+    layers = params.layers if isinstance(params, DeepParams) else (params.W,)
+    return min(W.shape[1] for W in layers)
+
+
+def collapse_value(params: DeepParams, weights: Array | None) -> float | Array:
+    r"""$\tfrac p2 \sum \sigma_i^{2/p}$, $|Z|^2 / 2$ at a balanced collapse of margins 1.
+
+    The $\sigma_i$ are the K - 1 singular values of $P \operatorname{diag}(\sqrt{n_k})$.
+    """
+    num_classes, per_class, _ = params.H.shape
+    half, power = params.degree / 2, 2 / params.degree
+    if weights is None:
+        return half * (num_classes - 1) * per_class ** (power / 2)
+    counts = jnp.sum((weights > 0).astype(weights.dtype), axis=1)
+    # In a basis of the vectors that sum to zero, without the singular value 0, because a
+    # small power of its rounding is not small.
+    basis = on_device(helmert(num_classes), weights.dtype)
+    sigma = jnp.linalg.svd(basis * jnp.sqrt(counts)[None], compute_uv=False)
+    return half * jnp.sum(sigma**power)
