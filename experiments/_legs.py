@@ -15,6 +15,7 @@ from experiments._runs.errors import BadUse
 from experiments._runs.progress import tqdm
 from ncjax.flow.methods import choose_solver
 from ncjax.flow.solve import SUCCESS
+from ncjax.peeled.margin_bound import value_or_bound
 
 LEGS = 20
 
@@ -98,7 +99,7 @@ def measure_collapse(states: ncjax.Params, start: ncjax.Params) -> dict[str, jax
         return {
             "log_loss": ncjax.log_cross_entropy(state),
             "squared_norm": ncjax.squared_norm(state),
-            "margin_ratio": ncjax.margin_ratio(state),
+            "margin_ratio": ncjax.margin_ratio(state, value=value_or_bound(state)),
             "kkt_angle": ncjax.kkt_angle(state),
             "balance_drift": drift.balance,
             "classifier_sum_drift": drift.classifier_sum,

@@ -50,12 +50,14 @@ from .metrics import statistics as statistics
 from .metrics import variants as variants
 from .objectives import POINT_VERDICTS as POINT_VERDICTS
 from .objectives import CriticalPoint as CriticalPoint
+from .objectives import DecayedCollapse as DecayedCollapse
 from .objectives import Minimiser as Minimiser
 from .objectives import Objective as Objective
 from .objectives import PointCertificate as PointCertificate
 from .objectives import Spectrum as Spectrum
 from .objectives import block_point as block_point
 from .objectives import certificate as certificate
+from .objectives import decayed_collapse as decayed_collapse
 from .objectives import minimiser as minimiser
 from .objectives import minority_collapse_ratio as minority_collapse_ratio
 from .objectives import rank_point as rank_point

@@ -114,6 +114,12 @@ def _flattened(params):
     return jax.tree.map(lambda leaf: leaf.at[..., -1].set(0), params)
 
 
+def _deep(p):
+    """A point of two layers with positive margins."""
+    middle = jnp.eye(D, dtype=p.W.dtype) + 0.05 * p.params.W.T @ p.params.W
+    return ncjax.DeepParams((middle, p.params.W), p.params.H)
+
+
 def _quartic(x):
     return jnp.sum(x**4)
 
@@ -138,7 +144,11 @@ CALLS = {
     "geometry.block_saddle": lambda p: ncjax.block_saddle(2, 2, N, D, dtype=p.W.dtype),
     "geometry.squared_norm": lambda p: ncjax.squared_norm(p.params),
     "geometry.margins": lambda p: ncjax.margins(p.params),
-    "geometry.margin_ratio": lambda p: ncjax.margin_ratio(p.params),
+    "margin_bound.margin_ratio": lambda p: (
+        ncjax.margin_ratio(p.params),
+        ncjax.margin_ratio(_deep(p)),
+        ncjax.margin_ratio(p.params, value=5.0),
+    ),
     "geometry.balance": lambda p: ncjax.balance(p.params),
     "losses.cross_entropy": lambda p: ncjax.cross_entropy(p.params),
     "losses.log_cross_entropy": lambda p: ncjax.log_cross_entropy(p.params),
@@ -189,16 +199,24 @@ CALLS = {
     "separation.kkt": lambda p: (
         ncjax.kkt(p.params),
         ncjax.kkt(p.params, multipliers="nnls"),
+        ncjax.kkt(_deep(p)),
     ),
     "separation.certificate": lambda p: separation.certificate(p.params),
     "certificates.certificate": lambda p: (
         ncjax.certificate(_flattened(p.params), _decay())._replace(direction=None),
         ncjax.certificate(p.params),
+        ncjax.certificate(_deep(p)),
+    ),
+    "deep_collapse.decayed_collapse": lambda p: (
+        ncjax.decayed_collapse(K, N, 2, 0.05, dtype=p.W.dtype).minimum.params
     ),
     "separation.orthogonal_to_rows": lambda p: (
         p.W @ separation.orthogonal_to_rows(p.W, p.W[:, None], jnp.asarray(1e-5, p.W.dtype))
     ),
-    "separation.kkt_angle": lambda p: ncjax.kkt_angle(p.params),
+    "separation.kkt_angle": lambda p: (
+        ncjax.kkt_angle(p.params),
+        ncjax.kkt_angle(_deep(p)),
+    ),
     "solve.gradient_flow": lambda p: (
         ncjax.gradient_flow(
             p.start, p.log_times, rtol=1e-3, record=ncjax.squared_norm

@@ -42,7 +42,7 @@ PRIVATE = {
     *("flow.block_solve", "flow.saving", "flow.settle", "flow.steps"),
     *("networks.grouping", "networks.winograd"),
     *("peeled.kernels", "peeled.logits", "peeled.samples", "objectives.settings"),
-    *("peeled.factors", "peeled.search"),
+    *("peeled.factors", "peeled.search", "peeled.multipliers"),
     *(f"objectives.{name}" for name in ("roots", "rays", "problem", "factors")),
     *(f"objectives.{name}" for name in ("collapse", "squared", "fixed", "blocks")),
     *("objectives.simplex", "objectives.coupling"),

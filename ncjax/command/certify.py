@@ -7,6 +7,7 @@ from ncjax.command import arrays, device, output
 from ncjax.command.output import BadUse, naming
 from ncjax.metrics import balance_norms, peel
 from ncjax.peeled import VERDICTS, certificate, kkt_angle, margin_ratio
+from ncjax.peeled.margin_bound import value_or_bound
 from ncjax.types import Array, Params
 
 # Numbers of the system that fits the multipliers by non-negative least squares: 200 MB.
@@ -22,7 +23,7 @@ def run(options) -> None:
         result = certificate(params, multipliers=multipliers, tol=options.tol)
         words = VERDICTS[int(result.verdict)]
         numbers = {
-            "margin_ratio": float(margin_ratio(params)),
+            "margin_ratio": float(margin_ratio(params, value=value_or_bound(params))),
             "kkt_angle": float(kkt_angle(params)),
             "residual": float(result.residual),
             "sigma_max": float(result.sigma_max),

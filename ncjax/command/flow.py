@@ -14,6 +14,7 @@ from ncjax.flow.methods import choose_solver
 from ncjax.flow.solve import SUCCESS
 from ncjax.metrics import collapse_metrics
 from ncjax.peeled import init_params, kkt_angle, margin_ratio
+from ncjax.peeled.margin_bound import value_or_bound
 from ncjax.types import Params
 
 _TIMES = 60
@@ -108,7 +109,7 @@ def _solve(starts: Params, log_times: np.ndarray) -> tuple[FlowSolution, dict]:
 def _measured(params: Params) -> dict[str, jax.Array]:
     return collapse_metrics(params)._asdict() | {
         "kkt_angle": kkt_angle(params),
-        "margin_deficit": 1 - margin_ratio(params),
+        "margin_deficit": 1 - margin_ratio(params, value=value_or_bound(params)),
     }
 
 

@@ -4,11 +4,14 @@
 `minimisers` holds its minimisers in closed form, `spectra` the spectra of the Hessian,
 `saddles` critical points that are not minima, and `step` two sizes of classes.
 `certificates` judges points, by the lower bounds of `bounds` and `focal_bound`.
+`deep_collapse` holds the collapse of several layers with weight decay.
 """
 
 from ncjax.objectives.certificates import POINT_VERDICTS as POINT_VERDICTS
 from ncjax.objectives.certificates import PointCertificate as PointCertificate
 from ncjax.objectives.certificates import certificate as certificate
+from ncjax.objectives.deep_collapse import DecayedCollapse as DecayedCollapse
+from ncjax.objectives.deep_collapse import decayed_collapse as decayed_collapse
 from ncjax.objectives.minimisers import Minimiser as Minimiser
 from ncjax.objectives.minimisers import minimiser as minimiser
 from ncjax.objectives.objective import Objective as Objective

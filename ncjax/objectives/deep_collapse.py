@@ -61,9 +61,9 @@ def decayed_collapse(
     For p >= 3 this has two roots below a threshold of $\lambda$, and none above it. The
     larger root is the minimum along the ray, the smaller one is the barrier between it and
     the origin, which is a local minimum for every $\lambda > 0$. Hence the transition is of
-    first order: the minimum appears at a positive margin, first above F(0), and below F(0)
-    for decays smaller than `transition`, a number times a power of n. For one layer (p = 2)
-    there is one root, no barrier, and $\text{threshold} = \text{transition} = \sqrt n$.
+    first order: the minimum appears at a positive margin and above F(0), and it lies below
+    F(0) for decays smaller than `transition`. Both decays grow like $n^{1-1/p}$. For one
+    layer (p = 2) there is one root, no barrier, and both decays are $\sqrt n$.
 
     The minimum along the ray need not be the global minimum: for p >= 3 other softmax codes
     may have a smaller value.
@@ -86,7 +86,7 @@ def decayed_collapse(
     Source: ncjax.
 
     >>> import ncjax
-    >>> found = ncjax.decayed_collapse(num_classes=3, per_class=2, depth=3, weight_decay=0.03)
+    >>> found = ncjax.decayed_collapse(3, per_class=2, depth=3, weight_decay=0.03)
     >>> round(found.minimum.margin, 6), round(found.minimum.value, 6)
     (6.017508, 0.379222)
     >>> ncjax.decayed_collapse(3, 2, depth=3, weight_decay=2.0).minimum is None

@@ -9,7 +9,7 @@ test of $\sigma_{\max}$, says nothing.
 """
 
 import math
-from functools import partial, reduce
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -17,7 +17,9 @@ import jax.numpy as jnp
 
 from ncjax.checks import check_choice
 from ncjax.peeled import separation
+from ncjax.peeled.codes import code_matrices
 from ncjax.peeled.deep import check_deep_point, last_factors
+from ncjax.peeled.factors import norm_of_matrix, truncated_svd
 from ncjax.peeled.kernels import separation_value, squared_norm
 from ncjax.peeled.margin_bound import collapse_value, least_width
 from ncjax.peeled.multipliers import (
@@ -43,6 +45,9 @@ DEEP_VERDICTS = (
     "not separated: a sample is misclassified",
     "KKT direction that is not globally optimal",
 )
+
+# Most classes whose codes are all compared, in about a second.
+_MOST_CLASSES = 50
 
 
 class DeepCertificate(NamedTuple):
@@ -79,8 +84,9 @@ def deep_certificate(
     $W_1^\top W_1 = \sum h h^\top$. The last number, `bound`, is the only lower bound of the
     minimum that is proved. For p >= 3 it is attained for K = 2 alone, and for K >= 3 no
     test decides whether a KKT direction is optimal: **the test of sigma_max does not
-    apply**. A KKT direction is called not optimal if collapse, or another code in closed
-    form, has a smaller norm, and undecided otherwise.
+    apply**. A KKT direction is called not optimal if a code of `softmax_codes` has a
+    smaller norm (above 50 classes, or with weights: if collapse has), and undecided
+    otherwise.
 
     For p >= 3 collapse and other softmax codes can be stable side by side. A direction
     orthogonal to all rows and columns of all factors changes the logits in order p of the
@@ -115,11 +121,14 @@ def deep_certificate(
     Source: ncjax; the bound by Schatten norms follows Haeffele, Vidal (2015), and Sukenik
     et al. (2024) and Garrod, Keating (2025) found that collapse need not be optimal.
 
-    >>> import ncjax
-    >>> two = ncjax.block_saddle(num_blocks=1, block_size=2, per_class=1, dim=2)
-    >>> deep = ncjax.DeepParams(layers=(two.W.T @ two.W, 30 * two.W), H=30 * two.H)
-    >>> ncjax.DEEP_VERDICTS[int(ncjax.certificate(deep, multipliers="nnls").verdict)]
-    'not a KKT point'
+    >>> import jax, ncjax
+    >>> codes = ncjax.softmax_codes(num_classes=6, depth=2)
+    >>> far = jax.tree.map(lambda leaf: 30 * leaf, codes["simplex"].params)  # collapse
+    >>> found = ncjax.certificate(far)
+    >>> ncjax.DEEP_VERDICTS[int(found.verdict)]
+    'KKT direction that is not globally optimal'
+    >>> round(float(found.value), 3), round(codes["pairs"].value, 3)
+    (7.5, 7.143)
     """
     if tol is not None and not tol >= 0:
         raise ValueError(f"tol must not be negative, got {tol}")
@@ -189,22 +198,22 @@ def _verdict(params, weights, schatten, residual, tolerance) -> Array:
 
 
 def _least_known_value(params: DeepParams, weights: Array | None) -> float | Array:
-    """Return the least value of the closed forms whose rank the widths allow.
-
-    These are collapse, and for classes of equal size antipodal pairs and the polygon.
-    """
+    """Return the least value of collapse and of the codes whose rank the widths allow."""
     num_classes, per_class, _ = params.H.shape
-    width, power = least_width(params), 2 / params.degree
-    fits = width >= num_classes - 1
-    values = [collapse_value(params, weights)] if fits else []
-    if weights is None:
-        unit = params.degree / 2 * per_class ** (power / 2)
-        if num_classes % 2 == 0 and width >= num_classes // 2:
-            values.append(unit * num_classes / 2 * 2**power)
-        if width >= 2:
-            distance = 1 - math.cos(2 * math.pi / num_classes)
-            values.append(unit * 2 * (num_classes / (2 * distance)) ** power)
-    return reduce(jnp.minimum, map(jnp.asarray, values), jnp.asarray(jnp.inf))
+    width, degree = least_width(params), params.degree
+    if weights is not None or num_classes > _MOST_CLASSES:
+        fits = width >= num_classes - 1
+        return collapse_value(params, weights) if fits else math.inf
+    return _least_of_codes(num_classes, degree, width) * per_class ** (1 / degree)
+
+
+@lru_cache
+def _least_of_codes(num_classes: int, degree: int, width: int) -> float:
+    """Return the least value of a code at one sample a class; infinity if none fits."""
+    matrices = [matrix for _, matrix in code_matrices(num_classes)]
+    fitting = [matrix for matrix in matrices if len(truncated_svd(matrix)[1]) <= width]
+    values = [norm_of_matrix(matrix, degree) for matrix in fitting]
+    return min(values, default=math.inf)
 
 
 def _verdict_of_two_factors(params, weights, multipliers, tol) -> Array:

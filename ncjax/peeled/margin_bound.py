@@ -19,8 +19,8 @@ from ncjax.peeled.multipliers import unit_least_margin
 from ncjax.peeled.optimum import solve_separation
 from ncjax.types import Array, DeepParams, Params
 
-# Largest K d for which the attainable norm is searched for numerically, in seconds.
-_SEARCHED = 100
+# Most classes for which the attainable norm is searched for, in a few seconds; starts.
+_SEARCHED, _STARTS = 12, 8
 
 
 def margin_ratio(params: Params | DeepParams, weights=None, *, value=None) -> Array:
@@ -37,8 +37,8 @@ def margin_ratio(params: Params | DeepParams, weights=None, *, value=None) -> Ar
     class sizes, $(K-1) \sqrt n$ for equal ones. The ratio is 1 if and only if `Z` is an
     optimal direction, with `|W|_F = |H|_F`: neural collapse for classes of equal size. For
     d = 2 V is the value of the regular polygon, and for other $d < K - 1$ the least value
-    that `solve_separation` finds by a search, computed once for each (K, d). Neither is
-    proved to be the least one.
+    that `solve_separation` finds by a search, up to K = 12, once for each (K, d). Neither
+    is proved to be the least one.
 
     **Several layers.** The default of V is the value of collapse, $\tfrac p2 \sum_i
     \sigma_i^{2/p}$ with the singular values of $P \operatorname{diag}(\sqrt{n_k})$, which
@@ -50,15 +50,15 @@ def margin_ratio(params: Params | DeepParams, weights=None, *, value=None) -> Ar
       params: `W` (K, d) and `H` (K, n, d); or `DeepParams`.
       weights: (K, n) or (K,) weights of the samples or classes, not negative. Samples of
         weight 0 are left out; other weights change nothing. None is 1 everywhere.
-      value: V for all these samples, if you know it: `solve_separation(counts, dim).value`.
+      value: V, if you know it, such as `solve_separation(counts, dim).value`.
 
     Returns:
       Scalar, float32 for half precision.
 
     Raises:
-      ValueError: shapes, dtypes or weights do not fit, or value is not positive. Without
-        value: the least width is below K - 1 and there are weights, or several layers, or
-        `K * d` is above 100 (d > 2), or d = 1 and K >= 3, so that no margin is positive.
+      ValueError: shapes, dtypes or weights do not fit, or value is not positive. Or it is
+        None, the least width is below K - 1, and there are weights, or several layers, or
+        more than 12 classes with d > 2, or d = 1, where $q_{\min}$ is never positive.
 
     Source: Ji et al. (ICLR 2022), Theorem 3.1; ncjax for classes of unequal size, for
     several layers and for small d.
@@ -70,12 +70,13 @@ def margin_ratio(params: Params | DeepParams, weights=None, *, value=None) -> Ar
     """
     params, weights = check_any_point(params, weights)
     params = at_unit_scale(params)
+    size = kernels.squared_norm(params)
     if value is None:
         value = _default_value(params, weights)
     else:
         check_positive("value", value, params.H.dtype)
         value = on_device(value, params.H.dtype)
-    bound = kernels.squared_norm(params) / (2 * value)
+    bound = size / (2 * value)
     if isinstance(params, DeepParams):
         return _margin_as_square(params, weights) / bound
     return kernels.least_margin(params, weights) / bound
@@ -89,7 +90,9 @@ def _margin_as_square(params: DeepParams, weights: Array | None) -> Array:
 
 
 def _default_value(params: Params | DeepParams, weights: Array | None) -> float | Array:
-    num_classes, width = params.H.shape[0], least_width(params)
+    """Return V for `margin_ratio`; raise ValueError if it is not known."""
+    num_classes, per_class, _ = params.H.shape
+    width = least_width(params)
     if width >= num_classes - 1:
         if isinstance(params, DeepParams):
             return collapse_value(params, weights)
@@ -97,30 +100,49 @@ def _default_value(params: Params | DeepParams, weights: Array | None) -> float 
     name = "the least width" if isinstance(params, DeepParams) else "dim"
     small = f"{name} is {width}, below K - 1 = {num_classes - 1}"
     if width == 1:
-        raise ValueError(f"{small}: one dimension separates two classes at most")
+        raise ValueError(
+            f"{small}: no point separates three classes in one dimension, take 2 or more"
+        )
     if isinstance(params, DeepParams):
-        raise ValueError(
-            f"{small}: collapse does not fit, pass value= with the least |Z|²/2 at margins "
-            "of 1"
-        )
-    if weights is not None:
-        raise ValueError(
-            f"{small}: with weights the default value is not known, pass "
-            "value=ncjax.solve_separation(counts, dim).value"
-        )
-    if width > 2 and num_classes * width > _SEARCHED:
-        raise ValueError(
-            f"{small}: a search for the least norm takes long for K * dim above "
-            f"{_SEARCHED}, got {num_classes * width}; pass value="
-        )
-    return _searched_value(num_classes, width) * math.sqrt(params.H.shape[1])
+        reason = "collapse does not fit"
+    elif weights is not None:
+        reason = "with weights no attainable norm is known"
+    else:
+        value = attainable_value(num_classes, per_class, width)
+        if value is not None:
+            return value
+        reason = f"no attainable norm is known for K above {_SEARCHED} and d > 2"
+    raise ValueError(
+        f"{small}: {reason}; pass value= with the least |Z|²/2 at margins of 1, such as "
+        "ncjax.solve_separation(...).value"
+    )
+
+
+def attainable_value(num_classes: int, per_class: int, dim: int) -> float | None:
+    """Return V of two factors and classes of equal size; None if it is not known."""
+    root = math.sqrt(per_class)
+    if dim >= num_classes - 1:
+        return (num_classes - 1) * root
+    if dim == 1 or (dim > 2 and num_classes > _SEARCHED):
+        return None
+    return root * _value_in_few_dimensions(num_classes, dim)
+
+
+def value_or_bound(params: Params) -> float:
+    """Return V for classes of equal size; `v(n)`, its lower bound, where V is not known.
+
+    With it `margin_ratio` is defined for all shapes, and at most 1.
+    """
+    num_classes, per_class, dim = params.H.shape
+    value = attainable_value(num_classes, per_class, dim)
+    return (num_classes - 1) * math.sqrt(per_class) if value is None else value
 
 
 @lru_cache
-def _searched_value(num_classes: int, dim: int) -> float:
-    """V of one sample a class; n samples have √n times this value."""
+def _value_in_few_dimensions(num_classes: int, dim: int) -> float:
+    """Return V at one sample a class, also while JAX traces a function."""
     with jax.ensure_compile_time_eval():
-        return solve_separation((1,) * num_classes, dim).value
+        return solve_separation((1,) * num_classes, dim, starts=_STARTS).value
 
 
 def least_width(params: Params | DeepParams) -> int:
