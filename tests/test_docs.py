@@ -39,7 +39,7 @@ PRIVATE = {
     *(f"command.{name}" for name in ("arguments", "arrays", "certify", "compare")),
     *(f"command.{name}" for name in ("device", "flow", "layers", "measure", "output")),
     *("curvature.inputs", "curvature.lanczos", "curvature.meter"),
-    *("flow.block_solve", "flow.saving", "flow.settle", "flow.steps"),
+    *("flow.block_solve", "flow.points", "flow.saving", "flow.settle", "flow.steps"),
     *("networks.grouping", "networks.winograd"),
     *("peeled.kernels", "peeled.logits", "peeled.samples", "objectives.settings"),
     *("peeled.factors", "peeled.search", "peeled.multipliers"),

@@ -2,15 +2,20 @@ r"""The flow's equation on the clock x, for a scaled state Y that hardly moves.
 
 With $x = \log(1 + \log(1 + t))$ and $u = \log(1 + t) = e^x - 1$ the flow is $dZ/dx = -s
 \nabla \log \mathcal L(Z)$, $s = (1 + u)\, e^{u + \log \mathcal L}$. Since $|Z|^2$ grows
-like u, the solvers follow $Y = e^{-x/2} Z$,
+like $u^{2/p}$, where p is the number of factors (2 for `Params`, L + 1 for `DeepParams`),
+the solvers follow $Y = e^{-x/p} Z$,
 
-$$\frac{dY}{dx} = -s\, e^{-x/2}\, \nabla \log \mathcal L(e^{x/2} Y) - \frac{Y}{2}.$$
+$$\frac{dY}{dx} = -s\, e^{-x/p}\, \nabla \log \mathcal L(e^{x/p} Y) - \frac{Y}{p}.$$
+
+The gradient of a function of the margins is homogeneous of degree p - 1 at fixed slopes:
+with the products of the factors of Y in place of Z its factor is $s\, e^{(1 - 2/p) x}$. It
+stays bounded, because $u + \log \mathcal L$ falls like $-(2 - 2/p) \log u$.
 
 Because s contains the loss, the rank-one terms of $\nabla^2 \log \mathcal L$ and of $\nabla
-s$ cancel, and the Jacobian is exactly $-s\, \nabla^2 \mathcal L / \mathcal L - I/2$.
+s$ cancel, and the Jacobian is exactly $-s\, \nabla^2 \mathcal L / \mathcal L - I/p$.
 
 $\mathcal L$ is the cross entropy or the focal loss, a sum over samples with weights. If the
-loss of a sample decays like $e^{-\chi m}$ in its margin m, s stays bounded for any
+loss of a sample decays like $e^{-\chi m}$ in its margin m, the factor stays bounded for any
 $\chi > 0$.
 """
 
@@ -20,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from ncjax.flow import block_solve
+from ncjax.flow.points import Point, as_deep, degree, like
 from ncjax.flow.rosenbrock import Rodas5P
 from ncjax.numerics import einsum, on_device
 from ncjax.objectives import Objective
@@ -59,19 +65,27 @@ def clock(log_times: Array) -> Array:
     return jnp.log1p(jax.nn.softplus(log_times))
 
 
-def unscaled(x: Array, scaled: Params) -> Params:
-    """Return `Z = e^{x/2} Y`; with -x in place of x, Y for Z."""
-    return jax.tree.map(lambda leaf: jnp.exp(x / 2) * leaf, scaled)
+def unscaled(x: Array, scaled: Point) -> Point:
+    """Return `Z = e^{x/p} Y`; with -x in place of x, Y for Z."""
+    p = degree(scaled)
+    return jax.tree.map(lambda leaf: jnp.exp(x / p) * leaf, scaled)
 
 
-def field(x, scaled: Params, loss: Loss = CROSS_ENTROPY) -> Params:
-    """`dY/dx`. The loss depends on `W h` alone, so W takes the scale of both factors."""
-    W, H = scaled
-    log_loss, P, _ = error_slopes(Params(jnp.exp(x) * W, H), *loss)
-    P = speed(x, log_loss) * P
-    dW = einsum("kij,kid->jd", P, H)
-    dH = einsum("kij,jd->kid", P, W)
-    return Params(-dW - W / 2, -dH - H / 2)
+def field(x, scaled: Point, loss: Loss = CROSS_ENTROPY) -> Point:
+    """`dY/dx`. The loss depends on the logits alone: the last layer takes all scales."""
+    p, (layers, H) = degree(scaled), as_deep(scaled)
+    inputs = [H]  # of each layer
+    for W in layers[:-1]:
+        inputs.append(einsum("kid,ed->kie", inputs[-1], W))
+    log_loss, P, _ = error_slopes(Params(jnp.exp(x) * layers[-1], inputs[-1]), *loss)
+    rate = speed(x, log_loss)
+    P = (rate if p == 2 else rate * jnp.exp((1 - 2 / p) * x)) * P
+    slopes = []  # of each layer, from the last to the first
+    for W, h in zip(reversed(layers), reversed(inputs), strict=True):
+        slopes.append(einsum("kij,kid->jd", P, h))
+        P = einsum("kij,jd->kid", P, W)
+    slope = like(scaled, slopes[::-1], P)
+    return jax.tree.map(lambda slope, leaf: -slope - leaf / p, slope, scaled)
 
 
 def speed(x: Array, log_loss: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,32 +10,33 @@ import numpy as np
 
 from ncjax.arrays import as_array, read_array
 from ncjax.checks import check_integer, check_positive
-from ncjax.numerics import on_device
+from ncjax.flow.points import Point, check_any_params, last_factors
+from ncjax.numerics import on_device, widen
 from ncjax.peeled.kernels import cross_entropy, log_cross_entropy
-from ncjax.peeled.weights import check_point
-from ncjax.types import Array, Params
+from ncjax.peeled.weights import check_weights, without_left_out
+from ncjax.types import Array
 
 
-class DescentSolution(NamedTuple):
+class DescentSolution(NamedTuple, Generic[Point]):
     """Gradient descent at the T requested step counts."""
 
     steps: Array  # (T,)    number of steps taken (int32)
     log_times: Array  # (T,)    log of steps x step size, the flow's log t
-    params: Params | None  # (T, ...) state, None if `record` was given
+    params: Point | None  # (T, ...) state, None if `record` was given
     recorded: Any  # (T, ...) record(params), None if it was not given
     log_loss: Array  # (T,)    log L
-    final: Params  # state after the last step
+    final: Point  # state after the last step
 
 
 def gradient_descent(
-    params: Params,
+    params: Point,
     step_size: float,
     num_steps: int,
     *,
     weights=None,
     save_steps=None,
-    record: Callable[[Params], Any] | None = None,
-) -> DescentSolution:
+    record: Callable[[Point], Any] | None = None,
+) -> DescentSolution[Point]:
     r"""Gradient descent $Z_{s+1} = Z_s - \eta \nabla \mathcal L(Z_s)$, one compiled loop.
 
     This is the explicit Euler discretisation of `gradient_flow`, with $t = s \eta$, and
@@ -43,7 +44,8 @@ def gradient_descent(
     log t = 20.
 
     Args:
-      params: start, `W` (K, d) and `H` (K, n, d). Half precision is descended in float32.
+      params: start, `W` (K, d) and `H` (K, n, d), or `DeepParams`. Half precision is
+        descended in float32.
       step_size: eta, positive.
       num_steps: number of steps, at least 1.
       weights: (K, n) or (K,) weights of the samples or classes in the loss, not negative.
@@ -67,7 +69,9 @@ def gradient_descent(
     >>> ncjax.gradient_descent(start, 0.1, 1000).params.H.shape[1:]
     (3, 2, 4)
     """
-    params, weights = check_point(params, weights, finite=True)
+    params = widen(check_any_params(params, finite=True))
+    weights = check_weights(weights, params)
+    params = without_left_out(params, weights)
     check_integer("num_steps", num_steps, least=1)
     if num_steps >= 2**31:
         raise ValueError(f"num_steps must be below 2**31, got {num_steps}")
@@ -97,14 +101,14 @@ def gradient_descent(
 @partial(jax.jit, static_argnums=5)
 def _descend(params, weights, step_size, steps, num_steps, record):
     def step(_index, state):
-        gradient = jax.grad(cross_entropy)(state, weights)
+        gradient = jax.grad(lambda z: cross_entropy(last_factors(z), weights))(state)
         return jax.tree.map(lambda leaf, g: leaf - step_size * g, state, gradient)
 
     def until_saved(carry, target):
         state, done = carry
         state = jax.lax.fori_loop(done, target, step, state)
         recorded = state if record is None else record(state)
-        return (state, target), (recorded, log_cross_entropy(state, weights))
+        return (state, target), (recorded, log_cross_entropy(last_factors(state), weights))
 
     start = (params, jnp.zeros((), jnp.int32))
     (state, done), (recorded, log_loss) = jax.lax.scan(until_saved, start, steps)

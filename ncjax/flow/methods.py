@@ -12,7 +12,7 @@ from ncjax.checks import check_choice
 from ncjax.flow import settle, steps
 from ncjax.flow.clock import LINEARLY_IMPLICIT
 from ncjax.flow.stabilised import Stabilised4
-from ncjax.types import Array, Params
+from ncjax.types import Array, DeepParams, Params
 
 
 class Finish(NamedTuple):
@@ -21,7 +21,7 @@ class Finish(NamedTuple):
     # Length of x before a saved time where the state to start from is kept.
     lead: float
     # (x_before, before, x, interpolated, *, rtol, atol, initial, loss) -> Z at x
-    improve: Callable[..., Params]
+    improve: Callable[..., Params | DeepParams]
 
 
 class Method(NamedTuple):
@@ -117,13 +117,41 @@ def choose_solver(
     small = size <= _LARGEST_SYSTEM and jnp.dtype(dtype) == jnp.float64
     if far and small and not focal:
         return "implicit"
+    return _explicit_solver(log_t_max, rtol)
+
+
+def choose_solver_for(
+    params: Params | DeepParams,
+    log_t_max: float,
+    rtol: float | None = None,
+    *,
+    focal: bool = False,
+) -> str:
+    """Return the name of the fastest solver for a start of any depth.
+
+    Args:
+      params: start without a leading axis; its shapes and dtype decide.
+      log_t_max: natural logarithm of the last time.
+      rtol: relative tolerance of a step, None for the default.
+      focal: whether the loss is the focal loss.
+
+    Returns:
+      A key of METHODS, as `choose_solver` does for two factors.
+    """
+    if isinstance(params, DeepParams):
+        return _explicit_solver(log_t_max, rtol)
+    num_classes, dim = params.W.shape
+    return choose_solver(num_classes, dim, log_t_max, params.W.dtype, rtol, focal=focal)
+
+
+def _explicit_solver(log_t_max: float, rtol: float | None) -> str:
     loose = rtol is None or rtol >= _STABILISED_RTOL
     return "stabilised" if loose and log_t_max >= _STABILISED_FROM else "explicit"
 
 
 def find_method(
     solver: str | diffrax.AbstractSolver,
-    params: Params,
+    params: Params | DeepParams,
     log_times,
     rtol,
     *,
@@ -141,10 +169,16 @@ def find_method(
             'solver "implicit" has the Hessian of the cross entropy alone, got the focal '
             'loss: use solver="auto"'
         )
+    if isinstance(params, DeepParams) and method.needs_curvature:
+        raise ValueError(
+            'solver "implicit" is for ncjax.Params, got DeepParams: use solver="auto"'
+        )
     return method
 
 
-def _find_method(solver, params: Params, log_times, rtol, focal: bool) -> Method:
+def _find_method(
+    solver, params: Params | DeepParams, log_times, rtol, focal: bool
+) -> Method:
     if isinstance(solver, diffrax.AbstractSolver):
         other = METHODS["explicit"]._replace(solver=solver)
         return next((m for m in METHODS.values() if m.solver == solver), other)
@@ -154,7 +188,5 @@ def _find_method(solver, params: Params, log_times, rtol, focal: bool) -> Method
         traced = any(isinstance(t, jax.core.Tracer) for t in jax.tree.leaves(log_times))
         last = 0.0 if traced else float(read_array("log_times", log_times)[-1])
         tolerance = 0.0 if isinstance(rtol, jax.core.Tracer) else float(rtol)
-        num_classes, dim = params.W.shape
-        dtype = params.W.dtype
-        solver = choose_solver(num_classes, dim, last, dtype, tolerance, focal=focal)
+        solver = choose_solver_for(params, last, tolerance, focal=focal)
     return METHODS[solver]

@@ -95,7 +95,7 @@ def follow(
         _check_direction(params)
     times = _check_times(times, dtype)
     rtol = steps.relative_tolerance(rtol, dtype)
-    relative, absolute = steps.tolerances(params, weights, rtol, atol)
+    relative, absolute = steps.tolerances(Params(params.W, params.H), weights, rtol, atol)
     check_count("max_steps", max_steps, least=1)
     return _integrate(
         params,

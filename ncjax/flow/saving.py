@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ncjax.flow import invariants
 from ncjax.flow.clock import Loss, unscaled
 from ncjax.flow.methods import Finish
-from ncjax.types import Array, Params
+from ncjax.types import Array, DeepParams, Params
 
 
 class Saved(NamedTuple):
@@ -20,7 +20,7 @@ class Saved(NamedTuple):
 
     drift: invariants.InvariantDrift  # (T,) of the states that the solver interpolated
     observed: Any  # (T, ...) values of `observe`; integers may be floats
-    final: Params  # state at the last time
+    final: Params | DeepParams  # state at the last time
 
 
 class Plan(NamedTuple):
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 
 def plan(
     observe,
-    initial: Params,
+    initial: Params | DeepParams,
     x_save: Array,
     x_start: Array,
     finish: Finish | None,
@@ -60,7 +60,7 @@ def plan(
     return _observe_when_finished(observe, initial, x_save, x_before, improve)
 
 
-def _observe_while_solving(observe, initial: Params, x_save: Array) -> Plan:
+def _observe_while_solving(observe, initial: Params | DeepParams, x_save: Array) -> Plan:
     """Keep `observe(Z)` alone, so that no state needs memory."""
 
     def save(x, scaled, _args):
@@ -78,7 +78,7 @@ def _observe_while_solving(observe, initial: Params, x_save: Array) -> Plan:
 
 
 def _observe_when_finished(
-    observe, initial: Params, x_save: Array, x_before: Array, improve
+    observe, initial: Params | DeepParams, x_save: Array, x_before: Array, improve
 ) -> Plan:
     """Keep the states, and observe them once the solve is over and they are improved."""
 

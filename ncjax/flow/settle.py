@@ -6,9 +6,10 @@ import jax.numpy as jnp
 
 from ncjax.flow.clock import LINEARLY_IMPLICIT, Loss, field, unscaled
 from ncjax.flow.invariants import restore
+from ncjax.flow.points import Point, last_factors
 from ncjax.flow.steps import finite_or_infinite_norm
 from ncjax.peeled.kernels import log_cross_entropy, squared_norm
-from ncjax.types import Array, Params
+from ncjax.types import Array
 
 # Length of x before a saved time over which the implicit solver takes two steps.
 LENGTH = 0.03
@@ -17,8 +18,8 @@ _EQUILIBRIUM_FROM = 1e6
 
 
 def settle(
-    x_before, before, x, interpolated, *, rtol, atol, initial: Params, loss: Loss
-) -> Params:
+    x_before, before, x, interpolated, *, rtol, atol, initial: Point, loss: Loss
+) -> Point:
     """Return `Z` at `x`, from `Y` interpolated at `x` and at `x_before`.
 
     Interpolation within a long step leaves an error in the stiff components; in a margin
@@ -45,7 +46,7 @@ def settle(
     return restore(unscaled(x, scaled), initial)
 
 
-def _on_loss(x: Array, scaled: Params, loss: Loss) -> Params:
+def _on_loss(x: Array, scaled: Point, loss: Loss) -> Point:
     r"""Return `Y` with the norm at which the loss is in equilibrium, at large u only.
 
     $d(u + \log \mathcal L)/dx = (1 + u)(1 - e^{u + \log \mathcal L} |\nabla \log \mathcal
@@ -55,8 +56,11 @@ def _on_loss(x: Array, scaled: Params, loss: Loss) -> Params:
     """
     u = jnp.expm1(x)
     params = unscaled(x, scaled)
-    log_loss, slope = jax.value_and_grad(log_cross_entropy)(params, loss.weights)
+    log_loss, slope = jax.value_and_grad(
+        lambda z: log_cross_entropy(last_factors(z), loss.weights)
+    )(params)
     excess = u + log_loss + jnp.log(squared_norm(slope))
-    radial = sum(jnp.sum(p * g) for p, g in zip(params, slope, strict=True))
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(slope), strict=True)
+    radial = sum(jnp.sum(p * g) for p, g in pairs)
     factor = jnp.where(u > _EQUILIBRIUM_FROM, 1 - excess / radial, 1)
     return jax.tree.map(lambda leaf: factor * leaf, scaled)

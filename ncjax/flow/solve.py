@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, overload
+from typing import Any, Generic, NamedTuple, overload
 
 import diffrax
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.arrays import as_array
-from ncjax.checks import check_count, check_installed, check_params
+from ncjax.checks import check_count, check_installed
 from ncjax.flow import outcome, regularised, saving, steps
 from ncjax.flow.clock import Loss, check_objective, clock, field, unscaled
 from ncjax.flow.invariants import InvariantDrift
@@ -20,23 +20,24 @@ from ncjax.flow.outcome import BAD_TIMES as BAD_TIMES
 from ncjax.flow.outcome import STEP_LIMIT as STEP_LIMIT
 from ncjax.flow.outcome import STEP_TOO_SMALL as STEP_TOO_SMALL
 from ncjax.flow.outcome import SUCCESS as SUCCESS
+from ncjax.flow.points import Point, check_any_params, last_factors
 from ncjax.numerics import on_device
 from ncjax.objectives import Objective
 from ncjax.objectives.objective import require_objective
 from ncjax.peeled.kernels import log_loss
 from ncjax.peeled.weights import check_weights, without_left_out
-from ncjax.types import Array, BiasedParams, Params
+from ncjax.types import Array, BiasedParams, DeepParams, Params
 
 
-class FlowSolution(NamedTuple):
+class FlowSolution(NamedTuple, Generic[Point]):
     """Gradient flow at the T requested times; entries not reached are NaN."""
 
     log_times: Array  # (T,)    natural logarithm of physical time
-    params: Params | None  # (T, ...) state, None if `record` was given
+    params: Point | None  # (T, ...) state, None if `record` was given
     recorded: Any  # (T, ...) record(params), None if it was not given
     log_loss: Array  # (T,)    log L, of the focal loss if it is the objective
     drift: InvariantDrift  # (T,)    change of the invariants since the start
-    final: Params  # state at the last time, start of a next leg; NaN if not reached
+    final: Point  # state at the last time, start of a next leg; NaN if not reached
     num_steps: Array  # ()      solver steps, rejected ones included
     num_rejected: Array  # ()      rejected steps
     result: Array  # ()      SUCCESS, STEP_LIMIT, STEP_TOO_SMALL or BAD_TIMES (int32)
@@ -44,7 +45,7 @@ class FlowSolution(NamedTuple):
 
 @overload
 def gradient_flow(
-    params: Params,
+    params: Point,
     log_times,
     *,
     times: None = None,
@@ -57,7 +58,7 @@ def gradient_flow(
     record: Callable[[Any], Any] | None = None,
     max_steps: int = 1_000_000,
     progress: bool = False,
-) -> FlowSolution: ...
+) -> FlowSolution[Point]: ...
 
 
 @overload
@@ -79,7 +80,7 @@ def gradient_flow(
 
 
 def gradient_flow(
-    params: Params | BiasedParams,
+    params: Params | DeepParams | BiasedParams,
     log_times=None,
     *,
     times=None,
@@ -106,7 +107,9 @@ def gradient_flow(
 
     $$\frac{dZ}{dx} = -(1 + u)\, e^{u + \log \mathcal L(Z)}\, \nabla \log \mathcal L(Z),$$
 
-    which gives the same trajectory with every quantity finite. The stiffness of the
+    which gives the same trajectory with every quantity finite. The solvers follow the state
+    at rest, $Y = e^{-x/p} Z$ with the number p of factors: 2 for `Params`, L + 1 for
+    `DeepParams` (`ncjax.flow.clock` has the equation of Y). The stiffness of the
     equation grows in proportion to $\log t$. An explicit solver takes about 0.4 steps
     (Tsit5, six gradients each) or 0.1 steps (`Stabilised4`, twelve each) per unit of
     $\log t$; its margins are accurate to about rtol times $\log t$. The linearly implicit
@@ -122,8 +125,9 @@ def gradient_flow(
     `result`) does not affect the others. Reverse-mode differentiable.
 
     Args:
-      params: start `Z(t_0)`, `W` (K, d) and `H` (K, n, d). Its dtype is used throughout.
-        With `times` and an objective with a bias, `BiasedParams`.
+      params: start `Z(t_0)`, `W` (K, d) and `H` (K, n, d), or `DeepParams` with
+        `log_times`. Its dtype is used throughout. With `times` and an objective with a
+        bias, `BiasedParams`.
       log_times: (T,) strictly increasing natural logarithms of the physical time t;
         `-inf` is t = 0. Useful to 1e6 and beyond in float64, to about 3e4 in float32.
       times: (T,) increasing plain times t >= 0, instead of `log_times`.
@@ -145,6 +149,7 @@ def gradient_flow(
         3e4 max(1, K d / 150)² and K d at most 2000; else "stabilised" if log t is at least
         2000 and rtol at least 1e-9; else, and for traced times, "explicit". For the focal
         loss "auto" does not choose "implicit", which has the Hessian of the cross entropy.
+        For `DeepParams` there is no "implicit" solver.
       record: function of the state; its value (any pytree of arrays) is saved instead of
         the state. It is compiled in: pass the same function object to compile once.
       max_steps: bound on the solver's steps, rejected ones included.
@@ -154,10 +159,10 @@ def gradient_flow(
       `FlowSolution`; `ObjectiveFlow` with `times`.
 
     Raises:
-      ValueError: both or neither of log_times and times are given; shapes, dtypes or
-        weights do not fit; the objective does not go with log_times; the solver is unknown
-        or does not fit the loss; or (outside jit) times do not increase, tolerances are not
-        positive, or params hold NaN or infinity.
+      ValueError: both or neither of log_times and times are given; times are given with
+        `DeepParams`; shapes, dtypes or weights do not fit; the objective does not go with
+        log_times; the solver is unknown or does not fit the loss; or (outside jit) times do
+        not increase, tolerances are not positive, or params hold NaN or infinity.
       ModuleNotFoundError: progress is set and tqdm is not installed.
 
     Source: the flow is equation (4) of Ji et al. (ICLR 2022); the clock is ncjax's.
@@ -177,6 +182,11 @@ def gradient_flow(
         require_objective(objective)
     if times is not None:
         _check_starts_at_zero(start_log_time)
+        if isinstance(params, DeepParams):
+            raise ValueError(
+                "times need ncjax.Params or BiasedParams, got DeepParams: follow several "
+                "layers with log_times, natural logarithms of the times"
+            )
         return regularised.follow(
             params,
             times,
@@ -189,20 +199,20 @@ def gradient_flow(
             max_steps=max_steps,
             progress=progress,
         )
-    params = check_params(params, finite=True)  # type: ignore[arg-type]
-    dtype = params.W.dtype
+    start = check_any_params(params, finite=True)  # type: ignore[type-var]
+    dtype = start.W.dtype
     if dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"params must be float32 or float64, got {dtype}")
-    loss = Loss(check_weights(weights, params), check_objective(objective, dtype))
-    params = Params(*without_left_out(params, loss.weights))
+    loss = Loss(check_weights(weights, start), check_objective(objective, dtype))
+    start = without_left_out(start, loss.weights)
     requested = log_times
     log_times = _check_log_times(requested, start_log_time, dtype)
     rtol = steps.relative_tolerance(rtol, dtype)
-    relative, absolute = steps.tolerances(params, loss.weights, rtol, atol)
-    method = find_method(solver, params, requested, rtol, focal=loss.gamma is not None)
+    relative, absolute = steps.tolerances(start, loss.weights, rtol, atol)
+    method = find_method(solver, start, requested, rtol, focal=loss.gamma is not None)
     check_count("max_steps", max_steps, least=1)
     return _integrate(
-        params,
+        start,
         loss,
         log_times,
         on_device(start_log_time, dtype),  # JAX checks no -inf that is only transferred
@@ -259,10 +269,10 @@ def _integrate(
     )
 
 
-def _observe(record, loss: Loss, state: Params):
+def _observe(record, loss: Loss, state: Params | DeepParams):
     """Return the reported values of a state: `record(Z)`, or Z itself, and log L."""
     recorded = state if record is None else record(state)
-    return jax.tree.map(jnp.asarray, (recorded, log_loss(state, *loss)))
+    return jax.tree.map(jnp.asarray, (recorded, log_loss(last_factors(state), *loss)))
 
 
 def _on_clock(start: Array, log_times: Array) -> tuple[Array, Array, Array]:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from ncjax.checks import check_positive
 from ncjax.numerics import at_unit_scale, power_of_two
 from ncjax.peeled.kernels import squared_norm
-from ncjax.types import Array, Params
+from ncjax.types import Array, DeepParams, Params
 
 # The controller corrects the first step within a few trials; diffrax's own guess would
 # turn a start of NaN into a step of NaN, which never ends.
@@ -34,7 +34,8 @@ def least_step(x_start: Array, x_last: Array) -> Array:
 
 def finite_or_infinite_norm(error) -> Array:
     """Return the root mean square, infinity for NaN: an overflowing step is rejected."""
-    mean = sum(jnp.sum(leaf**2) for leaf in error) / sum(leaf.size for leaf in error)
+    leaves = jax.tree.leaves(error)
+    mean = sum(jnp.sum(leaf**2) for leaf in leaves) / sum(leaf.size for leaf in leaves)
     norm = jnp.where(mean > 0, jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
     return jnp.where(jnp.isnan(mean), jnp.inf, norm)
 
@@ -47,14 +48,16 @@ def relative_tolerance(rtol, dtype):
     return rtol
 
 
-def tolerances(params, weights: Array | None, rtol, atol) -> tuple[Array, Array]:
+def tolerances(
+    params: Params | DeepParams, weights: Array | None, rtol, atol
+) -> tuple[Array, Array]:
     """Return the relative and the absolute tolerance of a step, in the dtype of params.
 
     Entries of samples that are left out lower the norm of the error. The tolerances are
     lowered by the same factor.
 
     Args:
-      params: start that is checked already.
+      params: `Params` or `DeepParams`, a start that is checked already.
       weights: (K, n) weights or None.
       rtol: relative tolerance.
       atol: absolute tolerance; None takes `rtol`, times the root mean square of the entries
@@ -75,18 +78,22 @@ def tolerances(params, weights: Array | None, rtol, atol) -> tuple[Array, Array]
 
 
 def _share_of_entries(params, weights: Array | None) -> Array | None:
-    """Return the share of entries of samples with positive weight and of W, None for 1."""
+    """Return the share of entries of samples with positive weight and of layers, or None.
+
+    None is a share of 1.
+    """
     if weights is None:
         return None
-    (num_classes, _), left_out = params.W.shape, jnp.sum(weights == 0)
-    rows = num_classes + weights.size
+    left_out, dim = jnp.sum(weights == 0), params.H.shape[-1]
+    rows = sum(leaf.size for leaf in jax.tree.leaves(params)) / dim
     return 1 - left_out.astype(weights.dtype) / rows
 
 
 def _absolute_tolerance(params, rtol, share: Array | None) -> Array:
     """Return `rtol`, times the root mean square of the entries if that is below 1."""
-    params = jax.lax.stop_gradient(Params(params.W, params.H))
-    mean = squared_norm(at_unit_scale(params)) / sum(leaf.size for leaf in params)
+    params = jax.lax.stop_gradient(params)
+    entries = sum(leaf.size for leaf in jax.tree.leaves(params))
+    mean = squared_norm(at_unit_scale(params)) / entries
     mean = mean if share is None else mean / share
     size = power_of_two(params) * jnp.sqrt(mean)
     return jnp.maximum(rtol * jnp.minimum(size, 1), float(jnp.finfo(size.dtype).tiny))
