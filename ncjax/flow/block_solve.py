@@ -15,14 +15,21 @@ from ncjax.numerics import matmul
 from ncjax.types import Array, Params
 
 
-class Factored(NamedTuple):
-    """`I + c ∇²L/L`, prepared for `solve`; N = K n samples."""
+class Eliminated(NamedTuple):
+    """`I + c ∇²L/L` with the features eliminated; N = K n samples."""
 
     params: Params  # W (K, d), H (K, n, d)
     c: Array  # ()
     P: Array  # (N, K)        slopes of each sample's weighted loss in its logits, over L
     E: Array  # (N, K, K)     (I + c D_a W Wᵀ)⁻¹ D_a
-    schur: Array  # (K d, K d)    inverse of the Schur complement, the matrix for dW
+    coupling: Array  # (K d, K d)    of dW: the Schur complement is I + c coupling
+
+
+class Factored(NamedTuple):
+    """`I + c ∇²L/L`, prepared for `solve`."""
+
+    eliminated: Eliminated
+    schur: Array  # (K d, K d)    inverse of the Schur complement
 
 
 def factor(
@@ -32,6 +39,25 @@ def factor(
     weights: Array | None = None,
 ) -> Factored:
     r"""Prepare $I + c\, \nabla^2 \mathcal L / \mathcal L$ for `solve`.
+
+    Args: as `eliminate`.
+
+    Returns:
+      `Factored`; NaN or wrong if the matrix is singular.
+    """
+    eliminated = eliminate(params, slopes, c, weights)
+    size, dim = params.W.size, params.W.shape[1]
+    schur = jnp.eye(size, dtype=params.W.dtype) + c * eliminated.coupling
+    return Factored(eliminated, inverse(schur, dim))
+
+
+def eliminate(
+    params: Params,
+    slopes: tuple[Array, Array, Array],
+    c: Array,
+    weights: Array | None = None,
+) -> Eliminated:
+    r"""Eliminate the features from $I + c\, \nabla^2 \mathcal L / \mathcal L$.
 
     With the slopes $P_a = \nabla \ell_a / \mathcal L$ and curvatures $D_a = \nabla^2
     \ell_a / \mathcal L$ of each sample's weighted loss in its logits $W h_a$, and $E_a =
@@ -47,7 +73,7 @@ def factor(
       weights: (K, n) weights of the samples, None for 1.
 
     Returns:
-      `Factored`; NaN or wrong if the matrix is singular.
+      `Eliminated`; NaN or wrong if a block of a sample is singular.
 
     Source: ncjax.
     """
@@ -75,10 +101,9 @@ def factor(
     outer_h = h[:, :, None] * h[:, None, :]
     outer_P = P[:, :, None] * P[:, None, :]
     inner = c * WEW - jnp.eye(dim, dtype=W.dtype)[None]
-    schur = kron(E, outer_h) - c * (cross + cross.T) + c * kron(outer_P, inner)
-    schur = jnp.eye(size, dtype=W.dtype) + c * schur
-    chex.assert_shape([WEW, schur], [(samples, dim, dim), (size, size)])
-    return Factored(params, c, P, E, inverse(schur, dim))
+    coupling = kron(E, outer_h) - c * (cross + cross.T) + c * kron(outer_P, inner)
+    chex.assert_shape([WEW, coupling], [(samples, dim, dim), (size, size)])
+    return Eliminated(params, c, P, E, coupling)
 
 
 def solve(factored: Factored, right: Params) -> Params:
@@ -91,20 +116,37 @@ def solve(factored: Factored, right: Params) -> Params:
     Returns:
       `X`, shaped as the params.
     """
-    (W, H), c, P, E, schur = factored
+    eliminated, schur = factored
+    p, rest = eliminate_right(eliminated, right)
+    dW = matmul(schur, rest.reshape(-1)).reshape(right.W.shape)
+    return Params(dW, features(eliminated, right.H, p, dW))
+
+
+def eliminate_right(eliminated: Eliminated, right: Params) -> tuple[Array, Array]:
+    """Return the response of the logits' slopes with dW = 0, and the right side for dW.
+
+    They have shapes (N, K) and (K, d).
+    """
+    (W, H), c, P, E, _ = eliminated
     h = H.reshape(-1, W.shape[1])
     r = right.H.reshape(h.shape)
-    # Response of the logits' slopes to the right-hand side alone, with dW = 0.
     p = matmul(E, matmul(r, W.T)[..., None])[..., 0]
     chex.assert_shape([r, p], [h.shape, P.shape])
     rest = (
         right.W - c * matmul(P.T, r) - c * (matmul(p.T, h) - c * matmul(matmul(P.T, p), W))
     )
-    dW = matmul(schur, rest.reshape(-1)).reshape(W.shape)
+    return p, rest
+
+
+def features(eliminated: Eliminated, right: Array, p: Array, dW: Array) -> Array:
+    """Return dH for dW, the right side (K, n, d) and `p` of `eliminate_right`."""
+    (W, H), c, P, E, _ = eliminated
+    h = H.reshape(-1, W.shape[1])
+    r = right.reshape(h.shape)
     pulled = matmul(P, dW)
     p = p + matmul(E, (matmul(h, dW.T) - c * matmul(pulled, W.T))[..., None])[..., 0]
     dh = r - c * pulled - c * matmul(p, W)
-    return Params(dW, dh.reshape(H.shape))
+    return dh.reshape(H.shape)
 
 
 def _slopes_and_eliminated_curvatures(

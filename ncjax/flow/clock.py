@@ -24,13 +24,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ncjax.flow import block_solve
-from ncjax.flow.points import Point, as_deep, degree, like
+from ncjax.flow import block_solve, deep_solve
+from ncjax.flow.points import Point, as_deep, degree, last_factors, like
 from ncjax.flow.rosenbrock import Rodas5P
 from ncjax.numerics import einsum, on_device
 from ncjax.objectives import Objective
 from ncjax.peeled.kernels import error_slopes
-from ncjax.types import Array, Params
+from ncjax.types import Array, DeepParams, Params
 
 
 class Loss(NamedTuple):
@@ -95,18 +95,25 @@ def speed(x: Array, log_loss: Array) -> Array:
 
 
 def _factor(x, scaled, loss: Loss, c):
-    """`I - c J = (1 + c/2) (I + c s / (1 + c/2) ∇²L / L)` for cross entropy."""
+    """`I - c J = (1 + c/p) (I + c s / (1 + c/p) ∇²L / L)` for cross entropy."""
     params = unscaled(x, scaled)
-    slopes = error_slopes(params, loss.weights)
+    slopes = error_slopes(last_factors(params), loss.weights)
     log_loss, _, _ = slopes
-    outer = 1 + c / 2
+    outer = 1 + c / degree(params)
     inner = c / outer * speed(x, log_loss)
-    return outer, block_solve.factor(params, slopes, inner, loss.weights)
+    algebra = _algebra(params)
+    return outer, algebra.factor(params, slopes, inner, loss.weights)
 
 
 def _solve(factored, right):
     outer, inner = factored
-    return block_solve.solve(inner, jax.tree.map(lambda leaf: leaf / outer, right))
+    algebra = _algebra(right)
+    return algebra.solve(inner, jax.tree.map(lambda leaf: leaf / outer, right))
+
+
+def _algebra(params: Params | DeepParams):
+    """Return the module of the linear algebra for this kind of point."""
+    return deep_solve if isinstance(params, DeepParams) else block_solve
 
 
 def _time_derivative(x, scaled, loss: Loss):

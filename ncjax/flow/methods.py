@@ -169,10 +169,6 @@ def find_method(
             'solver "implicit" has the Hessian of the cross entropy alone, got the focal '
             'loss: use solver="auto"'
         )
-    if isinstance(params, DeepParams) and method.needs_curvature:
-        raise ValueError(
-            'solver "implicit" is for ncjax.Params, got DeepParams: use solver="auto"'
-        )
     return method
 
 
