@@ -66,9 +66,9 @@ from .peeled import DEEP_VERDICTS as DEEP_VERDICTS
 from .peeled import KKT as KKT
 from .peeled import VERDICTS as VERDICTS
 from .peeled import Certificate as Certificate
+from .peeled import DeepCertificate as DeepCertificate
 from .peeled import NearestCode as NearestCode
 from .peeled import PolygonSaddle as PolygonSaddle
-from .peeled import DeepCertificate as DeepCertificate
 from .peeled import Separation as Separation
 from .peeled import SoftmaxCode as SoftmaxCode
 from .peeled import balance as balance

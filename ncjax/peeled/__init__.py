@@ -24,9 +24,9 @@ from ncjax.peeled.geometry import simplex_etf as simplex_etf
 from ncjax.peeled.geometry import squared_norm as squared_norm
 from ncjax.peeled.losses import cross_entropy as cross_entropy
 from ncjax.peeled.losses import log_cross_entropy as log_cross_entropy
+from ncjax.peeled.margin_bound import margin_ratio as margin_ratio
 from ncjax.peeled.nearest import NearestCode as NearestCode
 from ncjax.peeled.nearest import nearest_code as nearest_code
-from ncjax.peeled.margin_bound import margin_ratio as margin_ratio
 from ncjax.peeled.optimum import Separation as Separation
 from ncjax.peeled.optimum import separation_value as separation_value
 from ncjax.peeled.optimum import solve_separation as solve_separation
