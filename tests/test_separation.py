@@ -256,7 +256,7 @@ def _dual(multipliers):
             r"number of samples of each of K >= 2 classes, such as \(4, 4, 1, 1\), got 4",
         ),
         ((4, 4, 1, 1), 1, "dim must be at least 2 for num_classes = 4, got 1: on a line"),
-        ((4,) * 50, 3, "at dim = 3 has 2750 unknowns and margins, more than 2000"),
+        ((4,) * 50, 3, "at dim = 3 has 2750 unknowns and margins, more than 1500"),
         ((4, 4), 0, "dim must be an integer of at least 1, got 0"),
     ],
 )

@@ -45,24 +45,29 @@ def softmax_codes(
     | name | $V / (\tfrac p2 n^{1/p})$ | rank |
     | --- | --- | --- |
     | simplex | $K - 1$ | K - 1 |
+    | polygon | $2 (\tfrac{g K}2)^{2/p}$ | 2 |
     | pairs | $\tfrac K2 2^{2/p}$ | K/2 |
     | simplices 3+2 | $\sum_i (b_i - 1) (\tfrac{b_i}{b_i - 1})^{2/p}$ | K - m |
-    | polygon | $2 (\tfrac{g K}2)^{2/p}$ | 2 |
-    | pairs + apex | the one of the pairs $+ (\tfrac{K-1}K)^{1/p}$ | 1 more |
+    | ... + q apexes | adds $q - 1 + (1 - \tfrac qK)^{1/p}$ | q more |
 
     - simplex: neural collapse, $M = P_K$.
-    - simplices: m blocks of $b_1 + b_2 + \dots = K$ classes, block-diagonal M with the
-      blocks $\tfrac{b_i}{b_i - 1} P_{b_i}$. Margins across blocks are 1.
-    - pairs: K/2 antipodal pairs, all $b_i = 2$.
     - polygon: $M_{jk} = g \cos \tfrac{2 \pi (j - k)}{K}$ with $g^{-1} = 1 - \cos
       \tfrac{2 \pi}K$.
-    - apex: blocks over the first K - 1 classes, and the last class alone on an axis, with
-      the column $e_K - \tfrac1K \mathbf 1$. Pairs + apex at K = 5 is the square pyramid.
+    - simplices: m >= 2 blocks of $b_1 + b_2 + \dots$ classes, block-diagonal M with the
+      blocks $\tfrac{b_i}{b_i - 1} P_{b_i}$. Margins across blocks are 1.
+    - pairs: antipodal pairs, all $b_i = 2$.
+    - apexes: the last q classes are no part of a block. Each has its column of $P_K$, and
+      its features are orthogonal to all features of the blocks. Pairs + apex at K = 5 is
+      the square pyramid.
 
-    **Which are minima.** For p = 2 only the simplex is a minimum once dim is above the rank
-    of a code; the others are strict saddles there. For p >= 3 a direction orthogonal to a
-    code has a positive eigenvalue, so a code that is a minimum at dim = rank stays one at
-    any dim.
+    **Which are minima.** With one more dimension than its rank, every code but the simplex
+    is a strict saddle for p = 2. For p >= 3 directions orthogonal to a code have a positive
+    eigenvalue, so a minimum at dim = rank is one at any dim. Searches at dim = rank, for
+    p = 2 and 3 and K <= 8, came back to the simplex, the polygon and the pairs with any
+    number of apexes. From the codes with a block of three or more they fell to smaller
+    norms. For p = 2 and $\tfrac K2 \le d \le K - 2$ the best points known are pairs with
+    $2d - K$ apexes, $V = \sqrt n \, (K - 1 + \sqrt{2 (K - d) / K})$. Both statements are
+    numerical.
 
     Args:
       num_classes: `K`, at least 2.
@@ -73,7 +78,7 @@ def softmax_codes(
       dtype: floating dtype of the params; JAX's default if None.
 
     Returns:
-      Dictionary from names to `SoftmaxCode`. Up to K = 12 it has blocks of all sizes from
+      Dictionary from names to `SoftmaxCode`. Up to K = 10 it has blocks of all sizes from
       2 on, beyond it blocks of one size.
 
     Raises:
@@ -81,7 +86,8 @@ def softmax_codes(
 
     Source: Jiang et al., "Generalized neural collapse for a large number of classes" (2023)
     for softmax codes; Súkeník, Lampert, Mondelli (NeurIPS 2024), Garrod and Keating (2025)
-    and Garrod et al. (arXiv 2605.23087) for depth. The block formulas are ncjax's.
+    and Garrod et al. (2026, arXiv 2605.23087) for depth. The formulas of blocks and apexes
+    are ncjax's.
 
     >>> import ncjax
     >>> codes = ncjax.softmax_codes(6, depth=2)

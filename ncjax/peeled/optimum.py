@@ -24,7 +24,7 @@ from ncjax.peeled.search import search
 from ncjax.types import Array, DeepParams, Params
 
 # Most unknowns and margins of a search together; this many take about a minute.
-_LARGEST = 2000
+_LARGEST = 1500
 
 
 _Point = TypeVar("_Point", bound=Params | DeepParams)

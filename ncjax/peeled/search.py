@@ -268,7 +268,13 @@ def _descend(problem: SeparationProblem, x: np.ndarray) -> np.ndarray | None:
         multipliers = np.maximum(0, multipliers - penalty * slack)
         penalty *= 1 if unmet < last / 4 else 2.5
         last = unmet
-    found = _polish(problem, x) if problem.slack(x).min() > -_NEAR else None
+    least = problem.slack(x).min()
+    if not -_NEAR < least < _NEAR:
+        return None
+    try:
+        found = _polish(problem, x)
+    except (RuntimeError, np.linalg.LinAlgError):  # no convergence of SciPy or LAPACK
+        return None
     if found is None:
         return None
     matrix = problem.matrix(found)
