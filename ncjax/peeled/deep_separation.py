@@ -47,7 +47,7 @@ DEEP_VERDICTS = (
 )
 
 # Most classes whose codes are all compared, in about a second.
-_MOST_CLASSES = 50
+_MOST_CLASSES = 20
 
 
 class DeepCertificate(NamedTuple):
@@ -85,7 +85,7 @@ def deep_certificate(
     minimum that is proved. For p >= 3 it is attained for K = 2 alone, and for K >= 3 no
     test decides whether a KKT direction is optimal: **the test of sigma_max does not
     apply**. A KKT direction is called not optimal if a code of `softmax_codes` has a
-    smaller norm (above 50 classes, or with weights: if collapse has), and undecided
+    smaller norm (above 20 classes, or with weights: if collapse has), and undecided
     otherwise.
 
     For p >= 3 collapse and other softmax codes can be stable side by side. A direction
