@@ -2,8 +2,9 @@
 
 `solve` holds `gradient_flow`, `clock` the equation that it solves, and `methods` the table
 of solvers: explicit (diffrax's Tsit5), `stabilised` and implicit (`rosenbrock`,
-`block_solve`). `regularised` follows objectives with weight decay or on a ball in plain
-time. `invariants` holds the conserved quantities, `descent` gradient descent.
+`block_solve`, `deep_solve`). `points` lets one code follow two factors or several layers.
+`regularised` follows objectives with weight decay or on a ball in plain time. `invariants`
+holds the conserved quantities, `descent` gradient descent.
 """
 
 from ncjax.flow.descent import DescentSolution as DescentSolution

@@ -11,6 +11,7 @@ from ncjax.arrays import read_array
 from ncjax.checks import check_choice
 from ncjax.flow import settle, steps
 from ncjax.flow.clock import LINEARLY_IMPLICIT
+from ncjax.flow.points import as_deep
 from ncjax.flow.stabilised import Stabilised4
 from ncjax.types import Array, DeepParams, Params
 
@@ -83,8 +84,9 @@ SOLVERS = ("auto", *METHODS)
 # bounds the step of a method of order 4, not stability.
 _STABILISED_FROM = 2e3
 _STABILISED_RTOL = 1e-9
-# From this log t on the implicit solver is the fastest. If its systems of K d unknowns are
-# larger than _IMPLICIT_SIZE, the threshold grows with the square of their size.
+# From this log t on the implicit solver is the fastest. If its systems, of K d unknowns or
+# of all entries of several layers, are larger than _IMPLICIT_SIZE, the threshold grows with
+# the square of their size.
 _IMPLICIT_FROM = 3e4
 _IMPLICIT_SIZE = 150
 _LARGEST_SYSTEM = 2000
@@ -112,12 +114,7 @@ def choose_solver(
     Returns:
       A key of METHODS.
     """
-    size = num_classes * dim
-    far = log_t_max >= _IMPLICIT_FROM * max(1.0, size / _IMPLICIT_SIZE) ** 2
-    small = size <= _LARGEST_SYSTEM and jnp.dtype(dtype) == jnp.float64
-    if far and small and not focal:
-        return "implicit"
-    return _explicit_solver(log_t_max, rtol)
+    return _choose(num_classes * dim, log_t_max, dtype, rtol, focal)
 
 
 def choose_solver_for(
@@ -130,21 +127,26 @@ def choose_solver_for(
     """Return the name of the fastest solver for a start of any depth.
 
     Args:
-      params: start without a leading axis; its shapes and dtype decide.
+      params: start without a leading axis; its shapes and its dtype decide.
       log_t_max: natural logarithm of the last time.
       rtol: relative tolerance of a step, None for the default.
-      focal: whether the loss is the focal loss.
+      focal: whether the loss is the focal loss, which has no implicit solver.
 
     Returns:
-      A key of METHODS, as `choose_solver` does for two factors.
+      A key of METHODS.
     """
-    if isinstance(params, DeepParams):
-        return _explicit_solver(log_t_max, rtol)
-    num_classes, dim = params.W.shape
-    return choose_solver(num_classes, dim, log_t_max, params.W.dtype, rtol, focal=focal)
+    layers, H = as_deep(params)
+    end_to_end = layers[-1].shape[0] * H.shape[-1]
+    size = max(sum(W.size for W in layers), end_to_end)
+    return _choose(size, log_t_max, H.dtype, rtol, focal)
 
 
-def _explicit_solver(log_t_max: float, rtol: float | None) -> str:
+def _choose(size: int, log_t_max: float, dtype, rtol: float | None, focal: bool) -> str:
+    """Return the name of the fastest solver for systems of `size` unknowns."""
+    far = log_t_max >= _IMPLICIT_FROM * max(1.0, size / _IMPLICIT_SIZE) ** 2
+    small = size <= _LARGEST_SYSTEM and jnp.dtype(dtype) == jnp.float64
+    if far and small and not focal:
+        return "implicit"
     loose = rtol is None or rtol >= _STABILISED_RTOL
     return "stabilised" if loose and log_t_max >= _STABILISED_FROM else "explicit"
 

@@ -114,9 +114,9 @@ def gradient_flow(
     (Tsit5, six gradients each) or 0.1 steps (`Stabilised4`, twelve each) per unit of
     $\log t$; its margins are accurate to about rtol times $\log t$. The linearly implicit
     solver takes about 300 steps to $\log t = 10^4$ and 50 more to $10^6$; each solves a
-    system of K d unknowns. At each saved time it takes two short steps over the last 0.03
-    of x, which bring every margin to the accuracy of float64, and restores the two
-    invariants of the flow (see `invariant_drift`).
+    system of K d unknowns, or of all entries of several layers. At each saved time it takes
+    two short steps over the last 0.03 of x, which bring every margin to the accuracy of
+    float64, and restores the invariants of the flow (see `invariant_drift`).
 
     The loss is the cross entropy or, by `objective`, the focal loss. With `weights` it is
     the weighted sum over samples, and classes may differ in size (`sample_weights`).
@@ -149,7 +149,8 @@ def gradient_flow(
         3e4 max(1, K d / 150)² and K d at most 2000; else "stabilised" if log t is at least
         2000 and rtol at least 1e-9; else, and for traced times, "explicit". For the focal
         loss "auto" does not choose "implicit", which has the Hessian of the cross entropy.
-        For `DeepParams` there is no "implicit" solver.
+        For `DeepParams` the number of entries of all layers, or K d_0 if it is larger,
+        stands for K d.
       record: function of the state; its value (any pytree of arrays) is saved instead of
         the state. It is compiled in: pass the same function object to compile once.
       max_steps: bound on the solver's steps, rejected ones included.
