@@ -282,6 +282,14 @@ def test_pairs_and_apexes_are_the_best_known_from_half_the_classes_on(num_classe
     assert best.value == pytest.approx(expected, rel=1e-13)
 
 
+def test_the_codes_in_closed_form_are_not_all_minima():
+    """K = 7 at four factors: a code of rank 3 is below the whole list."""
+    found = ncjax.solve_separation((1,) * 7, 3, depth=3, starts=4)
+    least = min(code.value for code in ncjax.softmax_codes(7, 3).values())
+    assert found.value / 2 == pytest.approx(5.146936, abs=1e-6)
+    assert found.value < 0.99 * least
+
+
 def test_the_seed_fixes_the_search():
     one, two = (ncjax.solve_separation((2, 1, 1, 1), 2, starts=3, seed=5) for _ in "ab")
     assert one.spread == two.spread

@@ -46,8 +46,8 @@ def softmax_codes(
     | --- | --- | --- |
     | simplex | $K - 1$ | K - 1 |
     | polygon | $2 (\tfrac{g K}2)^{2/p}$ | 2 |
-    | pairs | $\tfrac K2 2^{2/p}$ | K/2 |
-    | simplices 3+2 | $\sum_i (b_i - 1) (\tfrac{b_i}{b_i - 1})^{2/p}$ | K - m |
+    | pairs (m of them) | $m \, 2^{2/p}$ | m |
+    | simplices 3+2 | $\sum_i (b_i - 1) (\tfrac{b_i}{b_i - 1})^{2/p}$ | $\sum b_i - m$ |
     | ... + q apexes | adds $q - 1 + (1 - \tfrac qK)^{1/p}$ | q more |
 
     - simplex: neural collapse, $M = P_K$.
@@ -62,12 +62,15 @@ def softmax_codes(
 
     **Which are minima.** With one more dimension than its rank, every code but the simplex
     is a strict saddle for p = 2. For p >= 3 directions orthogonal to a code have a positive
-    eigenvalue, so a minimum at dim = rank is one at any dim. Searches at dim = rank, for
-    p = 2 and 3 and K <= 8, came back to the simplex, the polygon and the pairs with any
-    number of apexes. From the codes with a block of three or more they fell to smaller
-    norms. For p = 2 and $\tfrac K2 \le d \le K - 2$ the best points known are pairs with
-    $2d - K$ apexes, $V = \sqrt n \, (K - 1 + \sqrt{2 (K - d) / K})$. Both statements are
-    numerical.
+    eigenvalue, so a minimum at dim = rank is one at any dim. The following is numerical.
+
+    - Searches at dim = rank, for p = 2, 3 and 4 and K <= 8, came back to the simplex, the
+      polygon and the pairs with any number of apexes. From all codes with a block of three
+      or more they fell to smaller norms.
+    - For p = 2 and $\tfrac K2 \le d \le K - 2$ no start (K <= 12) ended below the pairs
+      with $2d - K$ apexes, $V = \sqrt n \, (K - 1 + \sqrt{2 (K - d) / K})$.
+    - The list is not complete. `ncjax.solve_separation` finds smaller norms for few
+      dimensions (K = 7, d = 3) and for odd K at four factors (K = 7, p = 4).
 
     Args:
       num_classes: `K`, at least 2.
