@@ -188,13 +188,16 @@ CALLS = {
         ).params
     ),
     "weights.sample_weights": lambda p: ncjax.sample_weights((N,) * K, dtype=p.W.dtype),
-    "nearest.nearest_code": lambda p: ncjax.nearest_code(p.params),
+    "nearest.nearest_code": lambda p: ncjax.nearest_code(p.params)[1:],
     "polygon.polygon_saddle": lambda p: (
         ncjax.polygon_saddle(K, N, D, dtype=p.W.dtype).params
     ),
-    "optimum.solve_separation": lambda p: ncjax.solve_separation(
-        (N, N, 1, 1), D, dtype=p.W.dtype
-    ),
+    "optimum.solve_separation": lambda p: [
+        ncjax.solve_separation(
+            (N, N, 1, 1), D, depth=depth, starts=2, dtype=p.W.dtype
+        )._replace(source=None, spread=None)
+        for depth in (1, 2)
+    ],
     "optimum.separation_value": lambda p: ncjax.separation_value((N, N, 1, 1)),
     "separation.kkt": lambda p: (
         ncjax.kkt(p.params),
