@@ -5,12 +5,12 @@ B^\top$. This loses nothing: all minimisers of all p factors are balanced, and S
 quasi-norms of a power at most 1 are subadditive (Rotfel'd).
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from ncjax.peeled.factors import (
     margins_of_matrix,
@@ -186,7 +186,9 @@ def search(
     problem = SeparationProblem(roots, min(dim, len(counts) - 1), degree)
     rng = np.random.default_rng(seed)
     ends = []
-    with _one_thread():
+    # On matrices this small BLAS threads only wait for each other: on a busy machine a
+    # search takes ten times as long with them.
+    with threadpool_limits(limits=1, user_api="blas"):
         for number in range(starts):
             code = codes[number] * roots if number < len(codes) else None
             matrix = _descend(problem, _start(problem, code, number, rng))
@@ -200,19 +202,6 @@ def search(
     scale = mean ** (1 / degree)
     _, best = min(ends, key=lambda end: end[0])
     return Found(best * np.sqrt(mean), _spread([scale * value for value, _ in ends]))
-
-
-def _one_thread() -> AbstractContextManager:
-    """Keep the linear algebra on one thread, if threadpoolctl is installed.
-
-    On matrices this small threads only wait for each other: on a busy machine a search
-    takes ten times as long with them.
-    """
-    try:
-        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-    except ImportError:
-        return nullcontext()
-    return threadpool_limits(limits=1, user_api="blas")
 
 
 def _spread(values: list[float]) -> tuple[tuple[float, int], ...]:

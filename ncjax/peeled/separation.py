@@ -5,7 +5,7 @@ $$\min \tfrac12 |W|_F^2 + \tfrac12 |H|_F^2 \quad \text{s.t.} \quad
 
 The gradient flow converges in direction to KKT points of this problem. `kkt` measures how
 near a point is, also one of several linear layers. `certificate` tells the global optimum
-of two factors from a saddle. `optimum` holds the solution in closed form.
+of two factors from a saddle. `optimum` holds the solution.
 """
 
 import math
