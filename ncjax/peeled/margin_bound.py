@@ -24,7 +24,7 @@ _SEARCHED, _STARTS = 12, 8
 
 
 def margin_ratio(params: Params | DeepParams, weights=None, *, value=None) -> Array:
-    r"""Dataset margin divided by its upper bound at this norm, as norms: at most 1.
+    r"""Dataset margin over the attainable one at this norm, to the power 2/p.
 
     $$\frac{2 V q_{\min}^{2/p}}{|Z|^2}, \qquad
     q_{\min} = \min_{k,i} \min_{j \ne k} (w_k - w_j)^\top h_{k,i}$$
