@@ -260,7 +260,7 @@ def test_for_two_factors_the_pairs_are_a_saddle():
 
 @pytest.mark.parametrize(
     ("num_classes", "dim", "value"),
-    [(5, 2, 7.2360679775), (6, 2, 12.0), (5, 3, 4 + 2 / 5**0.5)],
+    [(5, 2, 7.2360679775), (6, 2, 12.0), (5, 3, 4 + 2 / 5**0.5), (7, 3, 8.84044819)],
 )
 def test_the_margin_ratio_divides_by_the_attainable_norm(num_classes, dim, value):
     """Also where JAX traces the function: the norm is a constant of the program."""
@@ -271,6 +271,12 @@ def test_the_margin_ratio_divides_by_the_attainable_norm(num_classes, dim, value
     expected = 2 * found * float(ncjax.margins(other).min()) / norm
     ratio = jax.jit(ncjax.margin_ratio)(other)
     assert float(ratio) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_attainable_norm_in_closed_form_is_what_a_search_finds():
+    found = ncjax.solve_separation((1,) * 6, 4, starts=4)
+    assert attainable_value(6, 1, 4) == pytest.approx(found.value, rel=1e-9)
+    assert attainable_value(100, 1, 70) is not None
 
 
 def test_the_margin_ratio_of_the_polygon_is_one():
@@ -295,7 +301,7 @@ def test_the_margin_ratio_takes_the_value_from_the_caller():
     [
         (balanced(pairs(6), 3, 3), None, "the least width is 3, below K - 1 = 5: collapse"),
         (random_params(0, 5, 2, 3, 1.0), (1.0,) * 5, "dim is 3, below .* with weights no"),
-        (random_params(0, 13, 1, 3, 1.0), None, "known for K above 12 and d > 2; pass va"),
+        (random_params(0, 13, 1, 3, 1.0), None, "known for K above 12 and 2 < d < K/2; p"),
         (random_params(0, 3, 1, 1, 1.0), None, "no point separates three classes in one"),
     ],
 )

@@ -36,9 +36,10 @@ def margin_ratio(params: Params | DeepParams, weights=None, *, value=None) -> Ar
     **Two factors.** The default of V for $d \ge K - 1$ is $v(n)$, `separation_value` of the
     class sizes, $(K-1) \sqrt n$ for equal ones. The ratio is 1 if and only if `Z` is an
     optimal direction, with `|W|_F = |H|_F`: neural collapse for classes of equal size. For
-    d = 2 V is the value of the regular polygon, and for other $d < K - 1$ the least value
-    that `solve_separation` finds by a search, up to K = 12, once for each (K, d). Neither
-    is proved to be the least one.
+    $d < K - 1$ V is the value of the best points known, none of them proved optimal. These
+    are the regular polygon for d = 2, the pairs with $2d - K$ apexes of `softmax_codes` for
+    $d \ge K/2$, with $V = \sqrt n\, (K - 1 + \sqrt{2 (K - d) / K})$, and otherwise the
+    point that `solve_separation` finds by a search, up to K = 12, once for each (K, d).
 
     **Several layers.** The default of V is the value of collapse, $\tfrac p2 \sum_i
     \sigma_i^{2/p}$ with the singular values of $P \operatorname{diag}(\sqrt{n_k})$, which
@@ -58,7 +59,7 @@ def margin_ratio(params: Params | DeepParams, weights=None, *, value=None) -> Ar
     Raises:
       ValueError: shapes, dtypes or weights do not fit, or value is not positive. Or it is
         None, the least width is below K - 1, and there are weights, or several layers, or
-        more than 12 classes with d > 2, or d = 1, where $q_{\min}$ is never positive.
+        more than 12 classes with 2 < d < K/2, or d = 1, where $q_{\min}$ is never positive.
 
     Source: Ji et al. (ICLR 2022), Theorem 3.1; ncjax for classes of unequal size, for
     several layers and for small d.
@@ -111,7 +112,7 @@ def _default_value(params: Params | DeepParams, weights: Array | None) -> float 
         value = attainable_value(num_classes, per_class, width)
         if value is not None:
             return value
-        reason = f"no attainable norm is known for K above {_SEARCHED} and d > 2"
+        reason = f"no attainable norm is known for K above {_SEARCHED} and 2 < d < K/2"
     raise ValueError(
         f"{small}: {reason}; pass value= with the least |Z|²/2 at margins of 1, such as "
         "ncjax.solve_separation(...).value"
@@ -123,6 +124,8 @@ def attainable_value(num_classes: int, per_class: int, dim: int) -> float | None
     root = math.sqrt(per_class)
     if dim >= num_classes - 1:
         return (num_classes - 1) * root
+    if dim > 2 and 2 * dim >= num_classes:  # pairs and 2 d - K apexes
+        return root * (num_classes - 1 + math.sqrt(2 * (1 - dim / num_classes)))
     if dim == 1 or (dim > 2 and num_classes > _SEARCHED):
         return None
     return root * _value_in_few_dimensions(num_classes, dim)
