@@ -29,6 +29,7 @@ from .flow import gradient_descent as gradient_descent
 from .flow import gradient_flow as gradient_flow
 from .flow import invariant_drift as invariant_drift
 from .flow import restore_invariants as restore_invariants
+from .metrics import CollapseByLayer as CollapseByLayer
 from .metrics import CollapseMeter as CollapseMeter
 from .metrics import CollapseMetrics as CollapseMetrics
 from .metrics import CollapseReport as CollapseReport
@@ -36,6 +37,7 @@ from .metrics import DualityParts as DualityParts
 from .metrics import LastLayer as LastLayer
 from .metrics import Layerwise as Layerwise
 from .metrics import balance_norms as balance_norms
+from .metrics import collapse_by_layer as collapse_by_layer
 from .metrics import collapse_metrics as collapse_metrics
 from .metrics import collapse_metrics_from_features as collapse_metrics_from_features
 from .metrics import conventions as conventions

@@ -245,6 +245,9 @@ CALLS = {
     "landscape.spectral_density": lambda p: ncjax.spectral_density(
         _quartic, p.W, num_steps=3, num_probes=2, num_points=5
     ),
+    "by_layer.collapse_by_layer": lambda p: ncjax.collapse_by_layer(
+        ncjax.DeepParams((p.W.T @ p.W, p.W), p.params.H)
+    ),
     "collapse.collapse_metrics": lambda p: ncjax.collapse_metrics(p.params),
     "collapse.collapse_metrics_from_features": lambda p: (
         ncjax.collapse_metrics_from_features(p.features, p.labels, p.W, p.b),
@@ -399,6 +402,7 @@ CALLS = {
 
 # Compiled by themselves: these need no `jax.jit` to transfer nothing implicitly.
 COMPILED = (
+    "by_layer.collapse_by_layer",
     "collapse.collapse_metrics",
     "collapse.collapse_metrics_from_features",
     "descent.gradient_descent",

@@ -6,6 +6,8 @@ from ncjax.metrics import layers as layers
 from ncjax.metrics import measures as measures
 from ncjax.metrics import statistics as statistics
 from ncjax.metrics import variants as variants
+from ncjax.metrics.by_layer import CollapseByLayer as CollapseByLayer
+from ncjax.metrics.by_layer import collapse_by_layer as collapse_by_layer
 from ncjax.metrics.collapse import CollapseMetrics as CollapseMetrics
 from ncjax.metrics.collapse import (
     class_distance_normalised_variance as class_distance_normalised_variance,
