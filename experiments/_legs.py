@@ -127,45 +127,59 @@ def step_limit(log_t_max: float) -> int:
 
 def _compile(starts: ncjax.Params, measure: Measure, solver: str, max_steps: int):
     """Compile the flow of one leg, on all devices, and its measurement, on one of them."""
-    seeds, dtype = starts.W.shape[0], starts.W.dtype
+    dtype = starts.W.dtype
+
+    def one(state, times, before):
+        return ncjax.gradient_flow(
+            state, times, start_log_time=before, solver=solver, max_steps=max_steps
+        )
+
+    leg = by_seed(one, starts.W.shape[0], num_shared=2)
+    measured = on_one_device(jax.vmap(measure))
+
+    def flow(states, times, before):
+        return leg(states, jnp.asarray(times, dtype), jnp.asarray(before, dtype))
+
+    return flow, measured
+
+
+def by_seed(one: Callable, seeds: int, num_shared: int = 0) -> Callable:
+    """Compile a function of one seed for S seeds, each device with its own.
+
+    Args:
+      one: function of a state and of `num_shared` arrays that all seeds share.
+      seeds: S, the size of the leading axis of the states.
+      num_shared: number of the arrays.
+    """
     count = max(c for c in range(1, jax.device_count() + 1) if seeds % c == 0)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:count]), ("seeds",))
-    by_seed, shared = jax.sharding.PartitionSpec("seeds"), jax.sharding.PartitionSpec()
-
-    def leg(states, times, before):
-        def one(state):
-            return ncjax.gradient_flow(
-                state,
-                times,
-                start_log_time=before,
-                solver=solver,
-                max_steps=max_steps,
-            )
-
-        return jax.vmap(one)(states)
-
+    spread, shared = jax.sharding.PartitionSpec("seeds"), jax.sharding.PartitionSpec()
     # Each device solves its own seeds, at its own pace and without communication.
-    leg = jax.jit(
+    compiled = jax.jit(
         jax.shard_map(
-            leg,
+            jax.vmap(one, in_axes=(0, *[None] * num_shared)),
             mesh=mesh,
-            in_specs=(by_seed, shared, shared),
-            out_specs=by_seed,
+            in_specs=(spread, *[shared] * num_shared),
+            out_specs=spread,
             check_vma=False,
         )
     )
-    measure_all = jax.jit(jax.vmap(measure))
 
-    def flow(states, times, before):
-        # Every leg needs the same placement, or the second one compiles again.
-        states = jax.device_put(states, jax.sharding.NamedSharding(mesh, by_seed))
-        return leg(states, jnp.asarray(times, dtype), jnp.asarray(before, dtype))
+    def of_all(states, *arrays):
+        # Every call needs the same placement, or the second one compiles again.
+        states = jax.device_put(states, jax.sharding.NamedSharding(mesh, spread))
+        return compiled(states, *arrays)
 
-    def measured(states, starts):
-        # One device, because XLA's batched LAPACK calls can deadlock on several.
-        return measure_all(*jax.device_put((states, starts), jax.devices()[0]))
+    return of_all
 
-    return flow, measured
+
+def on_one_device(fn: Callable) -> Callable:
+    """Compile a function for the first device.
+
+    XLA's batched LAPACK calls can deadlock on several devices.
+    """
+    compiled = jax.jit(fn)
+    return lambda *arrays: compiled(*jax.device_put(arrays, jax.devices()[0]))
 
 
 def _initial_progress(starts: ncjax.Params) -> Progress:
