@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ncjax
-from experiments import _fits, _legs, _neighbours_checks, _saddles
+from experiments import _deep_checks, _fits, _legs, _neighbours_checks, _saddles
 from experiments._runs import cli, files, folders, page
 from experiments._runs.errors import BadUse, RunFailed
 from experiments._runs.progress import tqdm
@@ -446,6 +446,7 @@ CHECKS: tuple[Callable[[ncjax.FlowSolution], Statement], ...] = (
     _plain_hessian,
     _escape,
     *_neighbours_checks.CHECKS,
+    *_deep_checks.CHECKS,
 )
 
 
