@@ -21,10 +21,12 @@ import ncjax
 from benchmarks import run as benchmarks_run
 from experiments import (
     __main__,
+    _deep_flows,
     _layers_network,
     _legs,
     _neighbours_parts,
     _training,
+    deep_flow,
     layers,
     neighbours,
     peel,
@@ -265,6 +267,7 @@ STOPPED = {
     saddle_analysis: (saddle_analysis, "family_row"),
     theorems: (theorems, "_flows"),
     neighbours: (_neighbours_parts, "parts"),
+    deep_flow: (_deep_flows, "flow_of"),
     peel: (_training, "load_trained"),
     layers: (_layers_network, "load"),
     train_small: (_training._Loop, "run"),
