@@ -26,12 +26,12 @@ EARLY = {
     1e5: (1.89838040707e-7, 54.5052491916),
 }
 THREE, FOUR = (3, 3, 2, 4), (4, 4, 2, 5)
-# p, K, n, d, the solver, and the limit V of |Z|²/2 at margins of 1: collapse, for four
-# factors two pairs.
+# p, K, n, d, the solver, the last log t, and the limit V of |Z|²/2 at margins of 1: of
+# collapse, for four factors of two pairs.
 LIMITS = [
-    pytest.param((2, 3, 2, 4), "implicit", 2 * 2**0.5, marks=pytest.mark.slow),
-    (THREE, "stabilised", 1.5 * 2 * 2 ** (1 / 3)),
-    (FOUR, "implicit", 2 * 2 * 2**0.5 * 2**0.25),
+    pytest.param((2, 3, 2, 4), "implicit", 1e6, 2 * 2**0.5, marks=pytest.mark.slow),
+    (THREE, "stabilised", 2e4, 1.5 * 2 * 2 ** (1 / 3)),
+    (FOUR, "implicit", 1e6, 2 * 2 * 2**0.5 * 2**0.25),
 ]
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -113,20 +113,27 @@ def test_reference_values_at_log_t_of_3000(solver):
     np.testing.assert_allclose(rate, 0.835351, rtol=5e-6)
 
 
-def test_pairs_attract_the_reference_flow_of_four_factors():
-    flow = follow(wave_params(*FOUR), [3000.0], solver="implicit")
-    end = flow.final
-    value = ncjax.squared_norm(end) / 2 / ncjax.margins(end).min() ** 0.5
-    np.testing.assert_allclose(value, 6.768861, rtol=1e-6)
-    rate = np.exp(flow.log_loss[0] + 3000 + 1.5 * np.log(3000))
-    np.testing.assert_allclose(rate, 0.834817, rtol=2e-6)
+@pytest.mark.parametrize(
+    ("case", "value", "rate"),
+    [
+        (FOUR, 6.768861, 0.834817),  # two pairs
+        pytest.param((3, 4, 3, 5), 6.492582, 1.434, marks=pytest.mark.slow),  # collapse
+    ],
+)
+def test_reference_values_of_four_classes_at_log_t_of_3000(case, value, rate):
+    flow = follow(wave_params(*case), [3000.0], solver="implicit")
+    end, p = flow.final, case[0]
+    found = ncjax.squared_norm(end) / 2 / ncjax.margins(end).min() ** (2 / p)
+    np.testing.assert_allclose(found, value, rtol=1e-6)
+    found = np.exp(flow.log_loss[0] + 3000 + (2 - 2 / p) * np.log(3000))
+    np.testing.assert_allclose(found, rate, rtol=2e-6 if p == 4 else 1e-3)
 
 
-@pytest.mark.parametrize(("case", "solver", "V"), LIMITS)
-def test_norm_and_loss_approach_the_sharp_rates(case, solver, V):
+@pytest.mark.parametrize(("case", "solver", "last", "V"), LIMITS)
+def test_norm_and_loss_approach_the_sharp_rates(case, solver, last, V):
     """`|Z|²/u^(2/p) -> 2V` and `t L u^(2-2/p) -> 2V/p²`, closer at each later time."""
-    p, u = case[0], np.array([1e2, 5e2, 2e3, 8e3, 2e4])
-    flow = follow(wave_params(*case), u, solver=solver)
+    p, u = case[0], np.geomspace(100, last, 5)
+    flow = follow(wave_params(*case), u, rtol=1e-9, solver=solver)
     by_norm = norms(flow) / u ** (2 / p) / (2 * V) - 1
     by_loss = np.exp(flow.log_loss + u + (2 - 2 / p) * np.log(u)) / (2 * V / p**2) - 1
     for excess in np.abs([by_norm, by_loss]):
