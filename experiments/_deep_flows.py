@@ -10,7 +10,7 @@ import numpy as np
 import ncjax
 from experiments import _legs
 from experiments._deep_cells import Cell
-from ncjax.peeled.deep import factors_at
+from ncjax.peeled.points import factors_at
 
 NUM_TIMES = 100
 # Starts of small scale pass plateaus of low rank. Their norm grows there while some samples

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ncjax
-from ncjax.peeled.deep import factors_at
+from ncjax.peeled.points import factors_at
 
 K, N, WIDTHS = 4, 3, (6, 9, 5)
 LAYERS = range(len(WIDTHS))

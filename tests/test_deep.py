@@ -6,7 +6,7 @@ import pytest
 
 import ncjax
 from ncjax import losses
-from ncjax.peeled.deep import factors_at
+from ncjax.peeled.points import factors_at
 
 K, N, WIDTHS = 4, 2, (3, 6, 5)
 

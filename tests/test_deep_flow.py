@@ -13,9 +13,9 @@ import ncjax
 from ncjax import losses
 from ncjax.flow import clock, deep_solve, invariants, steps
 from ncjax.flow.methods import choose_solver_for
-from ncjax.flow.points import last_factors
 from ncjax.flow.solve import STEP_LIMIT, SUCCESS
 from ncjax.peeled import kernels
+from ncjax.peeled.points import last_factors
 
 # t: L, |Z|² at p = 3, K = 3, n = 2, d = 4; raw equation in t.
 EARLY = {

@@ -42,7 +42,7 @@ PRIVATE = {
     *(
         "flow.block_solve",
         "flow.deep_solve",
-        "flow.points",
+        "peeled.points",
         "flow.saving",
         "flow.settle",
         "flow.steps",

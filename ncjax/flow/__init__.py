@@ -2,7 +2,7 @@
 
 `solve` holds `gradient_flow`, `clock` the equation that it solves, and `methods` the table
 of solvers: explicit (diffrax's Tsit5), `stabilised` and implicit (`rosenbrock`,
-`block_solve`, `deep_solve`). `points` lets one code follow two factors or several layers.
+`block_solve`, `deep_solve`).
 `regularised` follows objectives with weight decay or on a ball in plain time. `invariants`
 holds the conserved quantities, `descent` gradient descent.
 """

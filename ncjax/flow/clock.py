@@ -25,11 +25,11 @@ import jax
 import jax.numpy as jnp
 
 from ncjax.flow import block_solve, deep_solve
-from ncjax.flow.points import Point, as_deep, degree, last_factors, like
 from ncjax.flow.rosenbrock import Rodas5P
 from ncjax.numerics import einsum, on_device
 from ncjax.objectives import Objective
 from ncjax.peeled.kernels import error_slopes
+from ncjax.peeled.points import Point, as_deep, degree_of, last_factors, like
 from ncjax.types import Array, DeepParams, Params
 
 
@@ -67,13 +67,13 @@ def clock(log_times: Array) -> Array:
 
 def unscaled(x: Array, scaled: Point) -> Point:
     """Return `Z = e^{x/p} Y`; with -x in place of x, Y for Z."""
-    p = degree(scaled)
+    p = degree_of(scaled)
     return jax.tree.map(lambda leaf: jnp.exp(x / p) * leaf, scaled)
 
 
 def field(x, scaled: Point, loss: Loss = CROSS_ENTROPY) -> Point:
     """`dY/dx`. The loss depends on the logits alone: the last layer takes all scales."""
-    p, (layers, H) = degree(scaled), as_deep(scaled)
+    p, (layers, H) = degree_of(scaled), as_deep(scaled)
     inputs = [H]  # of each layer
     for W in layers[:-1]:
         inputs.append(einsum("kid,ed->kie", inputs[-1], W))
@@ -99,7 +99,7 @@ def _factor(x, scaled, loss: Loss, c):
     params = unscaled(x, scaled)
     slopes = error_slopes(last_factors(params), loss.weights)
     log_loss, _, _ = slopes
-    outer = 1 + c / degree(params)
+    outer = 1 + c / degree_of(params)
     inner = c / outer * speed(x, log_loss)
     algebra = _algebra(params)
     return outer, algebra.factor(params, slopes, inner, loss.weights)

@@ -10,9 +10,9 @@ import numpy as np
 
 from ncjax.arrays import as_array, read_array
 from ncjax.checks import check_integer, check_positive
-from ncjax.flow.points import Point, check_any_params, last_factors
 from ncjax.numerics import on_device, widen
 from ncjax.peeled.kernels import cross_entropy, log_cross_entropy
+from ncjax.peeled.points import Point, check_any_params, last_factors
 from ncjax.peeled.weights import check_weights, without_left_out
 from ncjax.types import Array
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ncjax.flow.points import Point, as_deep, check_any_params, like
 from ncjax.numerics import at_unit_scale, matmul, power_of_two, widen
 from ncjax.peeled.kernels import balances, squared_norm
+from ncjax.peeled.points import Point, as_deep, check_any_params, like
 from ncjax.types import Array, DeepParams, Params
 
 # Directions that hold a smaller share of the squared norm count as empty.

@@ -11,8 +11,8 @@ from ncjax.arrays import read_array
 from ncjax.checks import check_choice
 from ncjax.flow import settle, steps
 from ncjax.flow.clock import LINEARLY_IMPLICIT
-from ncjax.flow.points import as_deep
 from ncjax.flow.stabilised import Stabilised4
+from ncjax.peeled.points import as_deep
 from ncjax.types import Array, DeepParams, Params
 
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 
 from ncjax.flow.clock import LINEARLY_IMPLICIT, Loss, field, unscaled
 from ncjax.flow.invariants import restore
-from ncjax.flow.points import Point, last_factors
 from ncjax.flow.steps import finite_or_infinite_norm
 from ncjax.peeled.kernels import log_cross_entropy, squared_norm
+from ncjax.peeled.points import Point, last_factors
 from ncjax.types import Array
 
 # Length of x before a saved time over which the implicit solver takes two steps.

@@ -20,11 +20,11 @@ from ncjax.flow.outcome import BAD_TIMES as BAD_TIMES
 from ncjax.flow.outcome import STEP_LIMIT as STEP_LIMIT
 from ncjax.flow.outcome import STEP_TOO_SMALL as STEP_TOO_SMALL
 from ncjax.flow.outcome import SUCCESS as SUCCESS
-from ncjax.flow.points import Point, check_any_params, last_factors
 from ncjax.numerics import on_device
 from ncjax.objectives import Objective
 from ncjax.objectives.objective import require_objective
 from ncjax.peeled.kernels import log_loss
+from ncjax.peeled.points import Point, check_any_params, last_factors
 from ncjax.peeled.weights import check_weights, without_left_out
 from ncjax.types import Array, BiasedParams, DeepParams, Params
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ncjax.metrics.collapse import CollapseMetrics, collapse_metrics
 from ncjax.metrics.depth import FeatureRank, feature_rank
 from ncjax.numerics import einsum
-from ncjax.peeled.deep import check_deep_point, factors_at
+from ncjax.peeled.points import check_deep_point, factors_at
 from ncjax.types import Array, DeepParams, Params
 
 

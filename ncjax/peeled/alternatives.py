@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 from ncjax.checks import check_nonnegative
 from ncjax.peeled import samples
-from ncjax.peeled.deep import check_factors
 from ncjax.peeled.kernels import log_sum
+from ncjax.peeled.points import check_factors
 from ncjax.peeled.weights import weighted
 from ncjax.types import Array, DeepParams, Params
 

@@ -1,9 +1,4 @@
-r"""Points of several linear layers: starts, checks, and the two factors at each layer.
-
-The logits of `DeepParams` are $W_L \cdots W_1 h$. Every layer l splits them into two
-factors, the classifier $W_L \cdots W_{l+1}$ and the features $W_l \cdots W_1 h$. A function
-of the logits alone takes the factors at the last layer.
-"""
+r"""Points of several linear layers, with logits $W_L \cdots W_1 h$: starts and checks."""
 
 from collections.abc import Sequence
 
@@ -18,9 +13,7 @@ from ncjax.checks import (
     check_sizes,
     float_dtype,
 )
-from ncjax.numerics import einsum, matmul, widen
-from ncjax.peeled.weights import check_point, check_weights, without_left_out
-from ncjax.types import Array, DeepParams, Params
+from ncjax.types import Array, DeepParams
 
 
 def init_deep_params(
@@ -147,70 +140,3 @@ def _check_shapes(layers: tuple[Array, ...], H: Array) -> None:
             f"expected a last layer with a row for each of the K = {H.shape[0]} classes of "
             f"H, got {given}"
         )
-
-
-def check_deep_point(
-    params: DeepParams, weights, *, finite: bool = False
-) -> tuple[DeepParams, Array | None]:
-    """Return a deep point without the samples left out, and weights (K, n) or None.
-
-    Half precision becomes float32.
-
-    Raises:
-      ValueError: as `check_deep_params` and `check_weights`.
-    """
-    params = widen(check_deep_params(params, finite=finite))
-    weights = check_weights(weights, params)
-    return without_left_out(params, weights), weights
-
-
-def check_factors(params: Params | DeepParams, weights) -> tuple[Params, Array | None]:
-    """Return two factors with the logits of a point of any depth, and weights or None.
-
-    Functions of the logits alone take points of any depth by this.
-
-    Raises:
-      ValueError: as `check_point` and `check_deep_point`.
-    """
-    params, weights = check_any_point(params, weights)
-    return last_factors(params), weights
-
-
-def check_any_point(params, weights, *, finite: bool = False):
-    """Return a point of any depth without the samples left out, and weights or None.
-
-    Raises:
-      ValueError: as `check_point` and `check_deep_point`.
-    """
-    check = check_deep_point if isinstance(params, DeepParams) else check_point
-    return check(params, weights, finite=finite)
-
-
-def last_factors(params: Params | DeepParams) -> Params:
-    """Return the two factors at the last layer of a point of any depth."""
-    if isinstance(params, DeepParams):
-        return factors_at(params, len(params.layers) - 1)
-    return params
-
-
-def degree_of(params: Params | DeepParams) -> int:
-    """Return the number p of factors, the degree of the margins."""
-    return params.degree if isinstance(params, DeepParams) else 2
-
-
-def factors_at(params: DeepParams, layer: int) -> Params:
-    r"""Return the two factors at a layer, `Params` with the logits of `params`.
-
-    The classifier is $W_L \cdots W_{l+1}$ (K, d_l) and the features are $W_l \cdots W_1 h$
-    (K, n, d_l).
-
-    Args:
-      params: point that is checked already.
-      layer: l, from 0 for `H` itself to L - 1 for the input of the classifier.
-    """
-    H, W = params.H, params.layers[-1]
-    for below in params.layers[:layer]:
-        H = einsum("kid,ed->kie", H, below)
-    for above in reversed(params.layers[layer:-1]):
-        W = matmul(W, above)
-    return Params(W, H)

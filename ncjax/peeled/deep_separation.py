@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from ncjax.checks import check_choice
 from ncjax.peeled import separation
 from ncjax.peeled.codes import code_matrices
-from ncjax.peeled.deep import check_deep_point, last_factors
 from ncjax.peeled.factors import norm_of_matrix, truncated_svd
 from ncjax.peeled.kernels import separation_value, squared_norm
 from ncjax.peeled.margin_bound import collapse_value, least_width
@@ -28,6 +27,7 @@ from ncjax.peeled.multipliers import (
     residual_tolerance,
     unit_least_margin,
 )
+from ncjax.peeled.points import check_deep_point, last_factors
 from ncjax.peeled.samples import logits_of
 from ncjax.peeled.separation import MULTIPLIERS
 from ncjax.types import Array, DeepParams, Params

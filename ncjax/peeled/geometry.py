@@ -13,14 +13,13 @@ from ncjax.checks import (
     check_counts,
     check_integer,
     check_key,
-    check_params,
     check_sizes,
     float_dtype,
 )
 from ncjax.numerics import matmul, wide_dtype, widen
 from ncjax.peeled import kernels
-from ncjax.peeled.deep import check_deep_params, check_factors
 from ncjax.peeled.logits import margins_of_params
+from ncjax.peeled.points import check_any_params, check_factors
 from ncjax.peeled.weights import sample_weights, without_left_out
 from ncjax.types import Array, DeepParams, Params
 
@@ -159,14 +158,7 @@ def squared_norm(params: Params | DeepParams) -> Array:
     Half precision is computed in float32, which the result has. A square beyond the range
     of the dtype counts as 0 or infinity.
     """
-    return kernels.squared_norm(widen(_check(params)))
-
-
-def _check(params: Params | DeepParams) -> Params | DeepParams:
-    """Return a point of any depth as JAX arrays."""
-    if isinstance(params, DeepParams):
-        return check_deep_params(params)
-    return check_params(params)
+    return kernels.squared_norm(widen(check_any_params(params)))
 
 
 def margins(params: Params | DeepParams, weights=None) -> Array:
@@ -222,7 +214,7 @@ def balance(params: Params | DeepParams) -> Array | tuple[Array, ...]:
     Raises:
       ValueError: shapes or dtypes do not fit.
     """
-    checked = widen(_check(params))
+    checked = widen(check_any_params(params))
     if isinstance(checked, DeepParams):
         return kernels.balances(checked)
     return kernels.balance(checked)

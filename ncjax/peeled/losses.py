@@ -13,8 +13,8 @@ from ncjax.peeled.alternatives import focal_loss as focal_loss
 from ncjax.peeled.alternatives import log_focal_loss as log_focal_loss
 from ncjax.peeled.alternatives import smoothed_cross_entropy as smoothed_cross_entropy
 from ncjax.peeled.alternatives import squared_error as squared_error
-from ncjax.peeled.deep import check_factors
 from ncjax.peeled.logits import log_odds_of_error, own_and_others
+from ncjax.peeled.points import check_factors
 from ncjax.types import Array, DeepParams, Params
 
 

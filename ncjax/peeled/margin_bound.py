@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from ncjax.checks import check_positive
 from ncjax.numerics import at_unit_scale, on_device
 from ncjax.peeled import kernels
-from ncjax.peeled.deep import check_any_point
 from ncjax.peeled.geometry import helmert
 from ncjax.peeled.multipliers import unit_least_margin
 from ncjax.peeled.optimum import solve_separation
+from ncjax.peeled.points import check_any_point
 from ncjax.types import Array, DeepParams, Params
 
 # Most classes for which the attainable norm is searched for, in a few seconds; starts.

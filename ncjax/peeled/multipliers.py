@@ -15,9 +15,9 @@ import numpy as np
 
 from ncjax.numerics import dot, matmul, power_of_two, root_of_scale
 from ncjax.peeled import kernels
-from ncjax.peeled.deep import degree_of, last_factors
 from ncjax.peeled.kernels import least_margin, squared_norm
 from ncjax.peeled.logits import log_odds_of_error, margins_of_params
+from ncjax.peeled.points import degree_of, last_factors
 from ncjax.peeled.samples import logits_of
 from ncjax.types import Array, DeepParams, Params
 

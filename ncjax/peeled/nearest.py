@@ -8,9 +8,9 @@ import numpy as np
 
 from ncjax.checks import check_positive
 from ncjax.peeled.codes import SoftmaxCode, code_matrices
-from ncjax.peeled.deep import check_factors
 from ncjax.peeled.factors import margins_of_matrix, norm_of_matrix
 from ncjax.peeled.optimum import Separation
+from ncjax.peeled.points import check_factors
 from ncjax.types import DeepParams, Params
 
 OTHER = "other"

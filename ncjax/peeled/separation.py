@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from ncjax.checks import check_choice
 from ncjax.numerics import at_unit_scale, matmul, power_of_two
-from ncjax.peeled.deep import check_any_point, last_factors
 from ncjax.peeled.kernels import least_margin, separation_value, squared_norm
 from ncjax.peeled.multipliers import (
     check_separated,
@@ -34,6 +33,7 @@ from ncjax.peeled.multipliers import (
     softmax_multipliers,
     unit_least_margin,
 )
+from ncjax.peeled.points import check_any_point, last_factors
 from ncjax.peeled.weights import check_point
 from ncjax.types import Array, DeepParams, Params
 
