@@ -22,7 +22,7 @@ PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("results", "network_flow", "reference_features", "objectives")
+        for name in ("results", "network_flow", "reference_features", "objectives", "deep")
     ),
 )
 NETWORKS = {
@@ -382,6 +382,37 @@ def neighbours_by() -> str:
     return sources((summary, seconds))
 
 
+def deep_shares() -> str:
+    """List the codes that the flows of deep models end at, by depth, width and scale."""
+    every = run("deep_flow")["shares"]
+    scales = sorted({row["scale"] for row in every})
+    rows = []
+    for K, p, d in dict.fromkeys(
+        (row["num_classes"], row["factors"], row["width"]) for row in every
+    ):
+        cell = [
+            r for r in every if (r["num_classes"], r["factors"], r["width"]) == (K, p, d)
+        ]
+        by_scale = [_shares([r for r in cell if r["scale"] == scale]) for scale in scales]
+        rows.append([str(K), str(p), str(d), cell[0]["least_code"], *by_scale])
+    head = ["K", "p", "width", "least V", *(f"scale {scale:g}" for scale in scales)]
+    return table(head, rows)
+
+
+def _shares(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write the shares of the codes, the largest first."""
+    found = sorted((row for row in rows if row["starts"]), key=lambda row: -row["share"])
+    return ", ".join(f"{row['code']} {100 * row['share']:.0f} %" for row in found)
+
+
+def deep_by() -> str:
+    """Name the run behind the table of deep models."""
+    summary = run("deep_flow")
+    return sources(
+        (summary, f"{summary['starts']} starts, {summary['seconds'] / 60:.0f} min")
+    )
+
+
 def log_time(summary: Mapping[str, Any]) -> float:
     """Return the log of training time: rate / (1 - momentum) times number of steps."""
     config = summary["config"]
@@ -653,6 +684,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(networks, network_metrics, network_runs, peel, peel_by, speed),
         *(flow_metrics, flow_exponents, flow_runs, controls, reference_values),
         *(neighbours_models, neighbours_path, neighbours_minority, neighbours_by),
+        *(deep_shares, deep_by),
     )
 }
 _MARKED = re.compile(r"(<!-- results: (\w+) -->\n)(?:.+\n)*")

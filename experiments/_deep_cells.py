@@ -1,4 +1,4 @@
-"""The cells of the deep experiment: classes, number of factors and scale of the starts."""
+"""The cells of the deep experiment: classes, factors, width, and scale of the starts."""
 
 import math
 from collections.abc import Callable
@@ -12,14 +12,15 @@ class Cell(NamedTuple):
 
     num_classes: int  # K
     factors: int  # p
-    scale: float  # standard deviation of an entry at the start
+    scale: float  # of the start: standard deviation of an entry times the root of d
     per_class: int  # n
     width: int  # d, of all layers
 
     @property
     def name(self) -> str:
         """The name of the part of the run."""
-        return f"K={self.num_classes}/p={self.factors}/scale={self.scale:g}"
+        size = f"K={self.num_classes}/p={self.factors}/d={self.width}"
+        return f"{size}/scale={self.scale:g}"
 
     @property
     def shape(self) -> "Cell":
@@ -35,10 +36,12 @@ def cells(config: Any) -> list[Cell]:
     """
     classes = numbers("num_classes", config.num_classes, int, least=2)
     factors = numbers("factors", config.factors, int, least=2)
+    widths = numbers("widths", config.widths, int, least=1)
     scales = numbers("scales", config.scales, float, least=0)
     return [
-        Cell(num_classes, p, scale, config.per_class, config.width or num_classes)
+        Cell(num_classes, p, scale, config.per_class, width * num_classes)
         for num_classes in classes
+        for width in widths
         for p in factors
         for scale in scales
     ]

@@ -45,6 +45,7 @@ def end_rows(cell: Cell, part: Mapping[str, np.ndarray]) -> list[Row]:
             {
                 "num_classes": cell.num_classes,
                 "factors": p,
+                "width": cell.width,
                 "scale": cell.scale,
                 "start": start,
                 "code": name,
@@ -87,6 +88,7 @@ def share_rows(cell: Cell, ends: Sequence[Row]) -> list[Row]:
             {
                 "num_classes": cell.num_classes,
                 "factors": cell.factors,
+                "width": cell.width,
                 "scale": cell.scale,
                 "code": name,
                 "starts": len(chosen),

@@ -1,5 +1,7 @@
 """Figure of the deep experiment: basin shares, singular values, collapse by layer."""
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,9 +29,10 @@ _POWERS = (1, 10, 100, 1000, 10_000, 100_000)
 
 
 class Basins(NamedTuple):
-    """Shares of the codes of one number of classes."""
+    """Shares of the codes of one number of classes and one width."""
 
     num_classes: int
+    width: int
     scales: Sequence[float]
     least: Mapping[int, str]  # code of the least norm known, by p
     shares: dict[str, dict[tuple[int, float], float]]  # by code, then p and scale
@@ -61,14 +64,19 @@ def basins_figure(
 ) -> Figure:
     """Draw the shares of each code above, and the paths and the layers below."""
     with matplotlib.rc_context(plotting.STYLE):
-        figure = Figure(figsize=(9.6, 5.6), layout="constrained")
-        halves: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+        rows = math.ceil(len(basins) / 2)
+        figure = Figure(figsize=(9.6, 2.5 + 2.7 * rows), layout="constrained")
+        halves: Any = figure.subfigures(2, 1, height_ratios=(1.15 * rows, 1))
         above, below = halves
         letters = iter("abcdefghijklmnopqrstuvwxyz")
-        axes = above.subplots(1, len(basins), sharey=True, squeeze=False)[0]
-        for axis, basin in zip(axes, basins, strict=True):
-            _draw_basins(axis, basin, next(letters))
-        axes[0].set_ylabel(f"share of {starts} starts")
+        grid = above.subplots(rows, min(len(basins), 2), sharey=True, squeeze=False)
+        for axis, basin in itertools.zip_longest(grid.flat, basins):
+            if basin is None:
+                axis.set_visible(False)
+            else:
+                _draw_basins(axis, basin, next(letters))
+        for axis in grid[:, 0]:
+            axis.set_ylabel(f"share of {starts} starts")
         above.legend(
             handles=_handles(basins), loc="outside upper center", ncols=5, handlelength=1.2
         )
@@ -133,8 +141,8 @@ def _draw_basins(axis: Axes, basin: Basins, letter: str) -> None:
     axis.tick_params(axis="x", length=0)
     axis.set(ylim=(0, 1), xlim=(-0.7, len(basin.least) * wide - 1.1))
     axis.set_title(
-        f"({letter}) $K = {basin.num_classes}$: code at the end, over the scale of the "
-        "start",
+        f"({letter}) $K = {basin.num_classes}$, width {basin.width}: code at the end, over "
+        "the scale of the start",
         loc="left",
     )
     _grid(axis)

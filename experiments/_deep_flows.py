@@ -1,6 +1,7 @@
 """The flow of one cell of the deep experiment: many starts to a late time, and its path."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from experiments import _legs
 from experiments._deep_cells import Cell
 from ncjax.peeled.points import factors_at
 
-NUM_TIMES = 100
+NUM_TIMES = 60
 # Starts of small scale pass plateaus of low rank. Their norm grows there while some samples
 # stay misclassified, and the flow takes many steps to leave them.
 _STEPS_OF_PLATEAUS = 30_000
@@ -43,10 +44,11 @@ def flow_of(cell: Cell, seeds: int, seed: int, log_t_max: float) -> Arrays:
 def _starts(cell: Cell, keys) -> ncjax.DeepParams:
     """Return random starts (S, ...)."""
     widths = (cell.width,) * (cell.factors - 1)
+    deviation = cell.scale / math.sqrt(cell.width)
 
     def one(key):
         return ncjax.init_deep_params(
-            key, cell.num_classes, cell.per_class, widths, cell.scale
+            key, cell.num_classes, cell.per_class, widths, deviation
         )
 
     return jax.vmap(one)(keys)

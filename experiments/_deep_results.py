@@ -88,16 +88,17 @@ def _code_rows(cells: Sequence[Cell]) -> list[Row]:
 
 
 def _choose(by_cell: Mapping[Cell, Sequence[Row]]) -> list[Chosen]:
-    """Choose the start nearest to each of the two commonest codes of one K and p.
+    """Choose the start nearest to each of the two commonest codes of one K, p and width.
 
-    They are the smallest K, and the smallest p of at least three, where there is one.
+    They are the smallest K and width, and the smallest p of at least three, if any.
     """
     first = min(
-        by_cell, key=lambda c: (c.num_classes, c.factors < 3, abs(c.factors - 3), c.scale)
+        by_cell,
+        key=lambda c: (c.num_classes, c.factors < 3, abs(c.factors - 3), c.width, c.scale),
     )
     settled: dict[str, list[tuple[float, Chosen]]] = {}
     for cell, rows in by_cell.items():
-        if (cell.num_classes, cell.factors) != (first.num_classes, first.factors):
+        if cell.shape != first.shape:
             continue
         for row in rows:
             if row["code"] != BETWEEN:
@@ -119,6 +120,7 @@ def _path_rows(chosen: Chosen, parts: Parts) -> list[Row]:
             {
                 "num_classes": cell.num_classes,
                 "factors": cell.factors,
+                "width": cell.width,
                 "scale": cell.scale,
                 "start": start,
                 "code": code,
@@ -134,16 +136,14 @@ def _path_rows(chosen: Chosen, parts: Parts) -> list[Row]:
 
 
 def _figure(cells, shares, chosen: Sequence[Chosen], parts: Parts) -> Figure:
-    basins = [
-        _basins(num_classes, [cell for cell in cells if cell.num_classes == num_classes])
-        for num_classes in dict.fromkeys(cell.num_classes for cell in cells)
-    ]
+    by_size: dict[tuple[int, int], list[Cell]] = {}
+    for cell in cells:
+        by_size.setdefault((cell.num_classes, cell.width), []).append(cell)
+    basins = {size: _basins(size, chosen) for size, chosen in by_size.items()}
     starts = next(iter(parts.values()))["least_margin"].shape[0]
     for row in shares:
-        basin = next(b for b in basins if b.num_classes == row["num_classes"])
-        basin.shares.setdefault(row["code"], {})[row["factors"], row["scale"]] = row[
-            "share"
-        ]
+        found = basins[row["num_classes"], row["width"]].shares
+        found.setdefault(row["code"], {})[row["factors"], row["scale"]] = row["share"]
     paths = [
         _deep_figures.Path(
             *(cell.num_classes, cell.factors, cell.scale, code),
@@ -152,32 +152,33 @@ def _figure(cells, shares, chosen: Sequence[Chosen], parts: Parts) -> Figure:
         )
         for cell, start, code in chosen
     ]
-    deepest = max(cells, key=lambda c: (-c.num_classes, c.factors, c.scale))
+    deepest = max(cells, key=lambda c: (-c.num_classes, -c.width, c.factors, c.scale))
     part = parts[deepest.name]
     layers = _deep_figures.Layers(
         *(deepest.num_classes, deepest.factors, deepest.scale),
         part["log_times"],
         np.nanmedian(part["within_class_quotient"], axis=0),
     )
-    return _deep_figures.basins_figure(basins, paths, layers, starts)
+    return _deep_figures.basins_figure([*basins.values()], paths, layers, starts)
 
 
-def _basins(num_classes: int, cells: Sequence[Cell]) -> _deep_figures.Basins:
+def _basins(size: tuple[int, int], cells: Sequence[Cell]) -> _deep_figures.Basins:
     least = {cell.factors: next(iter(codes_of(cell))) for cell in cells}
     scales = sorted({cell.scale for cell in cells})
-    return _deep_figures.Basins(num_classes, scales, least, {})
+    return _deep_figures.Basins(*size, scales, least, {})
 
 
 def report(summary: Mapping[str, Any]) -> str:
     """Return the printed table."""
     lines = [
-        f"{'K':>3}{'p':>3}{'scale':>8}  {'code':<24}{'share':>8}{'V':>11}{'found':>11}"
+        f"{'K':>3}{'p':>3}{'d':>4}{'scale':>8}  {'code':<24}{'share':>8}{'V':>11}"
+        f"{'found':>11}"
     ]
     for row in summary["shares"]:
         share = f"{row['share']:.0%}"
         lines.append(
-            f"{row['num_classes']:>3}{row['factors']:>3}{row['scale']:>8g}  "
-            f"{row['code']:<24}{share:>8}{_value(row['value']):>11}"
+            f"{row['num_classes']:>3}{row['factors']:>3}{row['width']:>4}"
+            f"{row['scale']:>8g}  {row['code']:<24}{share:>8}{_value(row['value']):>11}"
             f"{_value(row['value_found']):>11}"
         )
     lines.append(
@@ -208,7 +209,7 @@ def _shares_table(summary: Mapping[str, Any]) -> page.Table:
     """Return a row for each cell, a column for each code."""
     names = list(dict.fromkeys(row["code"] for row in summary["shares"]))
     names.sort(key=lambda name: name == BETWEEN)
-    keys = ("num_classes", "factors", "scale")
+    keys = ("num_classes", "factors", "width", "scale")
     rows = []
     for key, cell in itertools.groupby(summary["shares"], lambda r: [r[k] for k in keys]):
         cells = {row["code"]: row for row in cell}
@@ -222,7 +223,7 @@ def _shares_table(summary: Mapping[str, Any]) -> page.Table:
         rows.append([", ".join(map(page.number, key)), *shares, least])
     return page.Table(
         "Share of the starts at each code at the last time, with its 95 % interval",
-        ["K, p, scale", *names, "least V"],
+        ["K, p, width, scale", *names, "least V"],
         rows,
     )
 
@@ -254,9 +255,9 @@ def _codes_table(summary: Mapping[str, Any]) -> page.Table:
 PAGE = page.Page(
     title="Softmax codes of deep models",
     figures={
-        "basins.png": "Codes that the flow ends at, over the number p of factors and the "
-        "scale of the starts; singular values of the logits on the way to two codes; "
-        "within-class variation of every layer."
+        "basins.png": "Codes that the flow ends at, over the number p of factors, the "
+        "width and the scale of the starts; singular values of the logits on the way to "
+        "two codes; within-class variation of every layer."
     },
     show=_findings,
 )

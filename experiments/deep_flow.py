@@ -26,21 +26,23 @@ _MOST_FACTORS = 20
 
 @dataclasses.dataclass(frozen=True)
 class Config(cli.Settings):
-    """Count which softmax code the flow of p linear factors ends at, by depth and scale.
+    """Count the softmax codes that flows of p linear factors end at, by depth and scale.
 
-    Example: python -m experiments.deep_flow --num_classes=6 --factors=3 --scales=0.1,1
+    Example: python -m experiments.deep_flow --num_classes=6 --factors=3 --scales=0.3,3
     """
 
     num_classes: str = cli.flag("4,6", "K, numbers of classes", cli.MODEL)
     factors: str = cli.flag(
         "2,3,4", "p, numbers of factors: p - 1 layers and the features", cli.MODEL
     )
+    widths: str = cli.flag("1,3", "widths of all layers, in multiples of K", cli.MODEL)
     scales: str = cli.flag(
-        "0.1,0.3,1", "standard deviations of the entries of the starts", cli.MODEL
+        "0.25,0.75,2.5",
+        "scales of the starts: standard deviation of an entry times the root of the width",
+        cli.MODEL,
     )
     per_class: int = cli.flag(2, "n, samples of each class", cli.MODEL)
-    width: int = cli.flag(0, "d, width of all layers; 0 for K", cli.MODEL)
-    seeds: int = cli.flag(64, "random starts of each K, p and scale", cli.SEEDS)
+    seeds: int = cli.flag(64, "random starts of each K, p, width and scale", cli.SEEDS)
     seed: int = cli.flag(0, "seed of all random starts", cli.SEEDS)
     log_t_max: float = cli.flag(1e4, "last log t", cli.TIME)
     workdir: str = cli.path_flag(
@@ -92,11 +94,6 @@ def _check(config: Config) -> list[Cell]:
     for name, bound in minimums.items():
         if getattr(config, name) < bound:
             raise BadUse(f"--{name} must be at least {bound}, got {getattr(config, name)}")
-    if config.width != 0 and config.width < 2:
-        raise BadUse(
-            f"--width must be 0 or at least 2, because a line separates no three classes, "
-            f"got {config.width}"
-        )
     cells = _deep_cells.cells(config)
     if max(cell.factors for cell in cells) > _MOST_FACTORS:
         raise BadUse(f"--factors must be at most {_MOST_FACTORS}, got {config.factors!r}")
@@ -114,7 +111,7 @@ def _check_memory(cell: Cell, seeds: int) -> None:
     samples = cell.num_classes * cell.per_class
     squares = (cell.factors - 2) * cell.width**2
     numbers = (samples + cell.num_classes) * cell.width + squares
-    flags = "--seeds, --num_classes, --per_class, --width or --factors"
+    flags = "--seeds, --num_classes, --per_class, --widths or --factors"
     memory.check(8.0 * seeds * _deep_flows.NUM_TIMES * numbers, flags)
 
 

@@ -90,6 +90,13 @@ def test_the_logits_are_of_the_class_means(key):
     np.testing.assert_allclose(_deep_flows.class_logits(state), expected, rtol=1e-12)
 
 
+def test_the_scale_is_the_deviation_of_an_entry_times_the_root_of_the_width():
+    cell = CELL._replace(width=100, scale=3.0)
+    (W, _), H = _deep_flows._starts(cell, jax.random.split(jax.random.key(1), 4))
+    for leaf in (W, H):
+        assert float(leaf.std()) == pytest.approx(0.3, rel=0.05)
+
+
 def test_the_starts_of_two_scales_are_multiples():
     keys = jax.random.split(jax.random.key(3), 2)
     small, large = (
@@ -160,13 +167,15 @@ def test_the_least_code_has_a_row_without_starts():
 
 
 def test_the_cells_run_through_all_lists_in_order():
-    config = deep_flow.Config(num_classes="6,4", factors="3,2", scales="1,0.1", width=0)
+    config = deep_flow.Config(
+        num_classes="6,4", factors="3,2", scales="1,0.1", widths="3,1"
+    )
     cells = _deep_cells.cells(config)
-    keys = [(cell.num_classes, cell.factors, cell.scale) for cell in cells]
+    keys = [(c.num_classes, c.width, c.factors, c.scale) for c in cells]
     assert keys == sorted(keys)
-    assert len({cell.name for cell in cells}) == 8
-    assert all(cell.width == cell.num_classes for cell in cells)
-    assert len({cell.shape for cell in cells}) == 4
+    assert len({cell.name for cell in cells}) == 16
+    assert {(c.num_classes, c.width) for c in cells} == {(4, 4), (4, 12), (6, 6), (6, 18)}
+    assert len({cell.shape for cell in cells}) == 8
 
 
 @pytest.mark.parametrize(
@@ -182,7 +191,7 @@ def test_the_cells_run_through_all_lists_in_order():
         ({"scales": "nan"}, "--scales must be finite and above 0, got nan"),
         ({"scales": "0.1;1"}, "--scales must be numbers separated by commas"),
         ({"seeds": 0}, "--seeds must be at least 1, got 0"),
-        ({"width": 1}, "--width must be 0 or at least 2"),
+        ({"widths": "0"}, "--widths must be at least 1, got 0"),
         ({"per_class": 0}, "--per_class must be at least 1, got 0"),
         ({"seed": -1}, "--seed must lie in"),
         ({"log_t_max": math.inf}, "--log_t_max must be finite and at least 10"),
@@ -216,7 +225,12 @@ def test_the_run_writes_its_files_and_resumes_where_it_stopped(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(folders, "save_checkpoint", interrupt)
-    settings = {"seeds": 4, "scales": "0.1,1", "workdir": str(tmp_path / "run")}
+    settings = {
+        "seeds": 4,
+        "widths": "1",
+        "scales": "0.1,1",
+        "workdir": str(tmp_path / "run"),
+    }
     with pytest.raises(KeyboardInterrupt):
         deep_flow.run(deep_flow.Config(**settings))
     assert "resume with:" in capsys.readouterr().err
