@@ -18,9 +18,9 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of the part of the run."""
+        """The name of the part of the run; all digits tell two close scales apart."""
         size = f"K={self.num_classes}/p={self.factors}/d={self.width}"
-        return f"{size}/scale={self.scale:g}"
+        return f"{size}/scale={self.scale!r}"
 
     @property
     def shape(self) -> "Cell":

@@ -1,5 +1,6 @@
 """Which softmax code each flow ends at, and the share of starts of each code."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,8 +22,14 @@ _NORMAL_95 = 1.959963984540054  # two-sided 95 % quantile
 
 def codes_of(cell: Cell) -> dict[str, Any]:
     """Return the codes of closed form that fit into a cell, the least value first."""
+    return _codes_of_shape(cell.shape)
+
+
+@functools.cache
+def _codes_of_shape(shape: Cell) -> dict[str, Any]:
+    """Return `codes_of`, which takes seconds for many classes, once for all scales."""
     found = ncjax.softmax_codes(
-        cell.num_classes, cell.factors - 1, cell.per_class, dim=cell.width
+        shape.num_classes, shape.factors - 1, shape.per_class, dim=shape.width
     )
     return dict(sorted(found.items(), key=lambda item: item[1].value))
 

@@ -178,6 +178,13 @@ def test_the_cells_run_through_all_lists_in_order():
     assert len({cell.shape for cell in cells}) == 8
 
 
+def test_two_scales_that_are_close_have_parts_of_their_own():
+    config = deep_flow.Config(num_classes="4", factors="3", scales="1,1.0000000001")
+    low, high = _deep_cells.cells(config)
+    assert low.name != high.name
+    assert _deep_ends.codes_of(low) is _deep_ends.codes_of(high)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
