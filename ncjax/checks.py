@@ -132,7 +132,9 @@ def check_params(params: Params, *, finite: bool = False) -> Params:
     """
     pair = isinstance(params, tuple) and len(params) == 2
     if not pair or isinstance(params, DeepParams):
-        raise ValueError(f"expected ncjax.Params(W, H), got {type(params).__name__}")
+        advice = ": ncjax.collapse_by_layer measures several layers"
+        given = type(params).__name__ + (advice if isinstance(params, DeepParams) else "")
+        raise ValueError(f"expected ncjax.Params(W, H), got {given}")
     W, H = (as_array(name, leaf) for name, leaf in zip("WH", params, strict=True))
     if W.ndim != 2 or H.ndim != 3 or (H.shape[0], H.shape[2]) != W.shape:
         raise ValueError(

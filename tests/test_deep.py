@@ -99,7 +99,8 @@ def test_norm_and_balances(deep):
 
 def test_bad_points_are_refused_with_what_was_given(deep):
     cases = {
-        "at least one array": deep._replace(layers=()),
+        "at least one array.*got an empty tuple": deep._replace(layers=()),
+        "at least one array.*got ndarray": deep._replace(layers=np.zeros((2, 4, 4))),
         "W_1 of 3 columns.*W_1 \\(4, 5\\)": deep._replace(layers=deep.layers[::-1]),
         "a row for each of the K = 4": deep._replace(layers=deep.layers[:2]),
         "floating dtype, got float32, float64": deep._replace(H=deep.H.astype("float32")),
@@ -108,6 +109,11 @@ def test_bad_points_are_refused_with_what_was_given(deep):
     for message, point in cases.items():
         with pytest.raises(ValueError, match=message):
             ncjax.cross_entropy(point)
+
+
+def test_functions_of_two_factors_name_the_one_that_measures_layers(deep):
+    with pytest.raises(ValueError, match=r"DeepParams: ncjax\.collapse_by_layer"):
+        ncjax.collapse_metrics(deep)
 
 
 @pytest.mark.parametrize("widths", [(), 3, (3, 0), "33"])

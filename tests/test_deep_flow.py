@@ -396,7 +396,7 @@ def test_bad_input_is_refused_with_what_was_given():
     other = wave_params(3, 3, 2, 5)
     cases = {
         "times need .*got DeepParams": lambda: ncjax.gradient_flow(start, times=[1.0]),
-        "focal loss alone": lambda: ncjax.gradient_flow(start, [1.0], objective=decayed),
+        "several layers have": lambda: ncjax.gradient_flow(start, [1.0], objective=decayed),
         "Hessian of the cross entropy": lambda: ncjax.gradient_flow(
             start, [1.0], objective=ncjax.Objective("focal", gamma=2.0), solver="implicit"
         ),

@@ -43,8 +43,13 @@ class Loss(NamedTuple):
 CROSS_ENTROPY = Loss()
 
 
-def check_objective(objective: Objective | None, dtype) -> Array | None:
+def check_objective(objective: Objective | None, dtype, *, deep: bool) -> Array | None:
     """Return gamma of the focal loss, () in `dtype`, or None for cross entropy.
+
+    Args:
+      objective: an objective or None.
+      dtype: dtype of the flow.
+      deep: whether the start has several layers; the advice depends on it.
 
     Raises:
       ValueError: the objective is not cross entropy or focal loss alone.
@@ -53,9 +58,12 @@ def check_objective(objective: Objective | None, dtype) -> Array | None:
         return None
     alone = Objective(objective.loss, gamma=objective.gamma)
     if objective.loss not in ("cross_entropy", "focal") or objective != alone:
+        advice = "pass plain times t as times= for any objective"
+        if deep:
+            advice = "several layers have the flow of these two losses alone"
         raise ValueError(
             "log_times need the cross entropy or the focal loss alone, got "
-            f"{objective}: pass plain times t as times= for any objective"
+            f"{objective}: {advice}"
         )
     return None if objective.gamma is None else on_device(objective.gamma, dtype)
 

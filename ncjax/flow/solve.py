@@ -204,7 +204,8 @@ def gradient_flow(
     dtype = start.W.dtype
     if dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"params must be float32 or float64, got {dtype}")
-    loss = Loss(check_weights(weights, start), check_objective(objective, dtype))
+    gamma = check_objective(objective, dtype, deep=isinstance(start, DeepParams))
+    loss = Loss(check_weights(weights, start), gamma)
     start = without_left_out(start, loss.weights)
     requested = log_times
     log_times = _check_log_times(requested, start_log_time, dtype)

@@ -91,9 +91,10 @@ def check_deep_params(params: DeepParams, *, finite: bool = False) -> DeepParams
         raise ValueError(f"expected ncjax.DeepParams(layers, H), got {given}")
     if not isinstance(params.layers, tuple | list) or not params.layers:
         given = type(params.layers).__name__
+        is_empty = isinstance(params.layers, tuple | list)
         raise ValueError(
-            f"layers must be a tuple of at least one array, W_1 to W_L, got {given} "
-            "without an array"
+            "layers must be a tuple of at least one array, W_1 to W_L, got "
+            f"{'an empty ' if is_empty else ''}{given}"
         )
     layers = tuple(as_array(name, W) for name, W in _named(params.layers))
     H = as_array("H", params.H)
