@@ -151,6 +151,8 @@ def gradient_flow(
         loss "auto" does not choose "implicit", which has the Hessian of the cross entropy.
         For `DeepParams` the number of entries of all layers, or K d_0 if it is larger,
         stands for K d.
+        Several layers of small entries pass plateaus on which "explicit" and "stabilised"
+        take thousands of steps, more the smaller the start; take "implicit" there.
       record: function of the state; its value (any pytree of arrays) is saved instead of
         the state. It is compiled in: pass the same function object to compile once.
       max_steps: bound on the solver's steps, rejected ones included.
