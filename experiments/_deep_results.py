@@ -182,8 +182,9 @@ def report(summary: Mapping[str, Any]) -> str:
             f"{_value(row['value_found']):>11}"
         )
     lines.append(
-        f"{summary['settled']} of {summary['starts']} starts within {summary['near']:.0%} "
-        f"of a code, {summary['failed']} failed, {summary['seconds']} s"
+        f"{summary['settled']} of {summary['starts']} starts have logits within "
+        f"{summary['near']:.0%} of a code's, {summary['failed']} failed, "
+        f"{summary['seconds']} s"
     )
     return "\n".join(lines)
 
@@ -195,8 +196,8 @@ def _value(value: float | None) -> str:
 def _findings(summary: Mapping[str, Any]) -> page.Findings:
     """Report the shares of each code and the theory's values."""
     verdict = (
-        f"{summary['starts']} starts, {summary['settled']} within {summary['near']:.0%} of "
-        f"a code; their |Z̃|²/2 exceeds the code's V by "
+        f"{summary['starts']} starts, {summary['settled']} with logits within "
+        f"{summary['near']:.0%} of a code's; their |Z̃|²/2 exceeds the code's V by "
         f"{page.number(summary['value_error_median'])} in the median"
     )
     if summary["failed"]:

@@ -22,6 +22,7 @@ OUTPUTS = (
 )
 _SECONDS = "seconds"  # in the checkpoint
 _MOST_FACTORS = 20
+_MOST_CLASSES = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,11 @@ def _check(config: Config) -> list[Cell]:
         if getattr(config, name) < bound:
             raise BadUse(f"--{name} must be at least {bound}, got {getattr(config, name)}")
     cells = _deep_cells.cells(config)
+    if max(cell.num_classes for cell in cells) > _MOST_CLASSES:
+        raise BadUse(
+            f"--num_classes must be at most {_MOST_CLASSES}, because every start is "
+            f"compared with all codes, got {config.num_classes!r}"
+        )
     if max(cell.factors for cell in cells) > _MOST_FACTORS:
         raise BadUse(f"--factors must be at most {_MOST_FACTORS}, got {config.factors!r}")
     if not 0 <= config.seed < 2**63:

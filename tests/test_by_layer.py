@@ -52,6 +52,22 @@ def test_the_metrics_are_those_of_a_network_with_these_features(deep, measured, 
         np.testing.assert_allclose(model[name], network[name], rtol=1e-9, err_msg=name)
 
 
+@pytest.mark.parametrize("scale", [1e-120, 1e120])
+def test_no_metric_depends_on_the_scale_of_a_factor(deep, measured, scale):
+    """The product of all factors is far beyond the range of float64."""
+    scaled = jax.tree.map(lambda leaf: scale * leaf, deep)
+    found = ncjax.collapse_by_layer(scaled)
+    for field in ("collapse", "ranks"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9),
+            getattr(found, field),
+            getattr(measured, field),
+        )
+    np.testing.assert_allclose(
+        found.singular_values[0], scale * measured.singular_values[0], rtol=1e-12
+    )
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_layer_has_the_metrics_of_its_two_factors(deep, measured, layer):
     found = jax.tree.map(lambda column: column[layer], measured.collapse)

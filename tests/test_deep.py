@@ -97,6 +97,11 @@ def test_norm_and_balances(deep):
         np.testing.assert_allclose(found, upper.T @ upper - lower @ lower.T, atol=1e-13)
 
 
+def test_a_list_of_factors_is_refused_by_name(deep):
+    with pytest.raises(ValueError, match=r"or ncjax.DeepParams\(layers, H\), got list"):
+        ncjax.gradient_flow([*deep.layers, deep.H], [1.0])
+
+
 def test_bad_points_are_refused_with_what_was_given(deep):
     cases = {
         "at least one array.*got an empty tuple": deep._replace(layers=()),

@@ -179,7 +179,9 @@ def test_the_cells_run_through_all_lists_in_order():
 
 
 def test_two_scales_that_are_close_have_parts_of_their_own():
-    config = deep_flow.Config(num_classes="4", factors="3", scales="1,1.0000000001")
+    config = deep_flow.Config(
+        num_classes="4", factors="3", widths="1", scales="1,1.0000000001"
+    )
     low, high = _deep_cells.cells(config)
     assert low.name != high.name
     assert _deep_ends.codes_of(low) is _deep_ends.codes_of(high)
@@ -191,6 +193,7 @@ def test_two_scales_that_are_close_have_parts_of_their_own():
         ({"num_classes": "4,x"}, "--num_classes must be integers separated by commas"),
         ({"num_classes": ""}, "--num_classes must be integers separated by commas"),
         ({"num_classes": "1"}, "--num_classes must be at least 2, got 1"),
+        ({"num_classes": "4,100"}, "--num_classes must be at most 20"),
         ({"factors": "1,2"}, "--factors must be at least 2, got 1"),
         ({"factors": "3,3"}, "--factors must not repeat a number, got '3,3'"),
         ({"factors": "50"}, "--factors must be at most"),

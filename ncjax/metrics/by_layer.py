@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ncjax.metrics.collapse import CollapseMetrics, collapse_metrics
 from ncjax.metrics.depth import FeatureRank, feature_rank
-from ncjax.numerics import einsum
+from ncjax.numerics import at_unit_scale, einsum, power_of_two
 from ncjax.peeled.points import check_deep_point, factors_at
 from ncjax.types import Array, DeepParams, Params
 
@@ -46,7 +46,8 @@ def collapse_by_layer(params: DeepParams, weights=None) -> CollapseByLayer:
     Returns:
       `CollapseByLayer`, float32 for half precision. With layers of different widths,
       r = min(K n, largest width), and zeros follow the singular values of a narrow layer. A
-      metric that is undefined (equal class means, a classifier of 0) is NaN.
+      metric that is undefined (equal class means, a classifier of 0) is NaN. No scale of
+      the factors overflows, except in singular values that exceed the dtype.
 
     Raises:
       ValueError: shapes, dtypes or weights do not fit.
@@ -67,7 +68,10 @@ def collapse_by_layer(params: DeepParams, weights=None) -> CollapseByLayer:
 @jax.jit
 def _by_layer(params: DeepParams, counted: Array | None) -> CollapseByLayer:
     depth = len(params.layers)
-    every = [factors_at(params, layer) for layer in range(depth)]
+    # No metric depends on the scale of a factor; the products may overflow.
+    scales = jnp.stack([power_of_two(leaf) for leaf in (params.H, *params.layers[:-1])])
+    unit = jax.tree.map(at_unit_scale, params)
+    every = [factors_at(unit, layer) for layer in range(depth)]
     # Columns of zeros change no metric, and layers of one width need one program.
     width = max(factors.W.shape[-1] for factors in every)
     stacked = jax.tree.map(
@@ -82,7 +86,9 @@ def _by_layer(params: DeepParams, counted: Array | None) -> CollapseByLayer:
             singular_values=jnp.linalg.svd(rows, compute_uv=False),
         )
 
-    return jax.vmap(measure)(stacked)
+    found = jax.vmap(measure)(stacked)
+    sizes = jnp.cumprod(scales)[:, None]
+    return found._replace(singular_values=sizes * found.singular_values)
 
 
 def _widened(leaf: Array, width: int) -> Array:

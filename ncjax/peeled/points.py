@@ -27,7 +27,12 @@ def check_any_params(params: Point, *, finite: bool = False) -> Point:
     """
     if isinstance(params, DeepParams):
         return check_deep_params(params, finite=finite)
-    return check_params(params, finite=finite)
+    if isinstance(params, tuple):
+        return check_params(params, finite=finite)
+    given = type(params).__name__
+    raise ValueError(
+        f"expected ncjax.Params(W, H) or ncjax.DeepParams(layers, H), got {given}"
+    )
 
 
 def degree_of(params: Params | DeepParams) -> int:
