@@ -415,6 +415,21 @@ def test_bad_comparisons_are_refused(change, message):
         ncjax.nearest_code(params, **change)
 
 
+@pytest.mark.parametrize("scale", [1e-150, 1e-80, 1e80, 1e150])
+def test_the_nearest_code_does_not_depend_on_the_norm(scale):
+    code = ncjax.softmax_codes(4, depth=2, per_class=2)["pairs"]
+    found = ncjax.nearest_code(jax.tree.map(lambda leaf: scale * leaf, code.params))
+    assert found.name == "pairs"
+    assert found.value == pytest.approx(code.value, rel=1e-12)
+
+
+def test_a_code_with_equal_class_means_is_named():
+    simplex = ncjax.softmax_codes(4)["simplex"].params
+    zero = jax.tree.map(jnp.zeros_like, simplex)
+    with pytest.raises(ValueError, match="code 'zero' must have class means of different"):
+        ncjax.nearest_code(simplex, {"zero": zero})
+
+
 def test_equal_class_means_have_no_nearest_code():
     zero = jax.tree.map(jnp.zeros_like, ncjax.block_saddle(2, 2, 1, 4))
     with pytest.raises(ValueError, match="class means of different and finite logits"):

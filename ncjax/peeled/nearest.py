@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from ncjax.checks import check_positive
 from ncjax.peeled.codes import SoftmaxCode, code_matrices
 from ncjax.peeled.factors import margins_of_matrix, norm_of_matrix
 from ncjax.peeled.optimum import Separation
-from ncjax.peeled.points import check_factors
+from ncjax.peeled.points import check_any_point, last_factors
 from ncjax.types import DeepParams, Params
 
 OTHER = "other"
@@ -71,13 +72,7 @@ def nearest_code(
     check_positive("tol", tol)
     matrix, counts = _class_matrix(params, weights)
     candidates = _matrices(len(matrix), codes)
-    size = np.linalg.norm(matrix)
-    if not 0 < size < np.inf:
-        raise ValueError(
-            "params must have class means of different and finite logits, got "
-            f"logits of norm {size:g}"
-        )
-    mark = _mark(matrix / size)
+    mark = _mark(matrix)
     distances = {name: _distance(mark, other) for name, other in candidates.items()}
     name = min(distances, key=lambda name: distances[name])
     distance = distances[name]
@@ -85,7 +80,7 @@ def nearest_code(
     return NearestCode(
         name=name if distance <= tol else OTHER,
         distance=distance,
-        value=_value(matrix / size, counts, degree),
+        value=_value(matrix, counts, degree),
     )
 
 
@@ -96,14 +91,29 @@ class _Mark(NamedTuple):
     classes: np.ndarray  # (K, 2K - 1)
 
 
-def _class_matrix(params, weights) -> tuple[np.ndarray, np.ndarray]:
-    """Return the centred logits of the class means (K, K), a column each, and counts."""
-    (W, H), weights = check_factors(params, weights)
+def _class_matrix(params, weights, name="params") -> tuple[np.ndarray, np.ndarray]:
+    """Return the centred logits of the class means (K, K), of norm 1, and counts."""
+    params, weights = check_any_point(params, weights)
+    # The size of a factor does not change the direction, but products overflow with it.
+    W, H = last_factors(jax.tree.map(_at_unit_size, params))
     kept = np.ones(H.shape[:2]) if weights is None else np.asarray(weights) > 0
     counts = kept.sum(axis=1)
     means = np.asarray(H, float).sum(axis=1) / counts[:, None]
     logits = np.asarray(W, float) @ means.T
-    return logits - logits.mean(axis=0), counts
+    logits -= logits.mean(axis=0)
+    size = np.linalg.norm(logits)
+    if not 0 < size < np.inf:
+        raise ValueError(
+            f"{name} must have class means of different and finite logits, got centred "
+            f"logits of norm {size:g} at factors of largest entry 1"
+        )
+    return logits / size, counts
+
+
+def _at_unit_size(leaf) -> np.ndarray:
+    leaf = np.asarray(leaf)
+    with np.errstate(invalid="ignore"):  # infinite entries, which the caller reports
+        return leaf / (np.abs(leaf).max() or 1)
 
 
 def _matrices(num_classes: int, codes) -> dict[str, _Mark]:
@@ -120,9 +130,9 @@ def _matrices(num_classes: int, codes) -> dict[str, _Mark]:
         if isinstance(code, SoftmaxCode):
             matrix = code.matrix
         elif isinstance(code, Separation):
-            matrix, _ = _class_matrix(code.params, code.weights)
+            matrix, _ = _class_matrix(code.params, code.weights, f"code {name!r}")
         else:
-            matrix, _ = _class_matrix(code, None)
+            matrix, _ = _class_matrix(code, None, f"code {name!r}")
         if len(matrix) != num_classes:
             raise ValueError(
                 f"codes must have the K = {num_classes} classes of params, got {name!r} "
