@@ -409,3 +409,11 @@ def test_bad_settings_of_the_decayed_collapse_are_named(change, message):
     good = {"num_classes": 4, "per_class": 2, "depth": 2, "weight_decay": 0.1}
     with pytest.raises(ValueError, match=message):
         ncjax.decayed_collapse(**(good | change))
+
+
+def test_the_barrier_of_a_tiny_decay_is_near_the_origin():
+    """Its margin is about λ³ here, no positive number."""
+    found = ncjax.decayed_collapse(4, 2, depth=2, weight_decay=1e-150)
+    assert found.barrier.margin == 0
+    assert found.barrier.value == pytest.approx(found.origin, rel=1e-15)
+    assert found.minimum.margin == pytest.approx(349.1880266, rel=1e-9)

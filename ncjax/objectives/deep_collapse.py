@@ -14,6 +14,9 @@ from ncjax.objectives.factors import unit_etf
 from ncjax.objectives.roots import root, root_above
 from ncjax.types import DeepParams
 
+# Logarithms of margins below this: e^m is 1 to rounding, and m may be no number above 0.
+_UNDERFLOW = -700
+
 
 class CollapsedPoint(NamedTuple):
     """A balanced collapse: all margins are equal, and all factors have equal norms."""
@@ -161,6 +164,8 @@ class _Ray(NamedTuple):
         power = 1 - 2 / self.degree
         # A lower bound of it, from e^m + K - 1 >= K.
         low = (math.log(decay) - (1 + power) / 2 * math.log(self.per_class)) / power
+        if low < _UNDERFLOW:
+            return math.exp(low)  # the bound to rounding, or 0
         return math.exp(
             root(
                 lambda s: self._log_decay(math.exp(s)) - math.log(decay),
