@@ -105,8 +105,9 @@ def deep_certificate(
         `kkt` is right.
       weights: (K, n) or (K,) weights of the samples or classes in the loss, not negative.
         Samples of weight 0 are left out. None is 1 everywhere.
-      multipliers: as in `kkt`. Softmax weights describe the direction only at a large
-        norm: scale the direction up, or use "nnls".
+      multipliers: as in `kkt`. Softmax weights are right at a large norm on the flow. At
+        a point that no flow made, such as a result of `solve_separation`, use "nnls":
+        softmax weights of equal margins are equal, at any norm.
       tol: largest residual that counts as zero; a value above a known smaller one by this
         share counts as larger. None takes $q_{\min}^{-1/p}$, the rate at which the
         residuals of the flow decay, clipped to at most 0.1 and at least 100 roundings.

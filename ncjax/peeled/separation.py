@@ -192,8 +192,9 @@ def certificate(
       weights: (K, n) or (K,) weights of the samples or classes in the loss, not negative.
         Samples of weight 0 are left out: they have no margin and no multiplier. None is 1
         everywhere.
-      multipliers: as in `kkt`. Softmax weights describe the direction only at a large
-        norm: scale the direction up, or use "nnls".
+      multipliers: as in `kkt`. Softmax weights are right at a large norm on the flow. At
+        a point that no flow made, such as a result of `solve_separation`, use "nnls":
+        softmax weights of equal margins are equal, at any norm.
       tol: largest residual, and largest `sigma_max - 1`, that count as zero. None takes
         $1/\sqrt{q_{\min}}$, the rate at which the residuals of the flow decay (1/√log t),
         clipped to at most 0.1 and at least 100 roundings.
