@@ -255,6 +255,13 @@ def test_for_two_factors_the_pairs_are_a_saddle():
     assert float(found.eigenvalues[0]) == pytest.approx(-1 / 4, rel=1e-9)
 
 
+def test_one_layer_without_room_is_undecided():
+    """The hexagon is the best point known in the plane."""
+    W, H = ncjax.solve_separation((1,) * 6, 2).params
+    found = ncjax.certificate(ncjax.DeepParams((W,), H), multipliers="nnls")
+    assert int(found.verdict) == deep_separation.UNDECIDED
+
+
 # The margin ratio.
 
 

@@ -40,7 +40,7 @@ NOT_SEPARATED = 3
 NOT_OPTIMAL = 4
 DEEP_VERDICTS = (
     "globally optimal direction",
-    "KKT direction whose optimality no test decides: sigma_max is for two factors alone",
+    "KKT direction whose optimality no test decides",
     "not a KKT point",
     "not separated: a sample is misclassified",
     "KKT direction that is not globally optimal",
@@ -99,6 +99,7 @@ def deep_certificate(
     negative.
 
     With one layer, p = 2, the verdict is that of `ncjax.certificate` of the two factors.
+    Where sigma_max exceeds 1 and the descent needs a larger width, it is undecided.
 
     Args:
       params: `DeepParams` with every sample classified correctly, at a scale for which
@@ -226,7 +227,7 @@ def _verdict_of_two_factors(params, weights, multipliers, tol) -> Array:
         separation.STRICT_SADDLE: NOT_OPTIMAL,
         separation.NOT_KKT: NOT_KKT,
         separation.NOT_SEPARATED: NOT_SEPARATED,
-        separation.NO_ROOM: NOT_OPTIMAL,
+        separation.NO_ROOM: UNDECIDED,
     }
     table = jnp.asarray([of_verdict[code] for code in sorted(of_verdict)])
     return table[proof.verdict]
