@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from strategies import random_params, separating
 
 import ncjax
-from ncjax.peeled import deep_separation, separation
+from ncjax.peeled import deep_separation, margin_bound, search, separation
 from ncjax.peeled.margin_bound import attainable_value, collapse_value
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -284,6 +284,23 @@ def test_the_attainable_norm_in_closed_form_is_what_a_search_finds():
     found = ncjax.solve_separation((1,) * 6, 4, starts=4)
     assert attainable_value(6, 1, 4) == pytest.approx(found.value, rel=1e-9)
     assert attainable_value(100, 1, 70) is not None
+
+
+def test_no_search_ends_below_the_attainable_norm():
+    for num_classes, dim in margin_bound.VALUES_FOUND:
+        found = search.search((1,) * num_classes, dim, 2, starts=2, seed=5)
+        least = found.spread[0][0]
+        assert least > attainable_value(num_classes, 1, dim) * (1 - 1e-9)
+
+
+def test_two_opposite_simplices_and_an_apex_have_the_attainable_norm():
+    """At (11, 5) most searches from random starts end above it."""
+    simplex = np.eye(5) - 1 / 5  # of rank 4
+    rows = np.zeros((11, 6))
+    rows[:5, :5], rows[5:10, :5] = simplex, -simplex
+    rows[:5, 5], rows[5:10, 5], rows[10, 5] = -0.5, 0.25, 1.1
+    found = search.search((1,) * 11, 5, 2, starts=1, seed=0, codes=(rows @ rows.T,))
+    assert found.spread[0][0] == pytest.approx(attainable_value(11, 1, 5), rel=1e-12)
 
 
 def test_the_margin_ratio_of_the_polygon_is_one():

@@ -5,9 +5,7 @@ p factors has $q_{\min} \le (|Z|^2 / 2V)^{p/2}$.
 """
 
 import math
-from functools import lru_cache
 
-import jax
 import jax.numpy as jnp
 
 from ncjax.checks import check_positive
@@ -15,12 +13,27 @@ from ncjax.numerics import at_unit_scale, on_device
 from ncjax.peeled import kernels
 from ncjax.peeled.geometry import helmert
 from ncjax.peeled.multipliers import unit_least_margin
-from ncjax.peeled.optimum import solve_separation
 from ncjax.peeled.points import check_any_point
 from ncjax.types import Array, DeepParams, Params
 
-# Most classes for which the attainable norm is searched for, in a few seconds; starts.
-_SEARCHED, _STARTS = 12, 8
+# Most classes for which the attainable norm is known where 2 < d < K/2.
+_SEARCHED = 12
+# Least values at one sample a class by (K, d), from `solve_separation` with 68 starts or
+# more. At (11, 5), two opposite simplices and an apex, a start in forty ends there.
+VALUES_FOUND = {
+    (7, 3): 8.840448186187988,
+    (8, 3): 10.828427124746190,
+    (9, 3): 13.486677996358168,
+    (9, 4): 10.687444756394445,
+    (10, 3): 16.695788936229853,
+    (10, 4): 12.0,
+    (11, 3): 19.791434699842753,
+    (11, 4): 14.276992414302027,
+    (11, 5): 12.604788188931646,
+    (12, 3): 21.708203932499369,
+    (12, 4): 15.981455682671218,
+    (12, 5): 14.0,
+}
 
 
 def margin_ratio(params: Params | DeepParams, weights=None, *, value=None) -> Array:
@@ -39,7 +52,7 @@ def margin_ratio(params: Params | DeepParams, weights=None, *, value=None) -> Ar
     $d < K - 1$ V is the value of the best points known, none of them proved optimal. These
     are the regular polygon for d = 2, the pairs with $2d - K$ apexes of `softmax_codes` for
     $d \ge K/2$, with $V = \sqrt n\, (K - 1 + \sqrt{2 (K - d) / K})$, and otherwise the
-    point that `solve_separation` finds by a search, up to K = 12, once for each (K, d).
+    least of many searches by `solve_separation`, tabulated up to K = 12.
 
     **Several layers.** The default of V is the value of collapse, $\tfrac p2 \sum_i
     \sigma_i^{2/p}$ with the singular values of $P \operatorname{diag}(\sqrt{n_k})$, which
@@ -126,26 +139,20 @@ def attainable_value(num_classes: int, per_class: int, dim: int) -> float | None
         return (num_classes - 1) * root
     if dim > 2 and 2 * dim >= num_classes:  # pairs and 2 d - K apexes
         return root * (num_classes - 1 + math.sqrt(2 * (1 - dim / num_classes)))
-    if dim == 1 or (dim > 2 and num_classes > _SEARCHED):
-        return None
-    return root * _value_in_few_dimensions(num_classes, dim)
+    if dim == 2:  # regular polygon
+        return root * num_classes / (1 - math.cos(2 * math.pi / num_classes))
+    found = VALUES_FOUND.get((num_classes, dim))
+    return None if found is None else root * found
 
 
 def value_or_bound(params: Params) -> float:
     """Return V for classes of equal size; `v(n)`, its lower bound, where V is not known.
 
-    With it `margin_ratio` is defined for all shapes, and at most 1.
+    With it `margin_ratio` is defined for all shapes. No point above 1 is known.
     """
     num_classes, per_class, dim = params.H.shape
     value = attainable_value(num_classes, per_class, dim)
     return (num_classes - 1) * math.sqrt(per_class) if value is None else value
-
-
-@lru_cache
-def _value_in_few_dimensions(num_classes: int, dim: int) -> float:
-    """Return V at one sample a class, also while JAX traces a function."""
-    with jax.ensure_compile_time_eval():
-        return solve_separation((1,) * num_classes, dim, starts=_STARTS).value
 
 
 def least_width(params: Params | DeepParams) -> int:
