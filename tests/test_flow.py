@@ -15,6 +15,8 @@ from ncjax import checks
 from ncjax.flow.methods import METHODS, choose_solver, find_method
 from ncjax.flow.solve import BAD_TIMES, STEP_LIMIT, STEP_TOO_SMALL, SUCCESS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # t: L, q_min, |Z|², W[0, 0], H[0, 0, 0]; raw equation in t, DOP853 at rtol 1e-12.
 EARLY = {
     1: (9.79920660605, -0.126166027668, 13.1756591027, 0.678160021521, 0.219764467778),

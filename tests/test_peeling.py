@@ -11,6 +11,8 @@ from strategies import random_params, sizes
 
 import ncjax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def last_layer_of(params):
     """`ncjax.last_layer` of the samples of a model, in another order."""

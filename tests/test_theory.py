@@ -9,6 +9,8 @@ from strategies import random_params
 import ncjax
 from experiments import _fits, ulpm_flow
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 K, N, D = 4, 3, 6
 LOG_TIMES = np.array([1.0, 10.0, 100.0, 300.0, 1000.0])
 

@@ -15,6 +15,8 @@ from ncjax.networks import data, models, train
 from ncjax.networks.data import Dataset
 from ncjax.peeled.losses import softmax_cross_entropy
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RATE, MOMENTUM = 0.1, 0.9
 
 

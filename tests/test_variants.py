@@ -18,6 +18,8 @@ import ncjax
 from ncjax import measures, variants
 from ncjax.metrics import directions
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FOLDER = Path(__file__).parent / "data"
 VALUES = json.loads((FOLDER / "collapse_values.json").read_text())
 

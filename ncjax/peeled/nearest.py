@@ -43,7 +43,8 @@ def nearest_code(
     - the distance of the classes in their best assignment. A class k is described by
       $M_{kk}$ and the sorted other entries of its column and of its row.
 
-    At finite time a flow is at a distance of order $1 / \log t$ from its code.
+    At finite time a flow is at a distance of order $1 / \log t$ from its code. The search
+    for the assignment runs on the host, outside `jax.jit` and `jax.vmap`.
 
     Args:
       params: `W` (K, d) and `H` (K, n, d); or `DeepParams`.
