@@ -31,6 +31,7 @@ from typing import Any
 from benchmarks import (
     _timing,
     flow,
+    flow_deep,
     flow_objectives,
     flow_reach,
     hessian,
@@ -47,6 +48,7 @@ SECTIONS: dict[str, Callable[[int], tuple[list[dict[str, Any]], list[str]]]] = {
     "flow": flow.measure,
     "flow_wide": flow.measure_wide,
     "flow_peers": flow.peers,
+    "flow_deep": flow_deep.measure,
     "flow_objectives": flow_objectives.measure,
     "flow_reach": flow_reach.measure,
     "training_step": training_step.measure,

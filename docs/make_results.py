@@ -384,7 +384,16 @@ def neighbours_by() -> str:
 
 def deep_shares() -> str:
     """List the codes that the flows of deep models end at, by depth, width and scale."""
-    every = run("deep_flow")["shares"]
+    return _share_table("deep_flow")
+
+
+def deep_far() -> str:
+    """List the codes at a later time, for six classes."""
+    return _share_table("deep_flow_far")
+
+
+def _share_table(name: str) -> str:
+    every = run(name)["shares"]
     scales = sorted({row["scale"] for row in every})
     rows = []
     for K, p, d in dict.fromkeys(
@@ -406,10 +415,10 @@ def _shares(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def deep_by() -> str:
-    """Name the run behind the table of deep models."""
-    summary = run("deep_flow")
+    """Name the runs behind the tables of deep models."""
+    runs = [run(name) for name in ("deep_flow", "deep_flow_far")]
     return sources(
-        (summary, f"{summary['starts']} starts, {summary['seconds'] / 60:.0f} min")
+        *((r, f"{r['starts']} starts, {r['seconds'] / 60:.0f} min") for r in runs)
     )
 
 
@@ -684,7 +693,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(networks, network_metrics, network_runs, peel, peel_by, speed),
         *(flow_metrics, flow_exponents, flow_runs, controls, reference_values),
         *(neighbours_models, neighbours_path, neighbours_minority, neighbours_by),
-        *(deep_shares, deep_by),
+        *(deep_shares, deep_far, deep_by),
     )
 }
 _MARKED = re.compile(r"(<!-- results: (\w+) -->\n)(?:.+\n)*")

@@ -16,6 +16,7 @@ import ncjax
 from benchmarks import (
     _timing,
     flow,
+    flow_deep,
     flow_objectives,
     flow_reach,
     hessian,
@@ -227,6 +228,14 @@ def test_every_program_with_weight_decay_comes_to_the_minimum():
     assert len(measured) == 6
     for row in measured[:3]:
         assert float(row["note"].rpartition(" ")[2]) < 1e-10
+
+
+@pytest.mark.slow
+def test_every_program_of_deep_models_reaches_its_last_time():
+    measured = [*flow_deep.starts(1, count=2, log_t=5.0), *flow_deep.late(1, (10.0,))]
+    assert len(measured) == 2 + 2 * len(flow_deep.SOLVERS)
+    for row in measured[2:]:
+        assert float(row["note"].rpartition(" ")[2]) < 1
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from ncjax.networks import models
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [
-    *(DOCS / name for name in ("tour.md", "objectives.md")),
+    *(DOCS / name for name in ("tour.md", "objectives.md", "deep.md")),
     *sorted((DOCS / "howto").glob("*.md")),
 ]
 # The reference lists all public names of these modules, and of `import ncjax`.
