@@ -129,16 +129,16 @@ def _compile(starts: ncjax.Params, measure: Measure, solver: str, max_steps: int
     """Compile the flow of one leg, on all devices, and its measurement, on one of them."""
     dtype = starts.W.dtype
 
-    def one(state, times, before):
+    def leg(state, times, before):
         return ncjax.gradient_flow(
             state, times, start_log_time=before, solver=solver, max_steps=max_steps
         )
 
-    leg = by_seed(one, starts.W.shape[0], num_shared=2)
+    many = by_seed(leg, starts.W.shape[0], num_shared=2)
     measured = on_one_device(jax.vmap(measure))
 
     def flow(states, times, before):
-        return leg(states, jnp.asarray(times, dtype), jnp.asarray(before, dtype))
+        return many(states, jnp.asarray(times, dtype), jnp.asarray(before, dtype))
 
     return flow, measured
 

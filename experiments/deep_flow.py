@@ -39,7 +39,7 @@ class Config(cli.Settings):
     widths: str = cli.flag("1,3", "widths of all layers, in multiples of K", cli.MODEL)
     scales: str = cli.flag(
         "0.25,0.75,2.5",
-        "scales of the starts: standard deviation of an entry times the root of the width",
+        "scales of the starts: deviation of an entry times the root of the width",
         cli.MODEL,
     )
     per_class: int = cli.flag(2, "n, samples of each class", cli.MODEL)

@@ -16,6 +16,7 @@ from strategies import WIDE, floats, seeds, separating
 
 import ncjax
 from experiments._saddles import Block, family
+from ncjax.peeled import margin_bound
 from ncjax.peeled.separation import GLOBAL_OPTIMUM, NO_ROOM, STRICT_SADDLE
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "full_precision")
@@ -56,7 +57,7 @@ def test_blocks_are_orthogonal_frames(block, dtype):
 
 @given(blocks, floats, seeds, st.floats(0.01, 60))
 def test_loss_and_margins_of_blocks_agree_with_closed_forms(block, dtype, seed, scale):
-    m, b, n, _ = block
+    m, b, n, dim = block
     K, eps = block.num_classes, float(np.finfo(dtype).eps)
     params = turned(far(block, dtype, scale), seed)
     found = compiled(params)
@@ -68,7 +69,10 @@ def test_loss_and_margins_of_blocks_agree_with_closed_forms(block, dtype, seed, 
     assert float(found["log_cross_entropy"]) == pytest.approx(log_loss, abs=rounding)
     size = 2 * square * K * n**0.5
     assert float(found["squared_norm"]) == pytest.approx(size, rel=100 * eps)
-    ratio = (K - 1) / K if m > 1 else 1
+    attainable = margin_bound.attainable_value(K, n, dim)
+    if dim >= K - 1:
+        assert attainable == pytest.approx((K - 1) * n**0.5)
+    ratio = attainable / (K * n**0.5) if m > 1 else 1
     assert float(found["margin_ratio"]) == pytest.approx(ratio, rel=100 * eps)
     # The softmax weights carry the rounding of the margins.
     assert float(found["kkt_angle"]) <= 10 * rounding
