@@ -16,7 +16,7 @@ from experiments._runs import files, folders
 
 GOOD, BAD, OPEN = "good", "bad", "open"
 _TEMPLATE = "page.html"
-_COLOURS = 28
+_COLOURS = 24
 _MOST_PIXELS = 50_000_000
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # Errors of reading a summary that has another shape.
