@@ -11,6 +11,8 @@ import ncjax
 from experiments import _fits, _legs, _saddles, saddle_analysis, theorems, ulpm_flow
 from experiments._runs import files, folders
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SMALL = ulpm_flow.Config(
     seeds=2, num_classes=3, per_class=2, dim=4, log_t_max=20.0, num_times=20
 )

@@ -17,6 +17,8 @@ import ncjax
 from ncjax import statistics
 from ncjax.metrics import collapse
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FOLDER = Path(__file__).parent / "data"
 VALUES = json.loads((FOLDER / "collapse_values.json").read_text())
 

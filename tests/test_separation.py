@@ -18,6 +18,8 @@ from ncjax.peeled.separation import (
     STRICT_SADDLE,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FAMILY = [
     Block(1, 4, 3, 6),
     Block(2, 2, 1, 4),

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from ncjax import statistics
 from ncjax.metrics import collapse
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 K, D, N = 4, 3, 24
 
 
