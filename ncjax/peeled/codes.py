@@ -1,7 +1,7 @@
 r"""Softmax codes: KKT directions of minimum-norm separation in closed form, at any depth.
 
-Collapse is one of them. With three factors or more it need not be the one of least norm,
-and with few dimensions it does not fit.
+Collapse is one of them. With three factors or more another code may have a smaller
+norm, and with few dimensions collapse does not fit.
 """
 
 import math

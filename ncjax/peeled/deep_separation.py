@@ -1,4 +1,4 @@
-r"""Certificate of a point of several linear layers: what is proved about its direction.
+r"""Certificate of a point of several linear layers: proved bounds and known values.
 
 $$\min \tfrac12 |Z|^2 = \tfrac12 \sum_l |W_l|_F^2 + \tfrac12 |H|_F^2 \quad \text{s.t.} \quad
 \text{all margins} \ge 1$$
@@ -51,7 +51,7 @@ _MOST_CLASSES = 20
 
 
 class DeepCertificate(NamedTuple):
-    r"""What is known of the direction of a point of p factors."""
+    r"""Bounds and known values for the direction of a point of p factors."""
 
     value: Array  # ()  |Z̃|²/2
     bound: Array  # ()  (p/2) v(n)^(2/p), at most the minimum of |Z̃|²/2
@@ -98,7 +98,7 @@ def deep_certificate(
     For two factors the eigenvalues are $(1 \pm \sigma_i(S)) / V$ instead, which may be
     negative.
 
-    With one layer, p = 2, the verdict is that of `ncjax.certificate` of the two factors.
+    With one layer, p = 2, `ncjax.certificate` of the two factors gives the verdict.
     Where sigma_max exceeds 1 and the descent needs a larger width, it is undecided.
 
     Args:

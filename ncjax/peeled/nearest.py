@@ -50,8 +50,8 @@ def nearest_code(
       params: `W` (K, d) and `H` (K, n, d); or `DeepParams`.
       codes: the codes by name, from `softmax_codes`, `solve_separation` or as points. None
         takes all of `softmax_codes(K)`, of any rank.
-      weights: (K, n) or (K,) weights of the samples or classes; those of weight 0 are left
-        out of the class means. None is 1 everywhere.
+      weights: (K, n) or (K,) weights of the samples or classes; samples of weight 0 are
+        left out of the class means. None is 1 everywhere.
       tol: largest distance of a match. The codes of `softmax_codes` are at least
         0.126 apart for K <= 10.
 

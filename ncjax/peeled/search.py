@@ -41,8 +41,8 @@ class SeparationProblem:
     r"""`min |Z|²/2` subject to margins of at least 1, of rank at most dim.
 
     The unknowns x have a row $(a_i, b_i, s_i)$ for each of the dim rank-one parts of
-    $M = \sum_i s_i^{p-2} a_i b_i^\top$; p = 2 has no s. The size of an unknown counts once,
-    that of s_i counts p - 2 times.
+    $M = \sum_i s_i^{p-2} a_i b_i^\top$; p = 2 has no s. In $|Z|^2$ the square of an
+    unknown counts once, the square of s_i counts p - 2 times.
     """
 
     roots: np.ndarray  # (K,)  sqrt(n_k)
@@ -273,7 +273,7 @@ def _descend(problem: SeparationProblem, x: np.ndarray) -> np.ndarray | None:
 def _polish(problem: SeparationProblem, x: np.ndarray) -> np.ndarray | None:
     """Solve the KKT equations by Newton's method; None if they do not hold in the end.
 
-    Rotations leave the system singular, so the steps are those of least norm.
+    Rotations leave the system singular, so each step is the one of least norm.
     """
     from scipy.optimize import nnls
 
