@@ -12,6 +12,7 @@ import numpy as np
 
 from ncjax.checks import check_integer, check_sizes, float_dtype
 from ncjax.peeled.factors import balanced_params, norm_of_matrix, truncated_svd
+from ncjax.peeled.polygon import polygon_factors
 from ncjax.types import DeepParams, Params
 
 # Up to this K the codes have blocks of all sizes, beyond it blocks of one size.
@@ -122,10 +123,16 @@ def code_matrices(num_classes: int) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the name and the matrix M (K, K) at one sample a class of every code."""
     yield "simplex", np.eye(num_classes) - 1 / num_classes
     if num_classes >= 5:
-        yield "polygon", _polygon(num_classes)
+        W, rows, _ = polygon_factors(num_classes, per_class=1)
+        yield "polygon", W @ rows.T
     for apexes in range(num_classes - 3):
         for blocks in _blocks(num_classes - apexes, num_classes <= _ALL_SIZES):
             yield _name(blocks, apexes), _simplices(blocks, apexes)
+
+
+def fitting_matrices(num_classes: int, dim: int) -> list[np.ndarray]:
+    """Return the matrices (K, K) of the codes whose rank is at most dim."""
+    return [M for _, M in code_matrices(num_classes) if len(truncated_svd(M)[1]) <= dim]
 
 
 def _blocks(total: int, all_sizes: bool) -> list[tuple[int, ...]]:
@@ -163,8 +170,3 @@ def _simplices(blocks: tuple[int, ...], apexes: int) -> np.ndarray:
         matrix[block, block] = (size * np.eye(size) - 1) / (size - 1)
         first += size
     return matrix
-
-
-def _polygon(num_classes: int) -> np.ndarray:
-    turn = 2 * np.pi / num_classes * np.arange(num_classes)
-    return np.cos(turn[:, None] - turn) / (1 - math.cos(turn[1]))

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from ncjax.checks import check_choice
 from ncjax.peeled import separation
-from ncjax.peeled.codes import code_matrices
-from ncjax.peeled.factors import norm_of_matrix, truncated_svd
+from ncjax.peeled.codes import fitting_matrices
+from ncjax.peeled.factors import norm_of_matrix
 from ncjax.peeled.kernels import separation_value, squared_norm
 from ncjax.peeled.margin_bound import collapse_value, least_width
 from ncjax.peeled.multipliers import (
@@ -212,10 +212,8 @@ def _least_known_value(params: DeepParams, weights: Array | None) -> float | Arr
 @lru_cache
 def _least_of_codes(num_classes: int, degree: int, width: int) -> float:
     """Return the least value of a code at one sample a class; infinity if none fits."""
-    matrices = [matrix for _, matrix in code_matrices(num_classes)]
-    fitting = [matrix for matrix in matrices if len(truncated_svd(matrix)[1]) <= width]
-    values = [norm_of_matrix(matrix, degree) for matrix in fitting]
-    return min(values, default=math.inf)
+    fitting = fitting_matrices(num_classes, width)
+    return min((norm_of_matrix(M, degree) for M in fitting), default=math.inf)
 
 
 def _verdict_of_two_factors(params, weights, multipliers, tol) -> Array:

@@ -10,13 +10,12 @@ import numpy as np
 
 from ncjax.checks import check_counts, check_integer, check_sizes, float_dtype
 from ncjax.numerics import on_device
-from ncjax.peeled.codes import code_matrices
+from ncjax.peeled.codes import fitting_matrices
 from ncjax.peeled.factors import (
     balanced_params,
     by_sample,
     multipliers_of_matrix,
     norm_of_matrix,
-    truncated_svd,
 )
 from ncjax.peeled.geometry import helmert
 from ncjax.peeled.polygon import polygon_factors
@@ -187,7 +186,7 @@ def _check_effort(num_classes: int, dim: int, depth: int, starts: int | None) ->
 
 def _codes(num_classes: int, dim: int, depth: int) -> tuple[np.ndarray, ...]:
     """Return the matrices of the codes that fit into dim, of least norm first."""
-    fit = [M for _, M in code_matrices(num_classes) if len(truncated_svd(M)[1]) <= dim]
+    fit = fitting_matrices(num_classes, dim)
     return tuple(sorted(fit, key=lambda M: norm_of_matrix(M, depth + 1)))
 
 
