@@ -86,6 +86,12 @@ def check_nonnegative(name: str, value) -> None:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
 
 
+def check_scale(scale: float, dtype) -> None:
+    """Raise ValueError unless the scale of a random start is a number >= 0 of `dtype`."""
+    if not 0 <= scale <= float(jnp.finfo(dtype).max):
+        raise ValueError(f"scale must be finite and not negative in {dtype}, got {scale}")
+
+
 def check_key(name: str, key) -> None:
     """Raise ValueError unless `key` is one PRNG key, of `jax.random.key` or `PRNGKey`."""
     batch = _key_batch(key)

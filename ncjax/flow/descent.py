@@ -10,10 +10,9 @@ import numpy as np
 
 from ncjax.arrays import as_array, read_array
 from ncjax.checks import check_integer, check_positive
-from ncjax.numerics import on_device, widen
+from ncjax.numerics import on_device
 from ncjax.peeled.kernels import cross_entropy, log_cross_entropy
-from ncjax.peeled.points import Point, check_any_params, last_factors
-from ncjax.peeled.weights import check_weights, without_left_out
+from ncjax.peeled.points import Point, check_any_point, last_factors
 from ncjax.types import Array
 
 
@@ -69,9 +68,7 @@ def gradient_descent(
     >>> ncjax.gradient_descent(start, 0.1, 1000).params.H.shape[1:]
     (3, 2, 4)
     """
-    params = widen(check_any_params(params, finite=True))
-    weights = check_weights(weights, params)
-    params = without_left_out(params, weights)
+    params, weights = check_any_point(params, weights, finite=True)
     check_integer("num_steps", num_steps, least=1)
     if num_steps >= 2**31:
         raise ValueError(f"num_steps must be below 2**31, got {num_steps}")

@@ -10,6 +10,7 @@ from ncjax.checks import (
     check_finite,
     check_integer,
     check_key,
+    check_scale,
     check_sizes,
     float_dtype,
 )
@@ -51,8 +52,7 @@ def init_deep_params(
     widths = _check_widths(widths)
     check_key("key", key)
     dtype = float_dtype(dtype)
-    if not 0 <= scale <= float(jnp.finfo(dtype).max):
-        raise ValueError(f"scale must be finite and not negative in {dtype}, got {scale}")
+    check_scale(scale, dtype)
     shapes: list[tuple[int, ...]] = [(num_classes, per_class, widths[0])]
     shapes.extend(zip((*widths[1:], num_classes), widths, strict=True))
     keys = jax.random.split(key, len(shapes))

@@ -13,6 +13,7 @@ from ncjax.checks import (
     check_counts,
     check_integer,
     check_key,
+    check_scale,
     check_sizes,
     float_dtype,
 )
@@ -60,8 +61,7 @@ def init_params(
     check_sizes(num_classes=num_classes, per_class=most, dim=dim)
     check_key("key", key)
     dtype = float_dtype(dtype)
-    if not 0 <= scale <= float(jnp.finfo(dtype).max):
-        raise ValueError(f"scale must be finite and not negative in {dtype}, got {scale}")
+    check_scale(scale, dtype)
     if dim < num_classes - 1:
         warnings.warn(
             f"dim={dim} is below num_classes - 1 = {num_classes - 1}: no simplex ETF "

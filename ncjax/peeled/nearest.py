@@ -11,7 +11,7 @@ from ncjax.checks import check_positive
 from ncjax.peeled.codes import SoftmaxCode, code_matrices
 from ncjax.peeled.factors import margins_of_matrix, norm_of_matrix
 from ncjax.peeled.optimum import Separation
-from ncjax.peeled.points import check_any_point, last_factors
+from ncjax.peeled.points import check_any_point, degree_of, last_factors
 from ncjax.types import DeepParams, Params
 
 OTHER = "other"
@@ -77,11 +77,10 @@ def nearest_code(
     distances = {name: _distance(mark, other) for name, other in candidates.items()}
     name = min(distances, key=lambda name: distances[name])
     distance = distances[name]
-    degree = params.degree if isinstance(params, DeepParams) else 2
     return NearestCode(
         name=name if distance <= tol else OTHER,
         distance=distance,
-        value=_value(matrix, counts, degree),
+        value=_value(matrix, counts, degree_of(params)),
     )
 
 

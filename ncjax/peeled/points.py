@@ -11,9 +11,9 @@ from typing import TypeVar
 import jax
 
 from ncjax.checks import check_params
-from ncjax.numerics import einsum, matmul, widen
+from ncjax.numerics import einsum, matmul
 from ncjax.peeled.deep import check_deep_params
-from ncjax.peeled.weights import check_point, check_weights, without_left_out
+from ncjax.peeled.weights import counted_point
 from ncjax.types import Array, DeepParams, Params
 
 Point = TypeVar("Point", Params, DeepParams, Params | DeepParams)
@@ -61,9 +61,7 @@ def check_deep_point(
     Raises:
       ValueError: as `check_deep_params` and `check_weights`.
     """
-    params = widen(check_deep_params(params, finite=finite))
-    weights = check_weights(weights, params)
-    return without_left_out(params, weights), weights
+    return counted_point(check_deep_params(params, finite=finite), weights)
 
 
 def check_factors(params: Params | DeepParams, weights) -> tuple[Params, Array | None]:
@@ -72,7 +70,7 @@ def check_factors(params: Params | DeepParams, weights) -> tuple[Params, Array |
     Functions of the logits alone take points of any depth by this.
 
     Raises:
-      ValueError: as `check_point` and `check_deep_point`.
+      ValueError: as `check_any_point`.
     """
     params, weights = check_any_point(params, weights)
     return last_factors(params), weights
@@ -82,10 +80,9 @@ def check_any_point(params, weights, *, finite: bool = False):
     """Return a point of any depth without the samples left out, and weights or None.
 
     Raises:
-      ValueError: as `check_point` and `check_deep_point`.
+      ValueError: as `check_any_params` and `check_weights`.
     """
-    check = check_deep_point if isinstance(params, DeepParams) else check_point
-    return check(params, weights, finite=finite)
+    return counted_point(check_any_params(params, finite=finite), weights)
 
 
 def last_factors(params: Params | DeepParams) -> Params:

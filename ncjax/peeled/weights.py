@@ -165,7 +165,22 @@ def check_point(params, weights, *, finite: bool = False) -> tuple[Params, Array
     Raises:
       ValueError: as `check_params` and `check_weights`.
     """
-    params = widen(check_params(params, finite=finite))
+    return counted_point(check_params(params, finite=finite), weights)
+
+
+def counted_point(params, weights):
+    """Return a checked point without the samples left out, and weights (K, n) or None.
+
+    Half precision becomes float32.
+
+    Args:
+      params: `Params` or `DeepParams` that are checked already.
+      weights: as in `check_weights`.
+
+    Raises:
+      ValueError: as `check_weights`.
+    """
+    params = widen(params)
     weights = check_weights(weights, params)
     return without_left_out(params, weights), weights
 
