@@ -2,9 +2,8 @@
 
 `solve` holds `gradient_flow`, `clock` the equation that it solves, and `methods` the table
 of solvers: explicit (diffrax's Tsit5), `stabilised` and implicit (`rosenbrock`,
-`block_solve`, `deep_solve`).
-`regularised` follows objectives with weight decay or on a ball in plain time. `invariants`
-holds the conserved quantities, `descent` gradient descent.
+`block_solve`, `deep_solve`). `regularised` follows objectives with weight decay or on a
+ball in plain time. `invariants` holds the conserved quantities, `descent` gradient descent.
 """
 
 from ncjax.flow.descent import DescentSolution as DescentSolution

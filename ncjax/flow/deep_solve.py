@@ -65,15 +65,7 @@ def factor(
 
 
 def solve(factored: Factored, right: DeepParams) -> DeepParams:
-    r"""Solve $(I + c\, \nabla^2\mathcal L/\mathcal L) X = R$.
-
-    Args:
-      factored: result of `factor`.
-      right: `R`, shaped as the params.
-
-    Returns:
-      `X`, shaped as the params.
-    """
+    """Return `X` for `R` as `block_solve.solve` does, both shaped as the deep point."""
     eliminated, tangents, schur = factored
     M = eliminated.params.W
     p, rest = block_solve.eliminate_right(eliminated, Params(jnp.zeros_like(M), right.H))

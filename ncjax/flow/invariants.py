@@ -86,7 +86,7 @@ def _check_alike(params: Point, start: Point) -> tuple[Point, Point]:
 
 
 def _shapes(params: Params | DeepParams) -> str:
-    """Return the dtype and the shapes that tell points apart; H has those of `Params`."""
+    """Describe the shapes of a point for an error. The shape of H decides `Params`."""
     given = f"H {params.H.dtype} {params.H.shape}"
     if not isinstance(params, DeepParams):
         return given
