@@ -6,10 +6,13 @@ import json
 import os
 import re
 import shutil
+import struct
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from http.client import BadStatusLine
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -23,6 +26,7 @@ import subprocesses
 import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from ncjax.networks import data
@@ -680,6 +684,234 @@ def test_a_folder_without_description_is_not_overwritten(own, monkeypatch, tenso
     with pytest.raises(OSError, match=f"{folder} is incomplete"):
         data.load("mnist", "train", str(root))
     assert (folder / SHARD).exists()
+
+
+# Data of others
+
+
+EVIL = "evil_features.Evil"
+
+
+def features_of(content):
+    """A description of one more feature, in the place where TFDS looks for features."""
+    return {"pythonClassName": CLASS.format("features_dict.FeaturesDict"), **content}
+
+
+CLASS = "tensorflow_datasets.core.features.{}"
+AS_TEXT = json.dumps({"type": EVIL, "content": {}})
+NAMED = {
+    "itself": {"pythonClassName": EVIL, "jsonFeature": {"json": "{}"}},
+    "other spelling": {"python_class_name": EVIL, "jsonFeature": {"json": "{}"}},
+    "older version": {"type": EVIL, "content": {}},
+    "nested": features_of(
+        {"featuresDict": {"features": {"x": {"pythonClassName": EVIL, "text": {}}}}}
+    ),
+    "in text": {
+        "pythonClassName": CLASS.format("sequence_feature.Sequence"),
+        "jsonFeature": {"json": json.dumps({"feature": {"type": EVIL}, "length": 1})},
+    },
+    "in text in text": {
+        "pythonClassName": CLASS.format("sequence_feature.Sequence"),
+        "jsonFeature": {"json": json.dumps({"feature": {"jsonFeature": AS_TEXT}})},
+    },
+    "in a proto as text": {
+        "type": CLASS.format("features_dict.FeaturesDict"),
+        "proto_cls": "tensorflow_datasets.FeaturesDict",
+        "content": json.dumps({"features": {"x": {"pythonClassName": EVIL}}}),
+    },
+    "no feature of TFDS": {"type": "tensorflow_datasets.testing.test_utils.Dummy"},
+    "looks like TFDS": {"type": "tensorflow_datasets.core.features.x.Image"},
+}
+
+
+@pytest.fixture
+def evil(tmp_path, monkeypatch):
+    """A module in the current folder that leaves a trace when it is imported."""
+    (tmp_path / "evil_features.py").write_text("open('trace', 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path / "trace"
+
+
+@pytest.mark.parametrize("kind", NAMED)
+@pytest.mark.parametrize("where", ["features.json", INFO, "another version", "Mine"])
+def test_a_description_that_names_code_is_refused_and_not_run(tmp_path, evil, kind, where):
+    folder = small_tfds.write_samples(tmp_path, "mine", "1.0.0", {"train": [TEST]})
+    if where == INFO:
+        describe(features=NAMED[kind])(folder / INFO)
+    else:
+        if where == "another version":
+            folder = shutil.copytree(folder, tmp_path / "mine" / "0.9.0")
+        (folder / "features.json").write_text(json.dumps(NAMED[kind]))
+    name = "Mine" if where == "Mine" else "mine"
+    with pytest.raises(OSError, match=r"names the class '.*': expected a feature of TFDS"):
+        data.load(name, "train", str(tmp_path))
+    assert not evil.exists()
+
+
+def test_tfds_itself_runs_the_class_that_a_description_names(tmp_path, evil):
+    """So the check above is needed, and the module of this test can be imported."""
+    folder = small_tfds.write_samples(tmp_path, "mine", "1.0.0", {"train": [TEST]})
+    (folder / "features.json").write_text(json.dumps(NAMED["itself"]))
+    with pytest.raises(ValueError, match="evil_features"):
+        tfds.builder("mine", data_dir=str(tmp_path))
+    assert evil.exists()
+
+
+def test_every_feature_of_tfds_may_be_named(tmp_path):
+    """Features beside image and label are not decoded."""
+    features = small_tfds.classification((8, 8, 1)) | {
+        "thumbnail": tfds.features.Image(shape=(None, None, 1)),
+        "type": tfds.features.Text(),
+        "boxes": tfds.features.Sequence(tfds.features.BBoxFeature()),
+        "more": {"size": tfds.features.Scalar(np.int64)},
+    }
+    image = small_tfds.noise(0, 1, (8, 8, 1)).images[0]
+    sample = {"image": small_tfds.png(image), "label": 3, "type": "{", "boxes": []}
+    sample |= {"thumbnail": io.BytesIO(header(60000, 60000)), "more": {"size": 1}}
+    small_tfds.write(tmp_path, "mine", "1.0.0", features, {"train": [[sample]]})
+    loaded = data.load("mine", "train", str(tmp_path))
+    np.testing.assert_array_equal(loaded.images[0], image)
+
+
+def test_a_builder_script_in_the_folder_is_not_run(tmp_path, evil):
+    small_tfds.write_samples(tmp_path, "mine", "1.0.0", {"train": [TEST]})
+    for place in (tmp_path / "mine", tmp_path / "mine" / "1.0.0"):
+        for name in ("mine", "__init__", "mine_dataset_builder"):
+            shutil.copy(tmp_path / "evil_features.py", place / f"{name}.py")
+    assert_holds(data.load("mine", "train", str(tmp_path)), TEST)
+    assert not evil.exists()
+
+
+def test_a_data_directory_that_python_takes_for_tfds_is_refused(tmp_path):
+    """Its usual name, ~/tensorflow_datasets, is that of the package."""
+    package = tmp_path / "tensorflow_datasets"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('it ran')")
+    script = (
+        f"from ncjax.networks import data; data.load('mine', 'train', {str(package)!r})"
+    )
+    result = subprocesses.run([sys.executable, "-c", script], cwd=tmp_path)
+    assert "would be imported as the package tensorflow_datasets" in result.stderr
+    assert "it ran" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["features.json", INFO, "mine-train.array_record-0", SHARD]
+)
+def test_a_named_pipe_in_a_set_is_refused(tmp_path, name):
+    folder = small_tfds.write_samples(tmp_path, "mnist", "3.0.1", {"train": [TRAIN] * 2})
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(OSError, match=f"{name} is a named pipe, a socket or a device"):
+        data.load("mnist", "train", str(tmp_path))
+
+
+def test_a_description_that_names_a_device_as_its_shards_is_refused(own):
+    root, folder = own
+    path = folder / INFO
+    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    path.write_text(path.read_text().replace(template, "/dev/zero"))
+    with pytest.raises(OSError, match="/dev/zero is a named pipe, a socket or a device"):
+        data.load("mnist", "train", str(root))
+
+
+def test_a_description_that_is_nested_too_deeply_is_refused(own):
+    root, folder = own
+    (folder / "features.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(OSError, match=r"features\.json is damaged: it is nested too deep"):
+        data.load("mnist", "train", str(root))
+
+
+@pytest.mark.parametrize("label", [10, 2**31, 2**62, -2])
+def test_labels_outside_the_classes_are_refused(tmp_path, monkeypatch, label):
+    """TFDS checks labels when it writes them, not when it reads them."""
+    features = small_tfds.classification((32, 32, 3))
+    monkeypatch.setattr(tfds.features.ClassLabel, "encode_example", lambda _, label: label)
+    labels = COLOUR.labels.tolist()
+    labels[7] = label
+    images = map(small_tfds.png, COLOUR.images)
+    prepare(tmp_path, features, image=images, label=labels)
+    expected = f"record 7 of split 'train' of mine has label {label}: expected 0 to 9"
+    with pytest.raises(ValueError, match=expected):
+        data.load("mine", "train[1:3]+train[5:]", str(tmp_path))
+
+
+def header(width, height, kind="PNG"):
+    """Start of an image of this size, without its pixels."""
+    if kind == "PNG":
+        size = struct.pack(">II", width, height) + bytes([8, 0, 0, 0, 0])
+        chunk = b"IHDR" + size
+        checksum = struct.pack(">I", zlib.crc32(chunk))
+        return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + checksum
+    file = io.BytesIO()
+    Image.new("L", (9, 8)).save(file, kind)
+    if kind == "JPEG":
+        nine, size = struct.pack(">HH", 8, 9), struct.pack(">HH", height, width)
+    else:
+        nine, size = struct.pack("<ii", 9, 8), struct.pack("<ii", width, height)
+    return file.getvalue().replace(nine, size, 1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP"])
+@pytest.mark.parametrize(
+    ("declared", "width", "height", "message"),
+    [
+        ((8, 8), 12000, 12000, "12000x12000 pixels: its description declares 8x8"),
+        ((8, 8), 8, 9, "9x8 pixels: its description declares 8x8"),
+        ((8, None), 8, 9, "9x8 pixels: its description declares 8xany"),
+        ((None, None), 8193, 8193, "8193x8193 pixels: expected at most 67,108,864 pix"),
+    ],
+)
+def test_an_image_larger_than_declared_is_refused_before_it_is_decoded(
+    tmp_path, monkeypatch, kind, declared, width, height, message
+):
+    def decode(self, example):
+        raise AssertionError("it was decoded")
+
+    monkeypatch.setattr(tfds.features.Image, "decode_example_np", decode)
+    features = small_tfds.classification((*declared, 1))
+    image = io.BytesIO(header(width, height, kind))
+    prepare(tmp_path, features, image=[image], label=[0])
+    expected = f"record 0 of split 'train' of mine holds an image of {message}"
+    with pytest.raises(ValueError, match=expected):
+        data.load("mine", "train", str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP"])
+def test_an_image_of_gigabytes_is_refused(tmp_path, kind):
+    features = small_tfds.classification((None, None, 1))
+    image = io.BytesIO(header(60000, 60000, kind))
+    prepare(tmp_path, features, image=[image], label=[0])
+    expected = "record 0 of split 'train' of mine holds .*(60000x60000|3600000000) pixels"
+    with pytest.raises(ValueError, match=expected):
+        data.load("mine", "train", str(tmp_path))
+
+
+def test_images_of_other_channels_than_declared_are_refused(tmp_path):
+    features = small_tfds.classification((32, 32, 1))
+    prepare(tmp_path, features, image=[small_tfds.png(COLOUR.images[0])], label=[0])
+    expected = "holds an image of shape 32x32x3: expected 32x32x1"
+    with pytest.raises(ValueError, match=expected):
+        data.load("mine", "train", str(tmp_path))
+
+
+def test_more_images_than_the_memory_holds_are_refused(own, monkeypatch):
+    root, _ = own
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    with pytest.raises(
+        ValueError, match=r"24 images of 28x28 pixels need .* take a smaller"
+    ):
+        data.load("mnist", "train", str(root))
+
+
+def test_an_image_of_a_format_that_starts_a_program_is_refused(tmp_path):
+    """Pillow hands PostScript to Ghostscript."""
+    image = io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+    features = small_tfds.classification((8, 8, 1))
+    prepare(tmp_path, features, image=[image], label=[0])
+    with pytest.raises(OSError, match="cannot identify image file"):
+        data.load("mine", "train", str(tmp_path))
 
 
 # Operations on images

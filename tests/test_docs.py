@@ -47,7 +47,12 @@ PRIVATE = {
         "flow.settle",
         "flow.steps",
     ),
-    *("networks.grouping", "networks.winograd"),
+    *(
+        "networks.descriptions",
+        "networks.grouping",
+        "networks.records",
+        "networks.winograd",
+    ),
     *("peeled.kernels", "peeled.logits", "peeled.samples", "objectives.settings"),
     *("peeled.factors", "peeled.search", "peeled.multipliers"),
     *(f"objectives.{name}" for name in ("roots", "rays", "problem", "factors")),

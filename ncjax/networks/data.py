@@ -11,6 +11,7 @@ import re
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ncjax.checks import check_integer, check_key
+from ncjax.networks import descriptions, records
 from ncjax.types import Array
 
 DIGITS = "digits"
@@ -66,8 +68,10 @@ def load(
 
     Raises:
       ValueError: the set or split does not exist, it has no images or labels, images have
-        several sizes, or a class has too few samples.
-      OSError: the set is not prepared and cannot be downloaded, or its files are damaged.
+        several sizes or another one than declared, a label lies outside [0, K), or a class
+        has too few samples.
+      OSError: the set is not prepared and cannot be downloaded, its files are damaged, or
+        its description names code that is not of TFDS.
 
     Source: Wiesner et al., TensorFlow Datasets; Alpaydin, Kaynak (1998) for the digits.
 
@@ -171,9 +175,39 @@ def _tfds(name: str, split: str, data_dir: str | None) -> Dataset:
             f"{builder.data_dir} is incomplete: delete it and prepare {name} again"
         )
     parts = _parts(name, split, builder.info.splits)
+    for path, _ in _shards(builder):
+        descriptions.check_regular(Path(path))
+    source = _source(builder, name, parts)
+    decoder = records.Decoder(name, builder.info.features, features, len(source))
+    images, labels = [], []
+    chunks = range(0, len(source), _CHUNK)
+    for start in tqdm(chunks, desc=f"read {name}", leave=False, disable=None):
+        indices = list(range(start, min(start + _CHUNK, len(source))))
+        places = [f"{_place(parts, index)} of {name}" for index in indices]
+        try:
+            decoded = decoder.decode(source.__getitems__(indices), places)
+        except records.BadRecord:
+            raise
+        except Exception as error:
+            raise _damaged(builder, error) from None
+        images += decoded[0]
+        labels += decoded[1]
+    num_classes = builder.info.features[features.label].num_classes
+    return Dataset(np.stack(images), np.asarray(labels, np.int32), num_classes, parts)
+
+
+def _source(builder: Any, name: str, parts: Sequence[Part]) -> Any:
+    """Return the serialised records of parts of a set, in order.
+
+    Raises:
+      OSError: the files are damaged, or TensorFlow is needed to read them.
+    """
+    import tensorflow_datasets as tfds
+
     try:
-        source = builder.as_data_source(
-            "+".join(f"{p.name}[{p.start}:{p.stop}]" for p in parts)
+        return builder.as_data_source(
+            "+".join(f"{part.name}[{part.start}:{part.stop}]" for part in parts),
+            deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
         )
     except NotImplementedError:
         raise OSError(
@@ -182,24 +216,27 @@ def _tfds(name: str, split: str, data_dir: str | None) -> Dataset:
         ) from None
     except Exception as error:
         raise _damaged(builder, error) from None
-    images, labels = [], []
-    chunks = range(0, len(source), _CHUNK)
-    for start in tqdm(chunks, desc=f"read {name}", leave=False, disable=None):
-        indices = list(range(start, min(start + _CHUNK, len(source))))
-        try:
-            samples = source.__getitems__(indices)
-        except Exception as error:
-            raise _damaged(builder, error) from None
-        images += [sample[features.image] for sample in samples]
-        labels += [sample[features.label] for sample in samples]
-        if len({image.shape for image in images}) > 1:
-            raise ValueError(f"{name} has images of several sizes; one size is needed")
-    num_classes = builder.info.features[features.label].num_classes
-    if min(labels) < 0:
-        raise ValueError(
-            f"split {split!r} of {name} is not labelled: it has label {min(labels)}"
-        )
-    return Dataset(np.stack(images), np.asarray(labels, np.int32), num_classes, parts)
+
+
+def _place(parts: Sequence[Part], index: int) -> str:
+    """Return number and split of the sample at an index of consecutive parts."""
+    for part in parts:
+        if index < part.stop - part.start:
+            return f"record {part.start + index} of split {part.name!r}"
+        index -= part.stop - part.start
+    raise IndexError(index)
+
+
+def _shards(builder: Any) -> list[tuple[str, int]]:
+    """Return path and length of each shard, none if the file names are damaged."""
+    try:
+        return [
+            shard
+            for split in builder.info.splits.values()
+            for shard in zip(split.filepaths, split.shard_lengths, strict=True)
+        ]
+    except Exception:
+        return []
 
 
 def _expanded(data_dir: str) -> str:
@@ -217,13 +254,14 @@ def _expanded(data_dir: str) -> str:
 
 def _builder(name: str, data_dir: str | None) -> Any:
     """Return the builder of a set of TFDS."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.registered import DatasetNotFoundError
-
     if not re.fullmatch(r"\w+(/[\w.-]+)?(:[\d.*]+)?", name):
         raise ValueError(
             f"no data set is called {name!r}: expected name[/config][:version]"
         )
+    descriptions.check(data_dir, re.split("[/:]", name)[0])
+    import tensorflow_datasets as tfds  # after the check that this is the package
+    from tensorflow_datasets.core.registered import DatasetNotFoundError
+
     try:
         return tfds.builder(name, data_dir=data_dir)
     except DatasetNotFoundError as error:
@@ -231,10 +269,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
         known = [DIGITS, *re.findall(r"^\s*- (\w+)", str(error), flags=re.MULTILINE)]
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "digits needs no network"
-        root = Path(
-            data_dir or os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR
-        )
-        folder = root.expanduser() / re.split("[/:]", name)[0]
+        folder = descriptions.data_root(data_dir) / re.split("[/:]", name)[0]
         if folder.is_dir():
             hint = f"{folder} lacks a description, features.json or dataset_info.json"
         raise ValueError(f"no data set is called {name!r}: {hint}") from None
@@ -246,14 +281,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
         ) from None
 
 
-class _Names(NamedTuple):
-    """Names of the features that hold the image and the label."""
-
-    image: str
-    label: str
-
-
-def _image_features(builder: Any) -> _Names:
+def _image_features(builder: Any) -> records.Names:
     """Find the features that hold the image and the label.
 
     Raises:
@@ -272,28 +300,24 @@ def _image_features(builder: Any) -> _Names:
             f"one label, got features {', '.join(features)}"
         )
     image = features[images[0]]
-    if image.np_dtype != np.uint8 or image.shape[-1] not in (1, 3):
+    has_channels = len(image.shape) == 3 and image.shape[-1] in (1, 3)
+    if image.np_dtype != np.uint8 or not has_channels:
         raise ValueError(
             f"{builder.name} has images {image.shape} of {np.dtype(image.np_dtype)}: "
             "expected 1 or 3 channels of uint8"
         )
-    return _Names(images[0], labels[0])
+    num_classes = features[labels[0]].num_classes
+    if not num_classes or num_classes < 1:
+        raise ValueError(f"{builder.name} has {num_classes} classes: expected at least 1")
+    return records.Names(images[0], labels[0])
 
 
 def _damaged(builder: Any, error: Exception) -> OSError:
     """Return an error that names the damaged files; each file is opened by itself."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    try:
-        shards = [
-            shard
-            for split in builder.info.splits.values()
-            for shard in zip(split.filepaths, split.shard_lengths, strict=True)
-        ]
-    except Exception:  # the file names are damaged
-        shards = []
     suspects = []
-    for path, length in shards:
+    for path, length in _shards(builder):
         try:
             source = ArrayRecordDataSource([str(path)])
             sound = len(source.__getitems__(list(range(len(source))))) == length
