@@ -14,7 +14,7 @@ import numpy as np
 import ncjax
 from experiments import _flow_record, _record, _training
 from experiments._last_layer import describe
-from experiments._runs import files
+from experiments._runs import files, reading
 from experiments._runs.errors import BadUse, checks
 from experiments._runs.interruption import Interruption
 from experiments._runs.progress import tqdm
@@ -224,6 +224,7 @@ class Loop:
         if not folder.is_dir():
             raise BadUse(f"{str(self.folder)!r} holds no checkpoint of seed {seed}")
         with checks():
+            reading.check_tree(self.checkpoints)
             checkpoints = checkpoint.Checkpoints(folder, read_only=True)
         with contextlib.closing(checkpoints), checks():
             if checkpoints.newest() is None:

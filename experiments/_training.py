@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ncjax
 from experiments import _clock, _record
-from experiments._runs import cli, files, folders, memory
+from experiments._runs import cli, files, folders, memory, reading
 from experiments._runs.errors import BadUse, checks
 from experiments._runs.events import Events
 from experiments._runs.interruption import Interruption
@@ -484,7 +484,8 @@ def _newest_state(loop: "_Loop", folder: Path) -> tuple[train.TrainState, int]:
 
 @checks()
 def _checkpoints(folder: Path, *, read_only: bool = False) -> checkpoint.Checkpoints:
-    """Open the checkpoints of a run."""
+    """Open the checkpoints of a run, which are regular files."""
+    reading.check_tree(folder / CHECKPOINTS)
     return checkpoint.Checkpoints(folder / CHECKPOINTS, read_only=read_only)
 
 

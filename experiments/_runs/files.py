@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from experiments._runs import reading
 from experiments._runs.errors import BadUse
 
 _DIGEST = "sha256"  # in a sealed file: the digest of all other entries
 _PART_SUFFIX = ".part"  # ends the names of files that are being written
+_MOST_JSON = 256 * 2**20  # bytes of config.json and summary.json
+_MOST_CSV = 2**30
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -36,7 +39,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+            os.fchmod(file.fileno(), 0o644)
         temporary.replace(path)
     except BaseException as error:
         if temporary:
@@ -56,7 +59,8 @@ def sweep(folder: Path, names: Sequence[str]) -> None:
     """Remove the temporary files of runs that were killed while writing."""
     for name in names:
         for path in folder.glob(f".{name}.*{_PART_SUFFIX}"):
-            path.unlink()
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
 
 
 def write_files(stem: Path, contents: Mapping[str, bytes]) -> None:
@@ -81,17 +85,19 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a file, without its digest.
 
     Raises:
-      BadUse: the file holds no object, or the digest differs.
+      BadUse: the file holds no object, the digest differs, or it is no regular file.
       OSError: the file cannot be read.
     """
+    text = reading.read_bytes(path, _MOST_JSON)
     try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        content = None
+        content = json.loads(text.decode())
+        # Files of earlier versions have no digest.
+        fits = _DIGEST not in content or content.pop(_DIGEST) == _digest(content)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        content, fits = None, False
     if not isinstance(content, dict):
         raise BadUse(f"{path} is damaged")
-    # Files of earlier versions have no digest.
-    if _DIGEST in content and content.pop(_DIGEST) != _digest(content):
+    if not fits:
         raise BadUse(
             f"{path} is damaged: its {_DIGEST} does not fit (if you edited the file, "
             "remove that entry)"
@@ -115,8 +121,16 @@ def _finite(content: Any) -> Any:
 
 
 def file_digest(path: Path) -> str | None:
-    """Return the SHA-256 of a file, None if there is no file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    """Return the SHA-256 of a file, None if there is no regular file of a sensible size.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    try:
+        with reading.opened(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (BadUse, FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
 
 
 def write_csv(path: Path, log_times: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
@@ -144,14 +158,17 @@ def read_rows(path: Path, kinds: Mapping[str, Callable]) -> list[dict[str, Any]]
     Raises:
       BadUse: the file is damaged.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
     try:
-        with path.open(newline="") as file:
-            return [
-                {name: kinds.get(name, float)(value) for name, value in row.items()}
-                for row in csv.DictReader(file, strict=True)
-            ]
+        content = reading.read_bytes(path, _MOST_CSV)
+        file = io.StringIO(content.decode(), newline="")
+        return [
+            {name: kinds.get(name, float)(value) for name, value in row.items()}
+            for row in csv.DictReader(file, strict=True)
+        ]
+    except BadUse:
+        raise
     except (ValueError, LookupError, TypeError, csv.Error, OSError):
         raise BadUse(f"{path} is damaged") from None
 

@@ -5,10 +5,12 @@ import dataclasses
 import datetime
 import io
 import json
+import os
 import shlex
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments._runs import files, lock
+from experiments._runs import files, lock, reading
 from experiments._runs.errors import BadUse
 from experiments._runs.provenance import module_name
 from experiments._runs.provenance import provenance as provenance
@@ -152,13 +154,27 @@ def is_finished(folder: Path) -> bool:
 
 
 def changed_files(folder: Path, summary: Mapping[str, Any]) -> list[str]:
-    """Return the outputs that are missing or differ from the run's own."""
+    """Return the outputs that are missing or differ from the run's own.
+
+    Raises:
+      BadUse: the summary has no table of digests.
+    """
     digests = summary.get(_FILES, {})  # summaries of earlier versions have none
-    return [
-        name
-        for name, digest in digests.items()
-        if files.file_digest(folder / name) != digest
-    ]
+    if not isinstance(digests, Mapping):
+        raise BadUse(
+            f"{folder / SUMMARY} is damaged: {_FILES!r} must be a table of digests"
+        )
+    return [name for name, digest in digests.items() if _has_changed(folder, name, digest)]
+
+
+def _has_changed(folder: Path, name: str, digest: Any) -> bool:
+    """Return whether an output is missing, cannot be read or differs."""
+    if Path(name).name != name:  # outputs lie in the folder itself
+        return True
+    try:
+        return files.file_digest(folder / name) != digest
+    except (OSError, ValueError):  # also a name that no file can have
+        return True
 
 
 def _make_folder(workdir: str, resume: bool) -> Path:
@@ -212,8 +228,10 @@ def open_run(
         another one or damaged.
     """
     names = (CONFIG, SUMMARY, CHECKPOINT, *outputs)
-    existing = [name for name in names if (folder / name).exists()]
+    existing = [name for name in names if os.path.lexists(folder / name)]
     if resume:
+        for name in names:
+            reading.check_tree(folder / name)
         _reopen(folder, config, changes or {}, defaults or {})
     elif existing and not overwrite:
         resume_advice = "" if resume is None else "--resume to continue it, "
@@ -372,12 +390,16 @@ def load_checkpoint(folder: Path) -> dict[str, np.ndarray] | None:
       BadUse: the checkpoint is damaged, or belongs to other settings.
     """
     path = folder / CHECKPOINT
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = dict(stored)
+        with reading.opened(path) as file:
+            _check_stored(file)
+            with np.load(file, allow_pickle=False) as stored:
+                arrays = dict(stored)
         settings = json.loads(str(arrays.pop(_SETTINGS)))
+    except BadUse:
+        raise
     except Exception:
         raise BadUse(
             f"{path} is damaged: give --overwrite instead of --resume to start again"
@@ -385,3 +407,11 @@ def load_checkpoint(folder: Path) -> dict[str, np.ndarray] | None:
     if settings != stored_config(folder):
         raise BadUse(f"{path} belongs to a run of other settings than {CONFIG} says")
     return arrays
+
+
+def _check_stored(file: io.BufferedReader) -> None:
+    """Raise ValueError if an archive is compressed: its arrays might have any size."""
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed")
+    file.seek(0)

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from experiments._runs import reading
 from experiments._runs.errors import BadUse
 
 LOCK = ".lock"
@@ -29,7 +30,8 @@ def held(folder: Path) -> Iterator[None]:
     hosts if the server supports locks. If the disk supports none, warn and continue.
 
     Raises:
-      BadUse: another run holds the lock, or the file cannot be created.
+      BadUse: another run holds the lock, the file cannot be created, or it is a link, a
+        named pipe, a socket or a device.
     """
     path = folder / LOCK
     descriptor = _acquire(path)
@@ -50,12 +52,15 @@ def _acquire(path: Path) -> int:
     """Lock the file that now has the name `path`, and return its descriptor."""
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = reading.open_regular(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise BadUse(f"cannot lock {path}: {error.strerror}") from None
         try:
             _lock(descriptor, path)
-            if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+            own = os.fstat(descriptor)
+            if own.st_nlink > 1:
+                raise BadUse(f"cannot lock {path}: the file has another name too")
+            if os.path.lexists(path) and os.path.samestat(os.lstat(path), own):
                 return descriptor
         except BaseException:
             os.close(descriptor)
