@@ -73,7 +73,7 @@ def _network(section: page.Section) -> list[str]:
         page.number(summary["zero_training_error_from_epoch"]),
         *(
             "\u00a0→ ".join(
-                page.number(metrics[name][when], 3)
+                page.number(metrics.get(name, {}).get(when), 3)
                 for when in ("at_zero_error", "at_the_end")
             )
             for name in _SIDE_BY_SIDE

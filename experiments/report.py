@@ -2,10 +2,12 @@
 
 import dataclasses
 import importlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from experiments import EXPERIMENTS
-from experiments._runs import cli, files, folders, page
+from experiments._runs import cli, files, folders, page, reading
 from experiments._runs.errors import BadUse
 
 NAME = "report"
@@ -50,15 +52,16 @@ def run(config: Config) -> Path:
     output = Path(config.output)
     _check_output(output, config.overwrite)
     runs, omissions = find_runs(config.runs)
-    sections = [_section(folder) for folder in runs]
+    sections = [page.section(folder, kind, page_of(kind)) for folder, kind in runs]
     text = page.render(config.title, config.runs, sections, omissions)
-    files.write_atomically(output, text.encode())
-    unfinished = [str(f) for f in runs if not (f / folders.SUMMARY).exists()]
+    content = text.encode(errors="replace")
+    files.write_atomically(output, content)
+    unfinished = [s.folder for s in sections if s.verdict == page.UNFINISHED]
     count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-    print(f"{count}, {output.stat().st_size / 1e6:.2g} MB")
+    print(f"{count}, {len(content) / 1e6:.2g} MB")
     if unfinished:
         print(f"unfinished: {', '.join(unfinished)}")
-    print(output)
+    print(reading.shown(output, reading.MOST_OF_PATH))
     return output
 
 
@@ -72,27 +75,29 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise BadUse(f"--output={output} exists: give --overwrite to replace it")
 
 
-def find_runs(names: str) -> tuple[list[Path], list[str]]:
+def find_runs(names: str) -> tuple[list[tuple[Path, str]], list[str]]:
     """Find the runs in `names`, folders separated by commas; list the omissions too.
 
-    A folder that is itself a run must be of a known kind. Runs of other kinds below a
-    folder are left out, with a sentence each.
+    A folder that is itself a run must be of a known kind. Below a folder, runs that are of
+    other kinds or cannot be read are left out, with a sentence each.
+
+    Returns:
+      The folders with the experiment of each, and the sentences.
 
     Raises:
       BadUse: a folder is not a run folder and contains none, or it is a run of an unknown
         kind.
     """
-    runs_by_path: dict[Path, Path] = {}
+    runs_by_path: dict[Path, tuple[Path, str]] = {}
     omissions = []
     for name in filter(None, (part.strip() for part in names.split(","))):
         folder = Path(name)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise BadUse(f"--runs: there is no folder {name!r}")
-        if (folder / folders.CONFIG).is_file():
-            kind_of(folder)
-            runs_by_path.setdefault(folder.resolve(), folder)
+        if os.path.isfile(folder / folders.CONFIG):
+            runs_by_path.setdefault(folder.resolve(), (folder, kind_of(folder)))
             continue
-        nested = sorted(path.parent for path in folder.rglob(folders.CONFIG))
+        nested = sorted(_folders_of_runs(folder))
         if not nested:
             raise BadUse(
                 f"--runs: {name!r} is not a run folder and contains none: no "
@@ -100,20 +105,26 @@ def find_runs(names: str) -> tuple[list[Path], list[str]]:
             )
         for path in nested:
             try:
-                kind_of(path)
-            except BadUse as error:
-                omissions.append(str(error))
+                run = (path, kind_of(path))
+            except Exception as error:  # the content of a folder may be anything
+                omissions.append(reading.reason(error))
             else:
-                runs_by_path.setdefault(path.resolve(), path)
+                runs_by_path.setdefault(path.resolve(), run)
     if not runs_by_path:
         raise BadUse(
             f"--runs={names}: no run to show" + "".join(f"; {e}" for e in omissions)
         )
     runs = sorted(
-        runs_by_path.values(),
-        key=lambda path: (EXPERIMENTS.index(kind_of(path)), str(path)),
+        runs_by_path.values(), key=lambda run: (EXPERIMENTS.index(run[1]), str(run[0]))
     )
     return runs, omissions
+
+
+def _folders_of_runs(folder: Path) -> Iterator[Path]:
+    """Yield the folders below that hold a config.json; follow no link."""
+    for root, subfolders, names in os.walk(folder):
+        if folders.CONFIG in (*subfolders, *names):
+            yield Path(root)
 
 
 def kind_of(folder: Path) -> str:
@@ -132,16 +143,10 @@ def kind_of(folder: Path) -> str:
     name = str(stored.get("experiment", module_name))
     if name not in EXPERIMENTS:
         raise BadUse(
-            f"{str(folder)!r} is a run of an unknown kind, {name!r}: expected one of "
+            f"{str(folder)!r} is a run of an unknown kind, {name[:100]!r}: expected one of "
             f"{', '.join(EXPERIMENTS)}"
         )
     return name
-
-
-def _section(folder: Path) -> page.Section:
-    """Return the section of a run, as the page of its experiment shows it."""
-    kind = kind_of(folder)
-    return page.section(folder, kind, page_of(kind))
 
 
 def page_of(kind: str) -> page.Page:

@@ -124,7 +124,7 @@ def _final_output(config: Any, folder: Path) -> Iterator[None]:
         raise
     finally:
         if is_first:
-            print(folder)
+            print(reading.shown(folder, reading.MOST_OF_PATH))
 
 
 def _next_command(config: Any, folder: Path) -> str:

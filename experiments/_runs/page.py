@@ -5,6 +5,8 @@ import collections
 import dataclasses
 import io
 import math
+import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,15 +14,18 @@ from typing import Any, NamedTuple
 import jinja2
 from PIL import Image
 
-from experiments._runs import files, folders
+from experiments._runs import files, folders, reading
+from experiments._runs.errors import BadUse
 
 GOOD, BAD, OPEN = "good", "bad", "open"
+UNFINISHED = "unfinished"  # verdict on a run without summary.json
 _TEMPLATE = "page.html"
 _COLOURS = 24
 _MOST_PIXELS = 50_000_000
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-# Errors of reading a summary that has another shape.
-_DAMAGED = (LookupError, TypeError, ValueError, AttributeError, OSError)
+_MOST_BYTES = 64 * 2**20  # of a picture
+_MOST_ROWS = 1000  # of a table, and of other lists
+_MOST_NOTES = 20
 
 
 class Figure(NamedTuple):
@@ -69,7 +74,7 @@ class Section(NamedTuple):
     folder: str
     state: str  # GOOD, BAD or OPEN
     verdict: str  # one line
-    notes: Sequence[str]  # what could not be read, and why
+    notes: list[str]  # what could not be read, and why
     figures: Sequence[Figure]
     tables: Sequence[Table]
     settings: Mapping[str, str]
@@ -96,60 +101,132 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def section(folder: Path, kind: str, page: Page) -> Section:
-    """Return the section of one run folder, of the experiment `kind`."""
+    """Return the section of one run folder, of the experiment `kind`.
+
+    Whatever is wrong with the folder is a note of its section.
+    """
+    try:
+        return _section(folder, kind, page)
+    except Exception as error:  # the content of a folder may be anything
+        return Section(
+            page=page,
+            anchor=_anchor(folder),
+            title=kind,
+            folder=reading.shown(folder),
+            **Findings(BAD, "cannot be read", [])._asdict(),
+            notes=[f"The folder cannot be read: {reading.reason(error)}."],
+            figures=[],
+            settings={},
+            provenance={},
+            summary={},
+        )
+
+
+def _section(folder: Path, kind: str, page: Page) -> Section:
+    """Return the section of a folder that holds a config.json."""
     stored = files.read_json(folder / folders.CONFIG)
     notes: list[str] = []
     summary, findings = _read_summary(folder, kind, page, notes)
     figures = [
         figure
         for name, caption in page.figures.items()
-        if (folder / name).exists() or name not in page.optional
+        if os.path.lexists(folder / name) or name not in page.optional
         if (figure := _figure(folder / name, caption, notes))
     ]
+    title = page.title.format_map(collections.defaultdict(lambda: "?", stored["config"]))
     return Section(
         page=page,
-        anchor="run-" + "".join(c if c.isalnum() else "-" for c in str(folder)).strip("-"),
-        title=page.title.format_map(collections.defaultdict(lambda: "?", stored["config"])),
-        folder=str(folder),
+        anchor=_anchor(folder),
+        title=reading.shown(title, 200),
+        folder=reading.shown(folder),
         **findings._asdict(),
         notes=notes,
         figures=figures,
-        settings={name: str(value) for name, value in stored["config"].items()},
+        settings=_entries(stored["config"]),
         provenance=_provenance(summary or stored),
         summary=summary,
     )
+
+
+def _anchor(folder: Path) -> str:
+    """Return the name of a folder's section within the page."""
+    return "run-" + "".join(c if c.isalnum() else "-" for c in str(folder)).strip("-")
 
 
 def _read_summary(
     folder: Path, kind: str, page: Page, notes: list[str]
 ) -> tuple[Mapping[str, Any], Findings]:
     """Return summary and findings of a run; add a note on each fault to `notes`."""
-    if not (folder / folders.SUMMARY).exists():
+    if not os.path.lexists(folder / folders.SUMMARY):
         notes.append(f"There is no {folders.SUMMARY}: the run is not finished.")
-        return {}, Findings(OPEN, "unfinished", [])
+        return {}, Findings(OPEN, UNFINISHED, [])
     try:
         summary = files.read_json(folder / folders.SUMMARY)
-        findings = page.show(summary)
-    except _DAMAGED:
-        notes.append(f"{folders.SUMMARY} is damaged, or not of a run of {kind}.")
+        findings = _as_text(page.show(summary))
+    except Exception as error:  # the summary may have any shape
+        notes.append(
+            f"{folders.SUMMARY} is damaged, or not of a run of {kind}: "
+            f"{reading.reason(error)}."
+        )
         return {}, Findings(BAD, "cannot be read", [])
-    for name in folders.changed_files(folder, summary):
-        notes.append(f"{name} is missing or damaged: not as the run wrote it.")
+    notes += _changes(folder, summary)
     return summary, findings
+
+
+def _changes(folder: Path, summary: Mapping[str, Any]) -> list[str]:
+    """Return a note on each output that is not as the run wrote it."""
+    try:
+        names = [
+            reading.shown(name, 100) for name in folders.changed_files(folder, summary)
+        ]
+    except BadUse as error:
+        return [f"{reading.reason(error)}."]
+    if len(names) > _MOST_NOTES:
+        return [f"{len(names):,} files are missing or damaged: not as the run wrote them."]
+    return [f"{name} is missing or damaged: not as the run wrote it." for name in names]
+
+
+def _as_text(findings: Findings) -> Findings:
+    """Return findings that hold texts alone, whatever the summary held."""
+    tables = [_table_as_text(table) for table in findings.tables]
+    return Findings(reading.shown(findings.state), reading.shown(findings.verdict), tables)
+
+
+def _table_as_text(table: Table) -> Table:
+    """Return a table with its cells as text and no more rows than a page can hold."""
+    rows = [[reading.shown(cell) for cell in row] for row in table.rows[:_MOST_ROWS]]
+    if len(table.rows) > _MOST_ROWS:
+        rows.append([f"and {len(table.rows) - _MOST_ROWS:,} rows more"])
+    head = [reading.shown(cell) for cell in table.head]
+    return Table(reading.shown(table.caption), head, rows)
+
+
+def _entries(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return names and values as text."""
+    entries = list(content.items())[:_MOST_ROWS]
+    return {reading.shown(name, 100): reading.shown(value) for name, value in entries}
 
 
 def _figure(path: Path, caption: str, notes: list[str]) -> Figure | None:
     """Return a PNG reduced to a palette, or None with a note if it cannot be read."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        content = reading.read_bytes(path, _MOST_BYTES)
+    except FileNotFoundError:
+        notes.append(f"There is no {path.name}.")
+        return None
+    except (BadUse, OSError) as error:
+        notes.append(f"{path.name} cannot be read: {reading.reason(error)}.")
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=["PNG"])
+        with image:
             if image.width * image.height > _MOST_PIXELS:
                 raise ValueError("too many pixels")
             # Thin curves keep their colours, which are rare among the pixels.
             cover, plain = Image.Quantize.MAXCOVERAGE, Image.Dither.NONE
             palette = image.convert("RGB").quantize(_COLOURS, cover, dither=plain)
-    except FileNotFoundError:
-        notes.append(f"There is no {path.name}.")
-        return None
     except Exception:  # Pillow raises many kinds for a damaged picture
         notes.append(f"{path.name} is damaged.")
         return None
@@ -162,9 +239,9 @@ def _figure(path: Path, caption: str, notes: list[str]) -> Figure | None:
 def _provenance(source: Mapping[str, Any]) -> dict[str, str]:
     """Return command, date, device and versions, as far as they are stored."""
     versions = source.get("versions", {})
-    packages = versions.items() if isinstance(versions, Mapping) else ()
+    packages = _entries(versions).items() if isinstance(versions, Mapping) else ()
     entries = {
-        name: str(source[name])
+        name: reading.shown(source[name], 2000)
         for name in ("command", "date", "device", "platform")
         if name in source
     }
@@ -179,8 +256,23 @@ def comparisons(sections: Sequence[Section]) -> list[Table]:
     for page in dict.fromkeys(section.page for section in sections):
         finished = [s for s in sections if s.page is page and s.summary]
         if page.compare and len(finished) > 1:
-            tables.append(page.compare(finished))
+            fit = [s for s in finished if _comparison(page.compare, [s])]
+            if len(fit) > 1 and (table := _comparison(page.compare, fit)):
+                tables.append(table)
     return tables
+
+
+def _comparison(
+    compare: Callable[[Sequence[Section]], Table], sections: Sequence[Section]
+) -> Table | None:
+    """Return the table of runs; if it fails, None, with a note in each section."""
+    try:
+        return _table_as_text(compare(sections))
+    except Exception as error:  # the summaries may have any shape
+        note = f"It is not compared with other runs: {reading.reason(error)}."
+        for section in sections:
+            section.notes.append(note)
+        return None
 
 
 def render(title: str, runs: str, sections: Sequence[Section], omissions: list[str]) -> str:
@@ -194,7 +286,7 @@ def render(title: str, runs: str, sections: Sequence[Section], omissions: list[s
     )
     return environment.get_template(_TEMPLATE).render(
         title=title,
-        runs=runs,
+        runs=reading.shown(runs, reading.MOST_OF_PATH),
         sections=sections,
         comparisons=comparisons(sections),
         omissions=omissions,

@@ -10,10 +10,12 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from experiments._runs.errors import BadUse
 
 MOST_BYTES = 4 * 2**30
+MOST_OF_PATH = 5000  # characters; Linux allows 4096 bytes
 # No link is followed, nothing waits, no terminal is taken over, no child inherits it.
 _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _KINDS = {
@@ -102,3 +104,21 @@ def _check(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "of an unknown kind")
         raise BadUse(f"{path} is {kind}: expected a regular file in its place")
+
+
+def shown(value: Any, limit: int = 500) -> str:
+    """Return a text to show: shortened, and with `?` for what UTF-8 cannot hold.
+
+    Names of files may hold any bytes, and JSON half a character.
+    """
+    text = str(value)
+    text = text if len(text) <= limit else f"{text[:limit]}…"
+    return text.encode(errors="replace").decode()
+
+
+def reason(error: Exception) -> str:
+    """Return one short line on an error of any kind."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    known = isinstance(error, BadUse | OSError)
+    kind = "" if known else type(error).__name__
+    return shown(": ".join(filter(None, (kind, first))), 300)
