@@ -5,7 +5,9 @@ different. The experiments' own code writes, reads, checks and reports.
 """
 
 import functools
+import os
 import shutil
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +18,14 @@ from matplotlib.figure import Figure
 
 import ncjax
 from experiments import (
+    _deep_flows,
+    _deep_results,
     _legs,
+    _neighbours_parts,
+    _neighbours_results,
     _training,
+    deep_flow,
+    neighbours,
     peel,
     saddle_analysis,
     theorems,
@@ -33,7 +41,10 @@ from ncjax.networks import data, models, train
 RESULTS = Path(__file__).parents[1] / "results"
 MODULES = {
     module.NAME: module
-    for module in (ulpm_flow, saddle_analysis, theorems, train_small, peel)
+    for module in (
+        *(ulpm_flow, saddle_analysis, theorems, train_small, peel),
+        *(deep_flow, neighbours),
+    )
 }
 CONFIGS = {
     "ulpm_flow": ulpm_flow.Config(
@@ -50,6 +61,8 @@ CONFIGS = {
         checkpoint_every=2,
     ),
     "peel": peel.Config(num_times=20),
+    "deep_flow": deep_flow.Config(num_classes="4", factors="3", widths="1", seeds=1),
+    "neighbours": neighbours.Config(),
 }
 
 
@@ -57,6 +70,7 @@ def stand_in(patch):
     """Replace slow functions by stand-ins."""
     _for_flows(patch)
     _for_training(patch)
+    _for_parts(patch)
     for name in ("saddle_analysis", "theorems"):
         patch.setattr(MODULES[name], "_run", functools.partial(_committed, name))
     patch.setattr(peel, "_peel", _peeled)
@@ -99,6 +113,43 @@ def _for_flows(patch):
 
     patch.setattr(_legs, "_compile", compile_legs)
     patch.setattr(_legs, "choose_solver", lambda *_: "explicit")
+
+
+def _for_parts(patch):
+    """Replace the experiments that save arrays after each of their parts."""
+
+    def flow_of(cell, *_):
+        return {"state": np.linspace(0, cell.scale, 5)}
+
+    def parts(sizes, config):
+        return {f"part/{i}": lambda i=i: {"state": np.arange(3.0) + i} for i in range(3)}
+
+    def results(name, tables, stored, others):
+        committed = files.read_json(RESULTS / name / "summary.json")
+        sums = [{"part": k, "sum": float(v.sum())} for k, v in sorted(stored.items())]
+        tables = {table: committed[table] for table in tables}
+        totals = {k: committed.get(k) for k in ("starts", "settled", "failed", "near")}
+        totals |= {f"value_error_{k}": sums[0]["sum"] for k in ("median", "worst")}
+        return SimpleNamespace(tables=tables, totals=totals, **others(sums))
+
+    def deep(cells, stored):
+        return results(
+            *("deep_flow", ("shares", "codes"), stored),
+            others=lambda sums: {"ends": sums, "trajectory": sums, "figure": None},
+        )
+
+    def compared(stored, models, decay):
+        figures = dict.fromkeys(("flows", "path", "minority"))
+        return results(
+            *("neighbours", ("models", "path", "minority"), stored),
+            others=lambda sums: {"flows": sums, "figures": figures},
+        )
+
+    patch.setattr(_deep_flows, "flow_of", flow_of)
+    patch.setattr(_deep_results, "of", deep)
+    patch.setattr(_neighbours_parts, "parts", parts)
+    patch.setattr(_neighbours_parts, "labels", lambda sizes: {})
+    patch.setattr(_neighbours_results, "of", compared)
 
 
 def _for_training(patch):
@@ -169,6 +220,15 @@ def interrupted(patch, name, folder):
                     raise KeyboardInterrupt
 
             once.setattr(_training.checkpoint.Checkpoints, "save", stop)
+        elif name in ("deep_flow", "neighbours"):
+            save_arrays = folders.save_checkpoint
+
+            def stop(folder, arrays):
+                save_arrays(folder, arrays)
+                if len(arrays) == 3:  # two parts and the time
+                    raise KeyboardInterrupt
+
+            once.setattr(folders, "save_checkpoint", stop)
         else:
             save_leg = _legs._save
 
@@ -197,6 +257,39 @@ def _to_folder(path, where):
     path.mkdir()
 
 
+def _to_pipe(path, where):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _to_socket(path, where):
+    """Bind a socket by a short name, because its address is limited to 100 bytes."""
+    path.unlink()
+    descriptor = os.open(path.parent, os.O_PATH)
+    try:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(f"/proc/self/fd/{descriptor}/{path.name}")
+    finally:
+        os.close(descriptor)
+
+
+def _to_link(path, where):
+    """Move the file out of the run and leave a link to it."""
+    target = outside(path)
+    shutil.move(path, target)
+    path.symlink_to(target)
+
+
+def _to_device(path, where):
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def outside(path):
+    """Return the file beside the run that a link leads to."""
+    return next(p for p in path.parents if p.name == "case").parent / "elsewhere"
+
+
 # Each damages a file at a relative place in [0, 1).
 DAMAGES = {
     "cut": lambda path, where: path.write_bytes(
@@ -209,6 +302,10 @@ DAMAGES = {
     "noise": lambda path, where: path.write_bytes(
         np.random.default_rng(int(where * 1e9)).bytes(path.stat().st_size)
     ),
+    "a named pipe instead": _to_pipe,
+    "a socket instead": _to_socket,
+    "a link instead": _to_link,
+    "a link to a device instead": _to_device,
     "something appended": lambda path, where: path.write_bytes(path.read_bytes() + b"\n0"),
 }
 
