@@ -4,9 +4,11 @@ A stand-in is a sum: quick, deterministic, and different if any number read from
 different. The experiments' own code writes, reads, checks and reports.
 """
 
+import contextlib
 import functools
 import os
 import shutil
+import signal
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
 import ncjax
@@ -308,6 +311,22 @@ DAMAGES = {
     "a link to a device instead": _to_device,
     "something appended": lambda path, where: path.write_bytes(path.read_bytes() + b"\n0"),
 }
+
+
+@contextlib.contextmanager
+def within(seconds):
+    """Fail if the context takes longer, as the reader of a named pipe would."""
+
+    def stop(*_):
+        pytest.fail(f"it takes more than {seconds} s")  # no `except Exception` catches this
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def fresh(template, folder):

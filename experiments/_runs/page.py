@@ -3,6 +3,7 @@
 import base64
 import collections
 import dataclasses
+import functools
 import io
 import math
 import os
@@ -277,6 +278,17 @@ def _comparison(
 
 def render(title: str, runs: str, sections: Sequence[Section], omissions: list[str]) -> str:
     """Return the page as HTML, with everything escaped."""
+    return _template().render(
+        title=title,
+        runs=reading.shown(runs, reading.MOST_OF_PATH),
+        sections=sections,
+        comparisons=comparisons(sections),
+        omissions=omissions,
+    )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -284,10 +296,4 @@ def render(title: str, runs: str, sections: Sequence[Section], omissions: list[s
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(_TEMPLATE).render(
-        title=title,
-        runs=reading.shown(runs, reading.MOST_OF_PATH),
-        sections=sections,
-        comparisons=comparisons(sections),
-        omissions=omissions,
-    )
+    return environment.get_template(_TEMPLATE)
