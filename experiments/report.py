@@ -69,6 +69,8 @@ def _check_output(output: Path, overwrite: bool) -> None:
     """Raise BadUse if the page cannot be written there, before any work."""
     if output.is_dir() or not output.name:
         raise BadUse(f"--output must be a file, got the folder {str(output)!r}")
+    if output.exists() and not output.is_file():
+        raise BadUse(f"--output={output} is a named pipe or a device: give another name")
     if not output.parent.is_dir():
         raise BadUse(f"--output={output}: there is no folder {str(output.parent)!r}")
     if output.exists() and not overwrite:

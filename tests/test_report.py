@@ -246,6 +246,7 @@ def test_a_run_of_unknown_kind_is_refused_by_name_and_skipped_within_a_folder(
             "is not a run folder and contains none: no config.json",
         ),
         ({"output": str(ROOT)}, "--output must be a file, got the folder"),
+        ({"output": "/dev/null", "overwrite": True}, "is a named pipe or a device"),
         ({"output": "/dev/null/page.html"}, "there is no folder '/dev/null'"),
     ],
 )
