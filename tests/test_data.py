@@ -24,12 +24,13 @@ import pytest
 import small_tfds
 import subprocesses
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ncjax.networks import data
+from ncjax.networks import chunks, data
 
 TRAIN = small_tfds.noise(0, 24, (28, 28, 1))
 TEST = small_tfds.noise(1, 6, (28, 28, 1))
@@ -903,6 +904,57 @@ def test_more_images_than_the_memory_holds_are_refused(own, monkeypatch):
         ValueError, match=r"24 images of 28x28 pixels need .* take a smaller"
     ):
         data.load("mnist", "train", str(root))
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    """A set whose second shard, of 128 kB, holds a record of 100 MB."""
+    folder = small_tfds.write_samples(tmp_path, "mine", "1.0.0", {"train": [TEST, TEST]})
+    path = sorted(folder.glob("mine-train*"))[1]
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for size in (10**8, *[0] * (len(TEST.labels) - 1)):
+        writer.write(bytes(size))
+    writer.close()
+    return path
+
+
+def test_a_record_that_decompresses_to_gigabytes_is_refused(bomb, monkeypatch):
+    """The limit is lowered from 1 GB to 50 MB for this test."""
+    monkeypatch.setattr(chunks, "_MOST_BYTES", 5 * 10**7)
+    root = str(bomb.parents[2])
+    assert bomb.stat().st_size < 1e6
+    with pytest.raises(OSError, match=f"{bomb}: one has 100,000,0.. bytes, expected at"):
+        data.load("mine", "train", root)
+    assert_holds(data.load("mine", f"train[:{len(TEST.labels)}]", root), TEST)
+
+
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 30, 500, 65480, 70000, 200_000]), max_size=30),
+    seed=st.integers(0, 2**32 - 1),
+    option=st.sampled_from(
+        [
+            *("group_size:1", "group_size:7", "group_size:1,uncompressed"),
+            *("group_size:3,brotli:6", "group_size:5,snappy", "group_size:4,transpose"),
+            "group_size:1,pad_to_block_boundary:true",
+        ]
+    ),
+)
+def test_the_sizes_of_chunks_are_those_that_were_written(
+    tmp_path_factory, sizes, seed, option
+):
+    path = tmp_path_factory.mktemp("chunks") / "x.array_record"
+    writer = ArrayRecordWriter(str(path), option)
+    rng = np.random.default_rng(seed)
+    for size in sizes:
+        writer.write(rng.bytes(size // 2) + bytes(size - size // 2))
+    writer.close()
+    found = list(chunks._chunks(path))
+    # The end of the file holds the places of the chunks, in a few bytes each.
+    overhead = sum(chunk.num_bytes for chunk in found) - sum(sizes)
+    assert 0 <= overhead < 200 + 20 * len(sizes)
+    if option.startswith("group_size:1,") or option == "group_size:1":
+        assert max(sizes, default=0) <= chunks.largest_record(path)
+        assert chunks.largest_record(path) <= max([*sizes, 0]) + 200
 
 
 def test_an_image_of_a_format_that_starts_a_program_is_refused(tmp_path):

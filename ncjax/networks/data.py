@@ -22,12 +22,13 @@ import numpy as np
 from tqdm import tqdm
 
 from ncjax.checks import check_integer, check_key
-from ncjax.networks import descriptions, records
+from ncjax.networks import chunks, descriptions, records
 from ncjax.types import Array
 
 DIGITS = "digits"
 _DIGITS_TRAIN = 1437  # of 1797; the rest is the split "test"
 _CHUNK = 1000
+_BYTES_AT_ONCE = 2**30
 # Google's storage, where TFDS looks first.
 _PROBE = "https://storage.googleapis.com/tfds-data"
 _PROBE_SECONDS = 5.0
@@ -180,9 +181,10 @@ def _tfds(name: str, split: str, data_dir: str | None) -> Dataset:
     source = _source(builder, name, parts)
     decoder = records.Decoder(name, builder.info.features, features, len(source))
     images, labels = [], []
-    chunks = range(0, len(source), _CHUNK)
-    for start in tqdm(chunks, desc=f"read {name}", leave=False, disable=None):
-        indices = list(range(start, min(start + _CHUNK, len(source))))
+    step = _records_at_once(builder, parts)
+    starts = range(0, len(source), step)
+    for start in tqdm(starts, desc=f"read {name}", leave=False, disable=None):
+        indices = list(range(start, min(start + step, len(source))))
         places = [f"{_place(parts, index)} of {name}" for index in indices]
         try:
             decoded = decoder.decode(source.__getitems__(indices), places)
@@ -206,7 +208,7 @@ def _source(builder: Any, name: str, parts: Sequence[Part]) -> Any:
 
     try:
         return builder.as_data_source(
-            "+".join(f"{part.name}[{part.start}:{part.stop}]" for part in parts),
+            _spec(parts),
             deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
         )
     except NotImplementedError:
@@ -216,6 +218,30 @@ def _source(builder: Any, name: str, parts: Sequence[Part]) -> Any:
         ) from None
     except Exception as error:
         raise _damaged(builder, error) from None
+
+
+def _spec(parts: Sequence[Part]) -> str:
+    """Return parts in the syntax of TFDS."""
+    return "+".join(f"{part.name}[{part.start}:{part.stop}]" for part in parts)
+
+
+def _records_at_once(builder: Any, parts: Sequence[Part]) -> int:
+    """Return the number of records to decompress at once.
+
+    Raises:
+      OSError: a record is too large, or a file is damaged.
+    """
+    if builder.info.file_format.value != "array_record":
+        return _CHUNK
+    try:
+        instructions = builder.info.splits[_spec(parts)].file_instructions
+        paths = {Path(instruction.filename) for instruction in instructions}
+    except Exception as error:
+        raise _damaged(builder, error) from None
+    # Reading the records says which file is missing.
+    there = sorted(path for path in paths if path.exists())
+    largest = max(map(chunks.largest_record, there), default=0)
+    return max(1, min(_CHUNK, _BYTES_AT_ONCE // max(largest, 1)))
 
 
 def _place(parts: Sequence[Part], index: int) -> str:
