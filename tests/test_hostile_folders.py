@@ -267,6 +267,21 @@ def test_json_of_any_shape_is_damaged(tmp_path, content):
         folders.stored_config(tmp_path)
 
 
+@pytest.mark.parametrize("value", [1, "x", {"a": 1}, [1], [[]], [None]])
+def test_earlier_settings_of_another_type_are_damage(quick, tmp_path, value):
+    folder = damage.interrupted(quick, "train_small", tmp_path / "run")
+    change(folder, "config.json", earlier=value)
+    with pytest.raises(ValueError, match=r"config.json is damaged: 'earlier' must be a li"):
+        damage.run("train_small", folder, resume=True)
+    with pytest.raises(ValueError, match=r"config.json is damaged: 'earlier' must be a li"):
+        damage.run("train_small", folder, resume=True, epochs=6)
+
+
+def test_what_is_shown_commands_no_terminal():
+    assert reading.shown("a\x1b[31m\x9b\x00\ud800\nb") == "a?[31m???\nb"
+    assert reading.shown("x" * 600) == "x" * 500 + "…"
+
+
 # The report
 
 
@@ -528,7 +543,7 @@ def mutate(rng, path):
             del container[key]
             done.append(f"without {key!r}")
         else:
-            container[key] = rng.choice(VALUES)
+            container[key] = json.loads(json.dumps(rng.choice(VALUES)))  # a copy
             done.append(f"{key!r}: {type(container[key])!s}")
     text = json.dumps(content)
     if rng.random() < 0.2:

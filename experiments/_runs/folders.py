@@ -306,7 +306,8 @@ def _reopen(
 def _change(folder: Path, config: Mapping[str, Any], old: Mapping[str, Any]) -> None:
     """Store new settings in config.json, which keeps its old content and summary.json."""
     previous = files.read_json(folder / CONFIG)
-    earlier = previous.pop(_EARLIER, [])
+    earlier = _earlier(folder)
+    previous.pop(_EARLIER, None)
     identity = {k: previous.pop(k) for k in (_EXPERIMENT,) if k in previous}
     entry: dict[str, Any] = {"changed": old} | {
         k: previous[k] for k in previous if k != "config"
@@ -323,11 +324,23 @@ def _change(folder: Path, config: Mapping[str, Any], old: Mapping[str, Any]) -> 
 
 def _drop_earlier_summary(folder: Path) -> None:
     """Remove summary.json if config.json keeps it: it belongs to the earlier settings."""
-    earlier = files.read_json(folder / CONFIG).get(_EARLIER)
+    earlier = _earlier(folder)
     if not earlier or not (folder / SUMMARY).exists():
         return
     if files.read_json(folder / SUMMARY) == earlier[-1].get(SUMMARY):
         (folder / SUMMARY).unlink()
+
+
+def _earlier(folder: Path) -> list[dict[str, Any]]:
+    """Return the entries of config.json on earlier settings.
+
+    Raises:
+      BadUse: they have another type.
+    """
+    earlier = files.read_json(folder / CONFIG).get(_EARLIER, [])
+    if not (isinstance(earlier, list) and all(isinstance(e, dict) for e in earlier)):
+        raise BadUse(f"{folder / CONFIG} is damaged: {_EARLIER!r} must be a list of tables")
+    return earlier
 
 
 def stored_config(folder: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ _MOST_PIXELS = 50_000_000
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MOST_BYTES = 64 * 2**20  # of a picture
 _MOST_ROWS = 1000  # of a table, and of other lists
+_MOST_COLUMNS = 100
 _MOST_NOTES = 20
 
 
@@ -195,11 +196,14 @@ def _as_text(findings: Findings) -> Findings:
 
 def _table_as_text(table: Table) -> Table:
     """Return a table with its cells as text and no more rows than a page can hold."""
-    rows = [[reading.shown(cell) for cell in row] for row in table.rows[:_MOST_ROWS]]
+    rows = [_cells(row) for row in table.rows[:_MOST_ROWS]]
     if len(table.rows) > _MOST_ROWS:
         rows.append([f"and {len(table.rows) - _MOST_ROWS:,} rows more"])
-    head = [reading.shown(cell) for cell in table.head]
-    return Table(reading.shown(table.caption), head, rows)
+    return Table(reading.shown(table.caption), _cells(table.head), rows)
+
+
+def _cells(row: Sequence[Any]) -> list[str]:
+    return [reading.shown(cell) for cell in row[:_MOST_COLUMNS]]
 
 
 def _entries(content: Mapping[str, Any]) -> dict[str, str]:

@@ -18,6 +18,7 @@ MOST_BYTES = 4 * 2**30
 MOST_OF_PATH = 5000  # characters; Linux allows 4096 bytes
 # No link is followed, nothing waits, no terminal is taken over, no child inherits it.
 _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {*b"\t\n"}, "?")
 _KINDS = {
     stat.S_IFLNK: "a link",
     stat.S_IFIFO: "a named pipe",
@@ -107,13 +108,14 @@ def _check(path: Path, mode: int) -> None:
 
 
 def shown(value: Any, limit: int = 500) -> str:
-    """Return a text to show: shortened, and with `?` for what UTF-8 cannot hold.
+    """Return a text to show: shortened, and with `?` for what a terminal or UTF-8 refuses.
 
-    Names of files may hold any bytes, and JSON half a character.
+    Names of files may hold any bytes, also those that command a terminal, and JSON half a
+    character.
     """
     text = str(value)
     text = text if len(text) <= limit else f"{text[:limit]}…"
-    return text.encode(errors="replace").decode()
+    return text.encode(errors="replace").decode().translate(_CONTROLS)
 
 
 def reason(error: Exception) -> str:
