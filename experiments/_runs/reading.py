@@ -4,6 +4,7 @@ A named pipe keeps its reader waiting, a device has no end, and a link leads out
 folder.
 """
 
+import contextlib
 import errno
 import io
 import os
@@ -35,8 +36,8 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, mode: int = 0o644) -> int
       BadUse: it is a link, a named pipe, a socket or a device.
       OSError: it is a folder or cannot be opened.
     """
-    if os.path.lexists(path):  # opening a device may change it, so look first
-        _check(path, os.lstat(path).st_mode)
+    with contextlib.suppress(FileNotFoundError):
+        _check(path, os.lstat(path).st_mode)  # first, because opening may change a device
     descriptor = os.open(path, flags | _FLAGS, mode)
     try:
         _check(path, os.fstat(descriptor).st_mode)
@@ -84,7 +85,10 @@ def check_tree(path: Path) -> None:
       BadUse: there is a link, a named pipe, a socket or a device.
     """
     for found in _walk(path):
-        mode = os.lstat(found).st_mode
+        try:
+            mode = os.lstat(found).st_mode
+        except FileNotFoundError:  # a run that goes on removes its older checkpoints
+            continue
         if not stat.S_ISDIR(mode):
             _check(found, mode)
 
