@@ -16,12 +16,14 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 ALL = LIBRARY + EXPERIMENTS + BENCHMARKS
 
 # What the modules of each wing may import from other wings of ncjax.
-BASE = {"types", "arrays", "checks", "numerics"}
+BASE = {"types", "arrays", "checks", "numerics", "sizes", "singular"}
 WINGS = {
     "types": set(),
     "arrays": {"types"},
-    "checks": {"types", "arrays"},
+    "checks": {"types", "arrays", "sizes"},
     "numerics": set(),
+    "sizes": set(),
+    "singular": {"numerics"},
     "peeled": BASE,
     "objectives": BASE | {"peeled"},
     "flow": BASE | {"peeled", "objectives"},

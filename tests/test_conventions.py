@@ -93,7 +93,7 @@ def test_the_published_values_are_current(name):
 
 @pytest.mark.parametrize("convention", conventions.NAMES)
 def test_chunks_change_no_number(convention, monkeypatch):
-    monkeypatch.setattr(conventions, "_CHUNK_ELEMENTS", 2**9)  # 6 samples of 305
+    monkeypatch.setattr(conventions, "_CHUNK_BYTES", 2**11)  # 6 samples of 305
     got = measured(convention, stored("clusters"))
     assert_same(got, on_file("clusters", convention), rtol=1e-11)
 

@@ -33,7 +33,8 @@ MODULES = (
 )
 # Modules that have no page in the reference: they serve others.
 PRIVATE = {
-    *("arrays", "checks", "numerics", "metrics.inputs", "metrics.whitening"),
+    *("arrays", "checks", "numerics", "sizes", "singular"),
+    *("metrics.inputs", "metrics.whitening"),
     *("metrics.batches", "metrics.devices", "metrics.tiles"),
     *(f"analysis.{name}" for name in ("figure", "inputs", "passes", "table")),
     *(f"command.{name}" for name in ("arguments", "arrays", "certify", "compare")),

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from ncjax import sizes
 from ncjax.analysis.inputs import Data, refuse_features
 from ncjax.metrics.meter import CollapseMeter
 from ncjax.metrics.report import CollapseReport
@@ -11,7 +12,7 @@ from ncjax.metrics.report import CollapseReport
 # Is called after each chunk with the samples read and the samples to read.
 Progress = Callable[[int, int], None]
 
-_CHUNK_NUMBERS = 2**22  # entries of a chunk: 16 MB of float32
+_CHUNK_BYTES = 2**24  # of a chunk on CPU, in float32
 
 
 def measure(
@@ -28,7 +29,8 @@ def measure(
         squares overflow.
     """
     samples, dim = data.features.shape
-    size = min(chunk_size or max(1, _CHUNK_NUMBERS // dim), samples)
+    numbers = sizes.chunk_bytes(sizes.platform_of(data.features), _CHUNK_BYTES) // 4
+    size = min(chunk_size or max(1, numbers // dim), samples)
     # With a second pass no metric needs the within-class scatter (d, d).
     meter = CollapseMeter(
         data.num_classes, dim, min_count=min_count, within_scatter=data.W is None

@@ -14,6 +14,7 @@ from ncjax.metrics.collapse import CollapseMetrics, collapse_metrics
 from ncjax.metrics.depth import FeatureRank, feature_rank
 from ncjax.numerics import at_unit_scale, einsum, power_of_two
 from ncjax.peeled.points import check_deep_point, factors_at
+from ncjax.singular import singular_values
 from ncjax.types import Array, DeepParams, Params
 
 
@@ -83,7 +84,7 @@ def _by_layer(params: DeepParams, counted: Array | None) -> CollapseByLayer:
         return CollapseByLayer(
             collapse=collapse_metrics(factors, counted),
             ranks=feature_rank(_counted_rows(factors.H, counted)),
-            singular_values=jnp.linalg.svd(rows, compute_uv=False),
+            singular_values=singular_values(rows),
         )
 
     found = jax.vmap(measure)(stacked)

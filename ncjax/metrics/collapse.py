@@ -6,6 +6,7 @@ angles. NC3, self-duality: the classifier approaches the centred class means, up
 NC4: the classifier decides like the nearest class centre (NCC).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -14,17 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax import sizes
 from ncjax.checks import check_integer, concrete
 from ncjax.metrics import measures, statistics
 from ncjax.metrics.inputs import check_centres, check_classifier, check_features
 from ncjax.metrics.statistics import ClassStatistics, Comparison, Reference
-from ncjax.metrics.tiles import FEW_CLASSES, mean_over_pairs
+from ncjax.metrics.tiles import FEW_CLASSES, TILE, mean_over_pairs
 from ncjax.numerics import at_unit_scale, power_of_two
 from ncjax.peeled.weights import check_point
 from ncjax.types import Array, Params
 
-# Elements of one chunk of features with its distances to the centres: 2 MB of float32.
-_CHUNK_ELEMENTS = 2**19
+# Bytes on CPU of one chunk of features with its distances to the centres, in float32.
+_CHUNK_BYTES = 2**21
 # Samples of a chunk if there are many classes: its logits by tile are 16 MB of float32.
 _LARGE_CHUNK = 4096
 
@@ -149,7 +151,8 @@ def collapse_metrics_from_features(
         classes with at least m samples. The other classes enter no mean, no singular value
         and no pair, of the classifier neither; their samples are left out. The classifier
         itself still decides among all K classes.
-      chunk_size: samples in a chunk, at most N. If None, a chunk takes a few MB.
+      chunk_size: samples in a chunk, at most N. If None, a chunk takes a few MB on a CPU,
+        and up to 256 MB on an accelerator.
 
     Returns:
       `CollapseMetrics` of scalars. A metric that is undefined (equal class means, W = 0) is
@@ -171,22 +174,33 @@ def collapse_metrics_from_features(
     """
     features, labels, W, b = check_features(features, labels, W, b, num_classes, min_count)
     samples, dim = features.shape
-    if chunk_size is None:
-        chunk_size = _chunk_size(W.shape[0], dim)
-    check_integer("chunk_size", chunk_size, least=1)
+    if chunk_size is not None:
+        check_integer("chunk_size", chunk_size, least=1)
     centres = None if centres is None else check_centres(centres, W.shape)
     # Programs one after another hold fewer arrays (K, d) at once than one program for all.
-    measure = _in_chunks if W.shape[0] > FEW_CLASSES else _metrics_in_chunks
-    return measure(features, labels, W, b, centres, min(chunk_size, samples), min_count)
+    measure: Callable[..., CollapseMetrics] = _metrics_in_chunks
+    if W.shape[0] > FEW_CLASSES:
+        measure = _in_chunks
+
+    def size_on(platform: str) -> int:
+        return min(chunk_size or _chunk_size(W.shape[0], dim, platform), samples)
+
+    def in_chunks_of(size: int, *arrays) -> CollapseMetrics:
+        return measure(*arrays, size, min_count)
+
+    return sizes.at_size(in_chunks_of, size_on, features, labels, W, b, centres)
 
 
-def _chunk_size(num_classes: int, dim: int) -> int:
-    """Return the samples of a chunk, whose arrays take a few MB."""
+def _chunk_size(num_classes: int, dim: int, platform: str) -> int:
+    """Return the samples of a chunk on a platform, for features in float32."""
     if num_classes <= FEW_CLASSES:
+        numbers = sizes.chunk_bytes(platform, _CHUNK_BYTES) // 4
         # At least as many samples as classes, because each chunk costs a few (K, d).
-        return max(num_classes, _CHUNK_ELEMENTS // (dim + num_classes))
+        return max(num_classes, numbers // (dim + num_classes))
     # A tile of TILE classes is read again for each chunk of samples.
-    return max(1, min(_LARGE_CHUNK, 8 * _CHUNK_ELEMENTS // dim))
+    numbers = sizes.chunk_bytes(platform, 8 * _CHUNK_BYTES) // 4
+    by_tile = _LARGE_CHUNK if platform == "cpu" else numbers // TILE
+    return max(1, min(by_tile, numbers // dim))
 
 
 def _in_chunks(features, labels, W, b, centres, chunk_size, min_count):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax import sizes
 from ncjax.arrays import as_array
 from ncjax.checks import check_choice, check_finite, check_nonnegative
 from ncjax.metrics import measures, statistics, variants
@@ -31,8 +32,8 @@ from ncjax.numerics import at_unit_scale, matmul, power_of_two
 from ncjax.peeled.losses import softmax_cross_entropy
 from ncjax.types import Array
 
-# Elements of one chunk of features with its logits: 32 MB of float32.
-_CHUNK_ELEMENTS = 2**23
+# Bytes on CPU of one chunk of features with its logits, in float32.
+_CHUNK_BYTES = 2**25
 
 Numbers = dict[str, Any]
 
@@ -52,7 +53,8 @@ class _Data:
 
     def chunks(self, columns: int) -> Iterator[tuple[Array, Array]]:
         """Yield the samples in chunks that take a few MB with `columns` numbers each."""
-        size = max(1, _CHUNK_ELEMENTS // (self.W.shape[1] + columns))
+        numbers = sizes.chunk_bytes(sizes.platform_of(self.features), _CHUNK_BYTES) // 4
+        size = max(1, numbers // (self.W.shape[1] + columns))
         if len(self.labels) <= size:
             yield self.features, self.labels
             return

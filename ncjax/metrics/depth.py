@@ -14,6 +14,7 @@ import numpy as np
 from ncjax.arrays import as_array
 from ncjax.checks import check_positive
 from ncjax.numerics import at_unit_scale, widen
+from ncjax.singular import singular_values
 from ncjax.types import Array
 
 # Masarczyk et al. (2023), for the rank and for the start of the tunnel.
@@ -80,7 +81,7 @@ def _feature_rank(features: Array, threshold: float) -> FeatureRank:
     features = at_unit_scale(features - jnp.mean(features, axis=0, keepdims=True))
     # LAPACK takes a tall matrix several times as fast as a wide one.
     tall = features if features.shape[0] >= features.shape[1] else features.T
-    singular = jnp.linalg.svd(tall, compute_uv=False)
+    singular = singular_values(tall)
     squares = singular**2
     shares = singular / jnp.sum(singular)
     entropy = -jnp.sum(jnp.where(shares > 0, shares * jnp.log(shares), shares))

@@ -16,7 +16,7 @@ from ncjax.arrays import read_array
 from ncjax.checks import check_choice
 from ncjax.metrics import measures, statistics
 from ncjax.metrics.inputs import check_rows
-from ncjax.metrics.tiles import TILE
+from ncjax.metrics.tiles import TILE, above_diagonal, pair_of_tiles
 from ncjax.types import Array
 
 KERNELS = ("distance", "log", "riesz")
@@ -46,8 +46,7 @@ def uniformity_kernel(rows: Array, kernel: str, exponent: float | None = None) -
     check_choice("kernel", kernel, KERNELS)
     unit = measures.unit_rows(rows)
     squares = statistics.squared_distances(unit)
-    pairs = np.triu_indices(len(unit), k=1)
-    return _kernel_values(squares[pairs], kernel, _power(exponent, unit))
+    return _kernel_values(above_diagonal(squares), kernel, _power(exponent, unit))
 
 
 class Moments(NamedTuple):
@@ -90,10 +89,10 @@ def _moments_in_blocks(rows: Array, kernel: str, power: float, height: int) -> M
     count = -(-size // height)
     unit = measures.unit_rows(rows)
     unit = jnp.pad(unit, ((0, count * height - size), (0, 0)))
-    starts = height * np.stack(np.triu_indices(count), axis=1).astype(np.int32)
     steps = jnp.arange(height, dtype=jnp.int32)
 
-    def block(state, start):
+    def block(state, number):
+        start = tuple(height * tile for tile in pair_of_tiles(number, count))
         left, right = (
             jax.lax.dynamic_slice_in_dim(unit, start[i], height) for i in range(2)
         )
@@ -103,7 +102,8 @@ def _moments_in_blocks(rows: Array, kernel: str, power: float, height: int) -> M
         return _added(state, _kernel_values(squares, kernel, power), pairs), None
 
     zero = jnp.zeros((), unit.dtype)
-    state, _ = jax.lax.scan(block, (zero, Moments(zero, zero, zero - jnp.inf)), starts)
+    numbers = jnp.arange(count * (count + 1) // 2, dtype=jnp.int32)
+    state, _ = jax.lax.scan(block, (zero, Moments(zero, zero, zero - jnp.inf)), numbers)
     total, moments = state
     return moments._replace(variance=moments.variance / total)
 

@@ -18,12 +18,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ncjax.metrics.inputs import check_rows
 from ncjax.metrics.tiles import (
     FEW_CLASSES,
     FEW_DIFFERENCES,
+    above_diagonal,
     mean_over_pairs,
     squared_differences,
     sum_over_tiles,
@@ -69,8 +69,7 @@ def norm_variation(rows: Array, ddof: int = 1, mask: Array | None = None) -> Arr
 def pair_cosines(rows: Array) -> Array:
     r"""Return the cosines $\cos(v_j, v_k)$ of the K(K-1)/2 pairs j < k of `rows` (K, d)."""
     unit = unit_rows(rows)
-    gram = matmul(unit, unit.T)
-    return gram[np.triu_indices(len(gram), k=1)]
+    return above_diagonal(matmul(unit, unit.T))
 
 
 def cosine_deviation(rows: Array, mask: Array | None = None) -> Array:

@@ -1,15 +1,17 @@
 """Reduce (K, K) and (B, K) arrays tile by tile, so that no such array is in memory.
 
 A tile is a block of `TILE` rows of a (K, d) matrix. The last tile starts early enough to
-fit, so it overlaps the one before; overlapping rows count once.
+fit, so it overlaps the one before; overlapping rows count once. Pairs are numbered in the
+order of `numpy.triu_indices`. Programs compute their indices, because a table of them would
+be a constant of megabytes.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from ncjax import sizes
 from ncjax.numerics import matmul
 from ncjax.types import Array
 
@@ -73,30 +75,53 @@ def _tile(arrays, tile, size: int, length: int):
 
 def _scan(sums: Callable, tiles: int, axis_name: str | None):
     """Return the sum over the pairs of tiles, divided over the devices of an axis."""
-    pairs = jnp.asarray(_tile_pairs(tiles, 1)[:, 0])
-    if axis_name is not None:
-        shares = jnp.asarray(_tile_pairs(tiles, jax.lax.axis_size(axis_name)))
-        pairs = shares[:, jax.lax.axis_index(axis_name)]
+    pairs = tiles * (tiles + 1) // 2
+    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    device = 0 if axis_name is None else jax.lax.axis_index(axis_name)
 
-    def body(total, pair):
-        tile = jnp.maximum(pair, 0)
-        new = sums(tile[0], tile[1], pair[0] >= 0)
-        return jax.tree.map(jnp.add, total, new), None
+    def body(total, step):
+        number = step * devices + device
+        # A device without a pair left repeats the last one, which then does not count.
+        tile = pair_of_tiles(jnp.minimum(number, pairs - 1), tiles)
+        return jax.tree.map(jnp.add, total, sums(*tile, number < pairs)), None
 
     def zero(leaf):
         start = jnp.zeros(leaf.shape, leaf.dtype)
         return start if axis_name is None else jax.lax.pcast(start, axis_name, to="varying")
 
     shapes = jax.eval_shape(lambda: sums(jnp.int32(0), jnp.int32(0)))
-    total, _ = jax.lax.scan(body, jax.tree.map(zero, shapes), pairs)
+    steps = jnp.arange(-(-pairs // devices), dtype=jnp.int32)
+    total, _ = jax.lax.scan(body, jax.tree.map(zero, shapes), steps)
     return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 
-def _tile_pairs(tiles: int, devices: int) -> np.ndarray:
-    """Return the pairs of tiles i <= j in turn by device (steps, devices, 2); -1: none."""
-    pairs = np.stack(np.triu_indices(tiles), axis=1).astype(np.int32)
-    padding = np.full((-len(pairs) % devices, 2), -1, np.int32)
-    return np.concatenate([pairs, padding]).reshape(-1, devices, 2)
+def pair_of_tiles(number: Array, tiles: int) -> tuple[Array, Array]:
+    """Return the pair i <= j of tiles with this number, as int32."""
+    i, j = _pair_of_rows(number, tiles + 1)
+    return i, j - 1
+
+
+@jax.jit
+def above_diagonal(matrix: Array) -> Array:
+    """Return the entries (K(K-1)/2,) of a matrix (K, K) above its diagonal, by row."""
+    size = len(matrix)
+    numbers = jnp.arange(size * (size - 1) // 2, dtype=jnp.int32)
+    return matrix[_pair_of_rows(numbers, size)]
+
+
+def _pair_of_rows(number: Array, size: int) -> tuple[Array, Array]:
+    """Return the pair j < k of `size` rows with this number, as int32.
+
+    The rows j from the last one on have 1, 2, 3, ... pairs: m (m + 1) / 2 before row m, at
+    most 2^31 pairs. The square root is off by less than 1 at that size in float32.
+    """
+    backwards = (size * (size - 1) // 2 - 1 - number).astype(jnp.uint32)
+    root = jnp.sqrt(8 * backwards.astype(jnp.float32) + 1)
+    m = ((root - 1) / 2).astype(jnp.uint32)
+    m = m - (m * (m + 1) // 2 > backwards).astype(jnp.uint32)
+    m = m + ((m + 1) * (m + 2) // 2 <= backwards).astype(jnp.uint32)
+    within = (backwards - m * (m + 1) // 2).astype(jnp.int32)
+    return size - 2 - m.astype(jnp.int32), size - 1 - within
 
 
 def _pairs(kept: Array, dtype) -> Array:
@@ -129,12 +154,19 @@ def sum_over_tiles(of_tile: Callable, rows: Array, mask: Array) -> Array:
 def squared_differences(rows: Array, others: Array) -> Array:
     """Return squared distances (K, J) of `rows` (K, d) to `others`, by differences."""
 
-    def to_all(row):
+    def to_all(row, others):
         return jnp.sum((others - row[None]) ** 2, axis=1)
 
+    def one_by_one(rows, others):
+        return jax.lax.map(lambda row: to_all(row, others), rows)
+
+    def in_groups(rows, others):
+        size = max(1, sizes.CHUNK_BYTES // 4 // others.size)
+        return jax.lax.map(lambda row: to_all(row, others), rows, batch_size=size)
+
     if rows.shape[0] * others.size <= FEW_DIFFERENCES:
-        return jax.vmap(to_all)(rows)
-    return jax.lax.map(to_all, rows)
+        return jax.vmap(to_all, (0, None))(rows, others)
+    return jax.lax.platform_dependent(rows, others, cpu=one_by_one, default=in_groups)
 
 
 def largest_product(

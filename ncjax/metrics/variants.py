@@ -43,6 +43,7 @@ from ncjax.metrics.inputs import (
 from ncjax.metrics.statistics import ClassStatistics, Comparison
 from ncjax.metrics.whitening import whiten
 from ncjax.numerics import at_unit_scale, matmul, power_of_two, widen
+from ncjax.singular import singular_values
 from ncjax.types import Array
 
 WEIGHTINGS = ("sample", "class")
@@ -188,7 +189,7 @@ def _nuclear_quotients(features: Array, rows: Array) -> Array:
 
     def of_one(numbers):
         group = features.at[numbers].get(mode="fill", fill_value=0)
-        singular = jnp.linalg.svd(group, full_matrices=False, compute_uv=False)
+        singular = singular_values(group)
         return jnp.sum(singular) / jnp.linalg.norm(singular)
 
     return jax.lax.map(of_one, rows)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ncjax.numerics import matmul
+from ncjax.singular import thin_svd
 from ncjax.types import Array
 
 # A matrix with this many times more rows than columns is tall.
@@ -43,10 +44,9 @@ def _singular_vectors(rows: Array) -> tuple[Array, Array, Array]:
     several times faster.
     """
     if rows.shape[0] < _TALL * rows.shape[1]:
-        left, singular, right = jnp.linalg.svd(rows, full_matrices=False)
-        return left, singular, right
+        return thin_svd(rows)
     basis, triangle = jnp.linalg.qr(rows)
-    left, singular, right = jnp.linalg.svd(triangle, full_matrices=False)
+    left, singular, right = thin_svd(triangle)
     return matmul(basis, left), singular, right
 
 

@@ -30,6 +30,7 @@ from ncjax.peeled.multipliers import (
 from ncjax.peeled.points import check_deep_point, last_factors
 from ncjax.peeled.samples import logits_of
 from ncjax.peeled.separation import MULTIPLIERS
+from ncjax.singular import singular_values
 from ncjax.types import Array, DeepParams, Params
 
 # Values of `DeepCertificate.verdict`, and their meanings.
@@ -181,7 +182,7 @@ def _schatten_value(scaled: DeepParams) -> Array:
     """`(p/2) Σ σ_i^(2/p)` of the logits, a matrix with a column for each sample."""
     logits = logits_of(last_factors(scaled))
     matrix = logits.reshape(-1, logits.shape[-1])
-    sigma = jnp.linalg.svd(matrix, compute_uv=False)[: least_width(scaled)]
+    sigma = singular_values(matrix)[: least_width(scaled)]
     rounding = max(matrix.shape) * float(jnp.finfo(sigma.dtype).eps) * sigma[0]
     # A small power of a rounding is not small.
     powers = jnp.where(sigma > rounding, sigma, 0) ** (2 / scaled.degree)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from ncjax.numerics import einsum, matmul
 from ncjax.peeled.logits import least_of_others, log_odds_of_error, margins_of_params
+from ncjax.singular import singular_values
 from ncjax.types import Array, DeepParams, Params
 
 # Below _SMALL the next term of log log1p(e^a) = a - e^a/2 + ... is less than one rounding
@@ -53,7 +54,7 @@ def separation_value(
     # Singular values of diag(n)^(1/2) P, where P projects on the vectors that sum to zero:
     # the squares would lose the digits of small classes beside large ones.
     centring = jnp.eye(num_classes, dtype=counts.dtype) - 1 / num_classes
-    return jnp.sum(jnp.linalg.svd(jnp.sqrt(counts)[:, None] * centring, compute_uv=False))
+    return jnp.sum(singular_values(jnp.sqrt(counts)[:, None] * centring))
 
 
 def least_margin(params: Params, weights: Array | None = None) -> Array:

@@ -14,6 +14,7 @@ from ncjax.peeled import kernels
 from ncjax.peeled.geometry import helmert
 from ncjax.peeled.multipliers import unit_least_margin
 from ncjax.peeled.points import check_any_point
+from ncjax.singular import singular_values
 from ncjax.types import Array, DeepParams, Params
 
 # Most classes for which the attainable norm is known where 2 < d < K/2.
@@ -174,5 +175,5 @@ def collapse_value(params: DeepParams, weights: Array | None) -> float | Array:
     # In a basis of the vectors that sum to zero, without the singular value 0, because a
     # small power of its rounding is not small.
     basis = on_device(helmert(num_classes), weights.dtype)
-    sigma = jnp.linalg.svd(basis * jnp.sqrt(counts)[None], compute_uv=False)
+    sigma = singular_values(basis * jnp.sqrt(counts)[None])
     return half * jnp.sum(sigma**power)

@@ -35,6 +35,7 @@ from ncjax.peeled.multipliers import (
 )
 from ncjax.peeled.points import check_any_point, last_factors
 from ncjax.peeled.weights import check_point
+from ncjax.singular import singular_values, thin_svd
 from ncjax.types import Array, DeepParams, Params
 
 # Values of `Certificate.verdict`, and their meanings.
@@ -230,7 +231,7 @@ def _certificate(
     conditions = _kkt(params, weights, multipliers)
     optimum = separation_value(params, weights)
     dual = dual_matrix(conditions.multipliers)
-    left, singular, right = jnp.linalg.svd(dual, full_matrices=False)
+    left, singular, right = thin_svd(dual)
     sigma_max = singular[0]
     primal = squared_norm(normalise(params, weights)) / 2
     bound = jnp.sum(conditions.multipliers) / jnp.maximum(1, sigma_max)
@@ -238,7 +239,7 @@ def _certificate(
     tolerance = residual_tolerance(params, weights, tol)
     direction = _descent_direction(params, left[:, 0], right[0], tolerance)
     W = at_unit_scale(params.W)
-    within = jnp.linalg.norm(matmul(left[:, 0], W)) / jnp.linalg.norm(W, 2)
+    within = jnp.linalg.norm(matmul(left[:, 0], W)) / singular_values(W)[0]
     return Certificate(
         dual=dual,
         sigma_max=sigma_max,
