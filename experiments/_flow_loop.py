@@ -179,7 +179,7 @@ class Loop:
                     raise KeyboardInterrupt
         return state.params
 
-    def _on_device(self, dataset) -> train.DeviceData:
+    def _on_device(self, dataset) -> train.DeviceData | train.DividedData:
         setup = self.setup
         return train.on_device(dataset, setup.mean, setup.deviation, self.mesh)
 

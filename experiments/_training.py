@@ -25,6 +25,7 @@ from experiments._runs.errors import BadUse, checks
 from experiments._runs.events import Events
 from experiments._runs.interruption import Interruption
 from experiments._runs.progress import tqdm
+from ncjax.checks import count_not_finite
 from ncjax.metrics.peeling import LastLayer
 from ncjax.networks import checkpoint, data, models, train
 
@@ -668,8 +669,8 @@ class _Loop:
 
 def _measure_one(features, params, labels, centres) -> dict[str, float]:
     """Return the metrics of one network, rounded as in metrics.csv; NaN if it diverged."""
-    last = (features, *jax.tree.leaves(train.classifier(params)))
-    if not all(np.isfinite(_to_host(leaf)).all() for leaf in last):
+    last = _ready((features, *train.classifier(params)))
+    if any(count_not_finite(leaf) for leaf in jax.tree.leaves(last)):
         names = (*ncjax.CollapseMetrics._fields, *LastLayer._fields)
         return dict.fromkeys(names, math.nan)
     measured = train.measure(features, labels, params, centres)
@@ -707,10 +708,18 @@ def _optimiser(config: Config, samples: int):
 
 def _to_host(tree):
     """Return the arrays of the first local device in NumPy; handle signals meanwhile."""
+    return jax.tree.map(np.asarray, _ready(tree))
+
+
+def _ready(tree):
+    """Return the arrays of the first local device once they are computed.
+
+    Signals are handled meanwhile.
+    """
     for leaf in jax.tree.leaves(tree):
         while not leaf.is_ready():
             time.sleep(_POLL_SECONDS)
-    return jax.tree.map(lambda leaf: np.asarray(train.first_device(leaf)), tree)
+    return jax.tree.map(train.first_device, tree)
 
 
 def _write_events(events: Events | None, epoch: int, values: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax import sizes
 from ncjax.arrays import as_array, read_array
 from ncjax.types import Array, BiasedParams, DeepParams, Params
 
@@ -223,13 +224,29 @@ def concrete(array: Array) -> np.ndarray | None:
 
 def check_finite(name: str, array: Array) -> None:
     """Raise ValueError if a concrete `array` holds NaN or infinity."""
-    value = concrete(array)
-    bad = 0 if value is None else int(np.count_nonzero(~np.isfinite(value)))
+    bad = count_not_finite(array)
     if bad:
         raise ValueError(
             f"{name} must be finite, got {bad} of {array.size} entries NaN or infinite in "
             f"{array.dtype}"
         )
+
+
+def count_not_finite(array: Array) -> int:
+    """Return how many entries of `array` are NaN or infinite, 0 if it is unknown here.
+
+    On CPU NumPy reads the memory of the array. An accelerator counts by itself, so that
+    only the number is copied to the host.
+    """
+    if isinstance(array, jax.Array) and sizes.platform_of(array) not in ("cpu", None):
+        return int(_count_not_finite(array)) if array.is_fully_addressable else 0
+    value = concrete(array)
+    return 0 if value is None else int(np.count_nonzero(~np.isfinite(value)))
+
+
+@jax.jit
+def _count_not_finite(array: Array) -> Array:
+    return jnp.sum(~jnp.isfinite(array), dtype=jnp.uint32)
 
 
 def float_dtype(dtype) -> jnp.dtype:

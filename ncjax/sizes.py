@@ -4,7 +4,7 @@ The platform is that of the devices that hold the arrays. Under `jax.jit` it is 
 when the program is lowered, so there a program holds both sizes, and lowering keeps one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,16 @@ def platform_of(*arrays) -> str | None:
 def chunk_bytes(platform: str | None, on_cpu: int) -> int:
     """Return the bytes of the largest array of a step: `on_cpu`, or more elsewhere."""
     return on_cpu if platform in ("cpu", None) else max(on_cpu, CHUNK_BYTES)
+
+
+def device_memory(devices: Iterable[jax.Device]) -> int | None:
+    """Return the bytes of the smallest of these devices of this process.
+
+    None if one does not report its memory: a CPU, whose devices share the host's.
+    """
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    known = [limit for limit in limits if limit]
+    return min(known) if known and len(known) == len(limits) else None
 
 
 def at_size(function: Callable, size_on: Callable[[str], int], *arrays) -> Any:

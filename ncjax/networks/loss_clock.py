@@ -33,11 +33,11 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from ncjax.checks import check_positive
 from ncjax.networks import data, train
-from ncjax.networks.train import DeviceData, TrainState
+from ncjax.networks.train import DeviceData, DividedData, TrainState
 from ncjax.peeled.kernels import log_softplus
 from ncjax.peeled.logits import log_odds_of_error, margins_of_samples
 from ncjax.types import Array
@@ -80,7 +80,7 @@ def log_losses(logits: Array, labels: Array) -> Array:
 
 def make_log_loss(
     model: nn.Module, mesh: Mesh
-) -> Callable[[TrainState, DeviceData], Array]:
+) -> Callable[[TrainState, DeviceData | DividedData], Array]:
     """Return the function `(state, data) -> log of the mean loss`, to be jitted.
 
     The network runs in evaluation mode.
@@ -89,21 +89,21 @@ def make_log_loss(
       model: a network of `ncjax.networks.models`.
       mesh: as for `ncjax.networks.train.make_epoch`.
     """
-    split = NamedSharding(mesh, PartitionSpec(train.AXIS))
 
     def log_loss(state, dataset):
         size = dataset.labels.shape[0]
-        chunk = train.evaluation_chunk(size)
+        shape, devices = dataset.images.shape[1:], list(mesh.devices.flat)
+        chunk = train.evaluation_chunk(size, shape, devices)
         # The last image fills the last chunk.
         index = jnp.arange(-(-size // chunk) * chunk, dtype=jnp.int32)
         index = jnp.minimum(index, size - 1).reshape(-1, chunk)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
 
         def of_chunk(index):
-            index = jax.lax.with_sharding_constraint(index, split)
-            images = data.normalise(dataset.images[index], dataset.mean, dataset.deviation)
+            images, labels = train.batch(dataset, index, mesh)
+            images = data.normalise(images, dataset.mean, dataset.deviation)
             logits, _ = model.apply(variables, images, train=False)
-            return log_losses(logits, dataset.labels[index])
+            return log_losses(logits, labels)
 
         logs = jax.lax.map(of_chunk, index).reshape(-1)[:size]
         return jax.nn.logsumexp(logs) - math.log(size)
@@ -134,7 +134,7 @@ def begin(state: TrainState, log_loss: Array, learning_rate: float) -> TrainStat
 
 def make_epoch(
     model: nn.Module, *, batch_size: int, mesh: Mesh
-) -> Callable[[TrainState, DeviceData, Array], tuple[TrainState, LossLog]]:
+) -> Callable[[TrainState, DeviceData | DividedData, Array], tuple[TrainState, LossLog]]:
     """Return one epoch as a pure function: steps, measurement, acceptance or refusal.
 
     It shuffles and leaves out samples as `ncjax.networks.train.make_epoch` does.

@@ -5,7 +5,8 @@ function of a state, a data set and a key: `jax.vmap` over states and keys train
 at once, and a `jax.sharding.Mesh` spreads every batch over devices.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ncjax import sizes
 from ncjax.checks import check_key
 from ncjax.metrics import statistics
 from ncjax.metrics.collapse import collapse_metrics_from_features
@@ -25,7 +27,11 @@ from ncjax.peeled.losses import softmax_cross_entropy
 from ncjax.types import Array
 
 AXIS = "data"  # of the mesh: batches are split along it
-_CHUNK = 512  # images per call of an evaluation
+_CHUNK = 512  # images per call of an evaluation on CPU
+# Bytes on each accelerator, in such a call, of images with 64 channels in float32.
+_CHUNK_BYTES, _CHANNELS = 2**28, 64
+# A data set that takes more of a device's memory is divided over the devices.
+_SHARE_OF_MEMORY = 0.1
 
 
 class TrainState(NamedTuple):
@@ -40,6 +46,15 @@ class DeviceData(NamedTuple):
     """Data set on the device, with the statistics that normalise it."""
 
     images: Array  # (N, height, width, C) uint8
+    labels: Array  # (N,) int32
+    mean: Array  # (C,) float32, of images / 255
+    deviation: Array  # (C,) float32
+
+
+class DividedData(NamedTuple):
+    """Data set whose images are divided over D devices; the rest is on each of them."""
+
+    images: Array  # (D ceil(N / D), height, width, C) uint8, zeros at the end
     labels: Array  # (N,) int32
     mean: Array  # (C,) float32, of images / 255
     deviation: Array  # (C,) float32
@@ -85,10 +100,72 @@ def sgd(
     return optax.chain(decay, optax.sgd(rate, momentum or None))
 
 
-def on_device(dataset: Dataset, mean, deviation, mesh: Mesh) -> DeviceData:
-    """Copy the whole data set to every device of the mesh."""
-    arrays = (dataset.images, dataset.labels, mean, deviation)
-    return DeviceData(*jax.device_put(arrays, NamedSharding(mesh, PartitionSpec())))
+def on_device(
+    dataset: Dataset, mean, deviation, mesh: Mesh, divided: bool | None = None
+) -> DeviceData | DividedData:
+    """Copy a data set to the devices of the mesh, whole or divided.
+
+    Both give the same batches. A divided set sends the images of each batch between the
+    devices.
+
+    Args:
+      dataset: N images.
+      mean: (C,), of images / 255.
+      deviation: (C,), of images / 255.
+      mesh: device mesh with the axis `AXIS`.
+      divided: whether each device gets a part of the images alone. None divides them if
+        they would take more than a tenth of a device's memory, unless there are several
+        processes or the devices do not report their memory, as CPUs.
+    """
+    if divided is None:
+        divided = _is_large(dataset.images.nbytes, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    images, *rest = dataset.images, dataset.labels, mean, deviation
+    rest = jax.device_put(rest, everywhere)
+    if not divided:
+        return DeviceData(jax.device_put(images, everywhere), *rest)
+    missing = -len(images) % mesh.size
+    images = np.pad(images, ((0, missing), *((0, 0),) * (images.ndim - 1)))
+    return DividedData(
+        jax.device_put(images, NamedSharding(mesh, PartitionSpec(AXIS))), *rest
+    )
+
+
+def _is_large(size: int, mesh: Mesh) -> bool:
+    """Return whether so many bytes are too many for each device of the mesh."""
+    if jax.process_count() > 1 or mesh.size == 1:
+        return False
+    limit = sizes.device_memory(mesh.devices.flat)
+    return limit is not None and size > _SHARE_OF_MEMORY * limit
+
+
+def batch(
+    dataset: DeviceData | DividedData, index: Array, mesh: Mesh
+) -> tuple[Array, Array]:
+    """Return images (B, height, width, C) and labels (B,), split over the devices.
+
+    Args:
+      dataset: of `on_device`.
+      index: (B,) int32 numbers of images, B a multiple of the number of devices.
+      mesh: the mesh of `on_device`.
+    """
+    split = NamedSharding(mesh, PartitionSpec(AXIS))
+    index = jax.lax.with_sharding_constraint(index, split)
+    if isinstance(dataset, DeviceData):
+        return dataset.images[index], dataset.labels[index]
+
+    def exchange(images, index):
+        """Give each device its images of the batch, from the devices that hold them."""
+        everyone = jax.lax.all_gather(index, AXIS, tiled=True)
+        local = everyone - jax.lax.axis_index(AXIS) * len(images)
+        held = images.at[local].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        return jax.lax.psum_scatter(held, AXIS, tiled=True)
+
+    of_each = PartitionSpec(AXIS)
+    exchanged = jax.shard_map(
+        exchange, mesh=mesh, in_specs=(of_each, of_each), out_specs=of_each
+    )
+    return exchanged(dataset.images, index), dataset.labels[index]
 
 
 def init_state(
@@ -115,7 +192,7 @@ def make_epoch(
     batch_size: int,
     mesh: Mesh,
     augment: bool = False,
-) -> Callable[[TrainState, DeviceData, Array], tuple[TrainState, EpochLog]]:
+) -> Callable[[TrainState, DeviceData | DividedData, Array], tuple[TrainState, EpochLog]]:
     """Return one epoch as a pure function: shuffle, then one step per full batch.
 
     The last N mod `batch_size` samples of the shuffled order are left out of the epoch.
@@ -156,7 +233,7 @@ def make_epoch(
 
 def make_pass(
     step: Callable, *, batch_size: int, mesh: Mesh, augment: bool = False
-) -> Callable[[Any, DeviceData, Array], tuple[Any, Any]]:
+) -> Callable[[Any, DeviceData | DividedData, Array], tuple[Any, Any]]:
     """Return a pass over a shuffled data set as a pure function, one step per full batch.
 
     Args:
@@ -169,7 +246,6 @@ def make_pass(
     Returns:
       `(state, data, key) -> (state, log)`, with the log averaged over the steps.
     """
-    split = NamedSharding(mesh, PartitionSpec(AXIS))
 
     def epoch(state, dataset, key):
         check_key("key", key)
@@ -180,12 +256,11 @@ def make_pass(
         order = order[: steps * batch_size].reshape(steps, batch_size)
 
         def numbered_step(state, number):
-            index = jax.lax.with_sharding_constraint(order[number], split)
-            images = dataset.images[index]
+            images, labels = batch(dataset, order[number], mesh)
             if augment:
                 images = data.augment(jax.random.fold_in(key_augment, number), images)
             images = data.normalise(images, dataset.mean, dataset.deviation)
-            return step(state, (images, dataset.labels[index]))
+            return step(state, (images, labels))
 
         state, logs = jax.lax.scan(numbered_step, state, jnp.arange(steps, dtype=jnp.int32))
         return state, jax.tree.map(lambda log: jnp.mean(log, axis=0), logs)
@@ -195,32 +270,44 @@ def make_pass(
 
 def make_forward(
     model: nn.Module, mesh: Mesh
-) -> Callable[[TrainState, DeviceData, Array], Array]:
+) -> Callable[[TrainState, DeviceData | DividedData, Array], Array]:
     """Return the function `(state, data, index (B,)) -> features (B, d)`, to be jitted.
 
     The network runs in evaluation mode.
     """
-    split = NamedSharding(mesh, PartitionSpec(AXIS))
 
     def forward(state, dataset, index):
-        index = jax.lax.with_sharding_constraint(index, split)
-        images = data.normalise(dataset.images[index], dataset.mean, dataset.deviation)
+        images, _ = batch(dataset, index, mesh)
+        images = data.normalise(images, dataset.mean, dataset.deviation)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         return model.apply(variables, images, train=False)[1]
 
     return forward
 
 
-def evaluation_chunk(size: int) -> int:
+def evaluation_chunk(
+    size: int, image_shape: Sequence[int], devices: Sequence[jax.Device]
+) -> int:
     """Return the number of images in a call of an evaluation of `size` images.
 
-    It is a multiple of the number of devices, and at most 512 where they allow it.
+    It is a multiple of the number of devices. On CPU it is at most 512 where they allow
+    it. On accelerators so many images with 64 channels fill 256 MB of each device.
+
+    Args:
+      size: N.
+      image_shape: (height, width, C).
+      devices: the devices that share the images.
     """
-    devices = jax.device_count()
-    return min(_CHUNK, size) // devices * devices or devices
+    most, count = _CHUNK, len(devices)
+    if devices[0].platform != "cpu":
+        of_image = 4 * _CHANNELS * math.prod(image_shape[:2])
+        most = max(1, _CHUNK_BYTES // of_image) * count
+    return min(most, size) // count * count or count
 
 
-def extract_features(forward, state: TrainState, dataset: DeviceData) -> Array:
+def extract_features(
+    forward, state: TrainState, dataset: DeviceData | DividedData
+) -> Array:
     """Compute features (N, d), or (S, N, d) if `forward` is vmapped over S networks.
 
     The result lies on the first local device.
@@ -230,8 +317,10 @@ def extract_features(forward, state: TrainState, dataset: DeviceData) -> Array:
       state: state of one network, or of S networks.
       dataset: N images.
     """
-    size = dataset.labels.shape[0]
-    chunk = evaluation_chunk(size)
+    size, images = dataset.labels.shape[0], dataset.images
+    on_devices = isinstance(images, jax.Array)
+    devices = list(images.sharding.device_set) if on_devices else jax.devices()
+    chunk = evaluation_chunk(size, images.shape[1:], devices)
     parts = []
     for start in range(0, size, chunk):
         # Repeat the last image to fill the last chunk: one shape compiles once.
