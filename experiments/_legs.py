@@ -13,6 +13,7 @@ import ncjax
 from experiments._runs import folders, memory
 from experiments._runs.errors import BadUse
 from experiments._runs.progress import tqdm
+from ncjax import sizes
 from ncjax.flow.methods import choose_solver
 from ncjax.flow.solve import SUCCESS
 from ncjax.peeled.margin_bound import value_or_bound
@@ -48,12 +49,18 @@ def log_times(log_t_max: float, num_times: int) -> np.ndarray:
 def check_memory(
     seeds: int, num_classes: int, per_class: int, dim: int, num_times: int
 ) -> None:
-    """Raise BadUse if the states of one leg exceed the memory."""
+    """Raise BadUse if the states of one leg exceed the memory.
+
+    The devices share the seeds.
+    """
     samples = num_classes * per_class
     numbers = (samples + num_classes) * dim + samples * num_classes
     times = 1 + num_times / LEGS
     flags = "--seeds, --num_classes, --per_class, --dim or --num_times"
-    memory.check(4.0 * seeds * times * numbers, flags)
+    needed = 4.0 * seeds * times * numbers
+    memory.check(needed, flags)
+    available = sizes.device_memory(jax.local_devices())
+    memory.check_devices(needed / jax.device_count(), flags, available)
 
 
 def solve(

@@ -25,6 +25,7 @@ from experiments._runs.errors import BadUse, checks
 from experiments._runs.events import Events
 from experiments._runs.interruption import Interruption
 from experiments._runs.progress import tqdm
+from ncjax import sizes
 from ncjax.checks import count_not_finite
 from ncjax.metrics.peeling import LastLayer
 from ncjax.networks import checkpoint, data, models, train
@@ -292,6 +293,7 @@ def set_up(config: Config, options: Mapping[str, Any]) -> Setup:
         **model_options,
     )
     _check_network(config, model, train_set.images.shape[1:])
+    _check_devices(config, model, [train_set, *filter(None, [test_set])])
     return Setup(model, train_set, test_set, *data.channel_statistics(train_set.images))
 
 
@@ -304,6 +306,21 @@ def _check_network(config: Config, model: Any, image_shape: Sequence[int]) -> No
             f"{error} (--image_size={config.image_size}, --width={config.width})"
         ) from error
     memory.check(4.0 * parameters * config.seeds, "--width or --seeds")
+
+
+def _check_devices(config: Config, model: Any, sets: Sequence[data.Dataset]) -> None:
+    """Raise BadUse unless each device holds its part of the data and all networks.
+
+    Parameters and their gradient take 8 bytes each. Several processes divide no data.
+    """
+    shares = jax.device_count() if jax.process_count() == 1 else 1
+    images = sum(dataset.images.nbytes for dataset in sets)
+    parameters = models.count_parameters(model, sets[0].images.shape[1:])
+    memory.check_devices(
+        images / shares + 8.0 * parameters * config.seeds,
+        "--train_split, --test_split, --image_size, --width or --seeds",
+        sizes.device_memory(jax.local_devices()),
+    )
 
 
 def _load(config: Config, split: str, per_class: int) -> data.Dataset:

@@ -1,4 +1,4 @@
-"""Fail early if a run cannot fit into memory."""
+"""Fail early if a run cannot fit into the memory of the machine or of its devices."""
 
 import os
 
@@ -16,6 +16,22 @@ def check(needed: float, flags: str) -> None:
         raise BadUse(
             f"this needs at least {needed / 1e9:.3g} GB of memory, and the machine has "
             f"{total() / 1e9:.3g} GB: give smaller {flags}"
+        )
+
+
+def check_devices(needed: float, flags: str, available: int | None) -> None:
+    """Raise BadUse if more bytes are needed on each device than a device has.
+
+    Args:
+      needed: a lower bound on the bytes on each device.
+      flags: as in `check`.
+      available: the bytes of the smallest device; None if it has no memory of its own, as a
+        CPU.
+    """
+    if available is not None and needed > available:
+        raise BadUse(
+            f"this needs at least {needed / 1e9:.3g} GB of memory on each device, and a "
+            f"device has {available / 1e9:.3g} GB: give smaller {flags}"
         )
 
 
