@@ -12,7 +12,7 @@ import numpy as np
 import ncjax
 from experiments import _legs, _scene
 from experiments._labels import LABELS
-from experiments._runs import cli, files, folders, memory, page
+from experiments._runs import cli, files, folders, memory, page, precision
 from experiments._runs.errors import BadUse, RunFailed
 from experiments._runs.progress import tqdm
 from ncjax.flow.solve import SUCCESS
@@ -83,6 +83,7 @@ def run(config: Config) -> Path:
 
 def _check(config: Config) -> None:
     """Raise BadUse if a setting is out of range, before any work."""
+    precision.check_float64()
     if config.per_class < 2:
         raise BadUse(f"--per_class must be at least 2, got {config.per_class}")
     if not 0 <= config.seed < 2**63:

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import _deep_cells, _deep_flows, _deep_results
 from experiments._deep_cells import Cell
-from experiments._runs import cli, files, folders, memory
+from experiments._runs import cli, files, folders, memory, precision
 from experiments._runs.errors import BadUse
 from experiments._runs.progress import tqdm
 from ncjax import plotting
@@ -91,6 +91,7 @@ def _run(config: Config, cells: list[Cell], folder: Path) -> None:
 
 def _check(config: Config) -> list[Cell]:
     """Return the cells; raise BadUse if a setting is out of range, before any work."""
+    precision.check_float64()
     minimums = {"per_class": 1, "seeds": 1}
     for name, bound in minimums.items():
         if getattr(config, name) < bound:

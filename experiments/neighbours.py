@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import _legs, _neighbours_parts, _neighbours_results
 from experiments._neighbours_models import Sizes
-from experiments._runs import cli, files, folders, memory
+from experiments._runs import cli, files, folders, memory, precision
 from experiments._runs.errors import BadUse
 from experiments._runs.progress import tqdm
 from ncjax import plotting
@@ -101,6 +101,7 @@ def sizes_of(config: Config) -> Sizes:
 
 def _check(config: Config) -> None:
     """Raise BadUse if a setting is out of range, before any work."""
+    precision.check_float64()
     minimums = {"num_classes": 3, "per_class": 1, "ratio": 2, "seeds": 1}
     for name, bound in minimums.items():
         if getattr(config, name) < bound:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ncjax
 from experiments import _legs, _training
 from experiments._last_layer import describe
-from experiments._runs import cli, files, folders
+from experiments._runs import cli, files, folders, precision
 from experiments._runs.errors import BadUse, RunFailed, checks
 from experiments._runs.progress import tqdm
 from ncjax import plotting
@@ -100,6 +100,7 @@ def _run(config: Config, trained: _training.Trained, folder: Path) -> None:
 
 def _check(config: Config) -> None:
     """Raise BadUse if a setting is out of range, before any work."""
+    precision.check_float64()
     if not config.run:
         raise BadUse("--run=DIR is needed: the folder of a training run")
     if config.workdir and Path(config.workdir).resolve() == Path(config.run).resolve():

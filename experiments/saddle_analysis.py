@@ -12,7 +12,7 @@ import numpy as np
 
 import ncjax
 from experiments import _fits, _legs, _saddles
-from experiments._runs import cli, files, folders, page
+from experiments._runs import cli, files, folders, page, precision
 from experiments._runs.errors import BadUse
 from experiments._runs.progress import tqdm
 from ncjax import plotting
@@ -94,6 +94,7 @@ def _run(config: Config, folder: Path) -> None:
 
 def _check(config: Config) -> None:
     """Raise BadUse if a setting is out of range, before any work."""
+    precision.check_float64()
     minimums = {"max_classes": 2, "num_classes": 2, "seeds": 1, "per_class": 1, "dim": 1}
     for name, bound in minimums.items():
         if getattr(config, name) < bound:

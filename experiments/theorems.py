@@ -12,7 +12,7 @@ import numpy as np
 
 import ncjax
 from experiments import _deep_checks, _fits, _legs, _neighbours_checks, _saddles
-from experiments._runs import cli, files, folders, page
+from experiments._runs import cli, files, folders, page, precision
 from experiments._runs.errors import BadUse, RunFailed
 from experiments._runs.progress import tqdm
 from experiments._statements import NCJAX, Statement, below
@@ -61,6 +61,7 @@ def run(config: Config) -> Path:
         raise BadUse(f"--seeds must be at least 1, got {config.seeds}")
     if not 0 <= config.seed < 2**63:
         raise BadUse(f"--seed must lie in [0, 2**63), got {config.seed}")
+    precision.check_float64()
     _legs.check_memory(config.seeds, K, N, D, TIMES.size)
     with folders.open_config(config, NAME, OUTPUTS) as (folder, _):
         _run(config, folder)

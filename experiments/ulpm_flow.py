@@ -14,7 +14,7 @@ import numpy as np
 import ncjax
 from experiments import _fits, _legs
 from experiments._labels import LABELS
-from experiments._runs import cli, files, folders, page
+from experiments._runs import cli, files, folders, page, precision
 from experiments._runs.errors import BadUse, RunFailed
 from ncjax import plotting
 from ncjax.flow.methods import SOLVERS
@@ -138,6 +138,8 @@ def _check(config: Config) -> None:
         raise BadUse(f"--seed must lie in [0, 2**63), got {config.seed}")
     if config.dtype not in ("float64", "float32"):
         raise BadUse(f"--dtype must be float64 or float32, got {config.dtype!r}")
+    if config.dtype == "float64":
+        precision.check_float64("--dtype=float32")
     largest = float(np.finfo(config.dtype).max)
     if not 0 < config.init_scale <= largest:
         raise BadUse(

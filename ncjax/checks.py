@@ -232,6 +232,15 @@ def check_finite(name: str, array: Array) -> None:
         )
 
 
+def check_computes(name: str, array: Array) -> None:
+    """Raise ValueError if a float64 array lies on a TPU, which has no float64."""
+    if array.dtype == jnp.float64 and sizes.platform_of(array) == "tpu":
+        raise ValueError(
+            f"{name} must be float32 on a TPU, which does not compute in float64, got "
+            f"{array.dtype}: cast it, or put it on a CPU by jax.default_device"
+        )
+
+
 def count_not_finite(array: Array) -> int:
     """Return how many entries of `array` are NaN or infinite, 0 if it is unknown here.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ncjax.arrays import as_array
-from ncjax.checks import check_finite, concrete
+from ncjax.checks import check_computes, check_finite, concrete
 
 
 def hashable(fn: Callable) -> Callable:
@@ -26,15 +26,15 @@ def check_floating(params, sphere: bool):
     leaves = [as_array(name, leaf) for name, (_, leaf) in zip(names, named, strict=True)]
     if sum(leaf.size for leaf in leaves) == 0:
         raise ValueError("params must hold at least one number, got an empty pytree")
-    values = [concrete(leaf) for leaf in leaves]
-    for name, leaf, value in zip(names, leaves, values, strict=True):
+    for name, leaf in zip(names, leaves, strict=True):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
                 f"{name} must be real and floating, got {leaf.dtype}: cast it, or "
                 "leave it out of params and let fn close over it"
             )
-        if value is not None:
-            check_finite(name, leaf)
+        check_computes(name, leaf)
+        check_finite(name, leaf)
+    values = [concrete(leaf) for leaf in leaves] if sphere else []
     if sphere and all(value is not None and not value.any() for value in values):
         raise ValueError(
             "sphere=True needs params away from the origin, got all zeros: pass "

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ncjax.arrays import as_array
-from ncjax.checks import check_count, check_installed
+from ncjax.checks import check_computes, check_count, check_installed
 from ncjax.flow import outcome, regularised, saving, steps
 from ncjax.flow.clock import Loss, check_objective, clock, field, unscaled
 from ncjax.flow.invariants import InvariantDrift
@@ -206,6 +206,7 @@ def gradient_flow(
     dtype = start.W.dtype
     if dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"params must be float32 or float64, got {dtype}")
+    check_computes("params", start.W)
     gamma = check_objective(objective, dtype, deep=isinstance(start, DeepParams))
     loss = Loss(check_weights(weights, start), gamma)
     start = without_left_out(start, loss.weights)

@@ -468,7 +468,9 @@ def augment(key: Array, images: Array) -> Array:
     key_shift, key_flip = jax.random.split(key)
     batch, height, width, channels = images.shape
     shift = jax.random.randint(key_shift, (batch, 2), 0, 2 * _CROP + 1, jnp.int32)
-    flip = jax.random.bernoulli(key_flip, shape=(batch,))
+    # The first bit decides, as in `jax.random.bernoulli`, whose numbers may be float64.
+    bits = jax.random.bits(key_flip, (batch,))
+    flip = bits >> (8 * bits.dtype.itemsize - 1) == 0
     border = (_CROP, _CROP)
     padded = jnp.pad(images, ((0, 0), border, border, (0, 0)))
 
