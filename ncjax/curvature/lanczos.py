@@ -298,9 +298,9 @@ def _restart(krylov: _Krylov, theta, rotation, count: int, fresh) -> tuple[_Kryl
 def _orthogonalise(basis: Array, vector: Array) -> tuple[Array, Array]:
     """Return the part of `vector` (D,) orthogonal to the rows of `basis`, and coefficients.
 
-    Classical Gram-Schmidt runs twice; a third pass would change nothing. Long float32 rows
-    take one dot product each: on the CPU the error of XLA's wide matrix-vector product is
-    1e-3 at D = 1e7, whereas its dot product is exact to rounding. Otherwise a
+    Classical Gram-Schmidt runs twice; a third pass would change nothing. On CPU long
+    float32 rows take one dot product each: the error of XLA's wide matrix-vector product is
+    1e-3 at D = 1e7 there, whereas its dot product is exact to rounding. Otherwise a
     matrix-vector product is used, because it reads the basis at least twice as fast.
     """
     chex.assert_shape(vector, basis.shape[1:])
@@ -308,13 +308,19 @@ def _orthogonalise(basis: Array, vector: Array) -> tuple[Array, Array]:
     by_row = vector.dtype == jnp.float32 and len(vector) > _WIDE
     for _ in range(2):
         if by_row:
-            row_dot = partial(dot, vector)
-            change = jax.lax.map(row_dot, basis)
+            change = jax.lax.platform_dependent(
+                basis, vector, cpu=_row_dots, default=matmul
+            )
         else:
             change = matmul(basis, vector)
         vector = vector - matmul(change, basis)
         coefficients = coefficients + change
     return vector, coefficients
+
+
+def _row_dots(basis: Array, vector: Array) -> Array:
+    """Return `basis @ vector` by one dot product for each row."""
+    return jax.lax.map(partial(dot, vector), basis)
 
 
 def _random_orthogonal(key: Array, basis: Array) -> Array:

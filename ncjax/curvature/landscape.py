@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax import sizes
 from ncjax.arrays import as_array
 from ncjax.checks import (
     check_choice,
@@ -353,7 +354,13 @@ def _mixture(grid: Array, nodes: Array, weights: Array, spread: Array) -> Array:
         kernel = jnp.exp(-(((x - nodes) / spread) ** 2) / 2)
         return jnp.sum(weights * kernel) / (spread * math.sqrt(2 * math.pi))
 
-    return jax.lax.map(at, grid)
+    def in_groups(grid):
+        size = max(1, sizes.CHUNK_BYTES // 4 // nodes.size)
+        return jax.lax.map(at, grid, batch_size=size)
+
+    return jax.lax.platform_dependent(
+        grid, cpu=lambda grid: jax.lax.map(at, grid), default=in_groups
+    )
 
 
 def _start_key(key: Array | None) -> Array:

@@ -200,7 +200,8 @@ def inverse(matrix: Array, block: int = 1) -> Array:
 
     It takes `M / block` matrix products for the whole batch. Batched LAPACK on CPU takes
     one matrix after another and solves with it column by column. There is no pivoting,
-    which positive definite matrices do not need.
+    which positive definite matrices do not need. On accelerators, where M small steps one
+    after another are slow, a matrix of several blocks takes an LU decomposition.
 
     Args:
       matrix: (..., M, M), symmetric positive definite.
@@ -231,7 +232,12 @@ def inverse(matrix: Array, block: int = 1) -> Array:
         )
         return jax.lax.dynamic_update_slice_in_dim(swept, rows, start, -2)
 
-    return jax.lax.fori_loop(0, size // block, sweep, matrix)
+    def by_sweeps(matrix):
+        return jax.lax.fori_loop(0, size // block, sweep, matrix)
+
+    if block in (1, size):
+        return by_sweeps(matrix)
+    return jax.lax.platform_dependent(matrix, cpu=by_sweeps, default=jnp.linalg.inv)
 
 
 def _product(left: Array, right: Array) -> Array:
