@@ -7,6 +7,8 @@ import inspect
 import json
 import os
 import re
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -451,3 +453,12 @@ def test_float64_on_a_tpu_is_refused_in_one_line(monkeypatch):
         ncjax.hessian_eig(lambda x: jnp.sum(x**4), jnp.ones(3))
     with pytest.raises(ValueError, match=r"params must be float32 on a TPU.*cast it"):
         ncjax.gradient_flow(ncjax.init_params(jax.random.key(0), 2, 1, 2), [1.0])
+
+
+def test_xla_knows_the_flag_of_the_same_bits_on_a_gpu():
+    """An unknown flag would abort the process."""
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    (flag,) = set(re.findall(r"XLA_FLAGS=(--\S+?)`", page))
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    environment = os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    assert subprocesses.run(command, environment).returncode == 0
