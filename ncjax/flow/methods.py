@@ -12,6 +12,7 @@ from ncjax.checks import check_choice
 from ncjax.flow import settle, steps
 from ncjax.flow.clock import LINEARLY_IMPLICIT
 from ncjax.flow.stabilised import Stabilised4
+from ncjax.flow.unchecked import without_checks
 from ncjax.peeled.points import as_deep
 from ncjax.types import Array, DeepParams, Params
 
@@ -47,22 +48,27 @@ class Method(NamedTuple):
           **options: t0, t1, dt0, y0, args, saveat and max_steps of `diffrax.diffeqsolve`.
         """
         meter = diffrax.TqdmProgressMeter() if progress else diffrax.NoProgressMeter()
-        return diffrax.diffeqsolve(
-            diffrax.ODETerm(field),
-            self.solver,
-            stepsize_controller=diffrax.PIDController(
-                rtol=rtol,
-                atol=atol,
-                pcoeff=self.pcoeff,
-                icoeff=self.icoeff,
-                norm=steps.finite_or_infinite_norm,
-                force_dtmin=False,
-                dtmin=least_step,
-            ),
-            throw=False,
-            progress_meter=meter,
-            **options,
+        controller = diffrax.PIDController(
+            rtol=rtol,
+            atol=atol,
+            pcoeff=self.pcoeff,
+            icoeff=self.icoeff,
+            norm=steps.finite_or_infinite_norm,
+            force_dtmin=False,
+            dtmin=least_step,
         )
+
+        def solve():
+            return diffrax.diffeqsolve(
+                diffrax.ODETerm(field),
+                self.solver,
+                stepsize_controller=controller,
+                throw=False,
+                progress_meter=meter,
+                **options,
+            )
+
+        return without_checks(solve)
 
 
 METHODS = {
