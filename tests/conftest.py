@@ -35,6 +35,7 @@ def pytest_configure(config):
     if "XLA_FLAGS" not in os.environ and knows(QUICK):
         os.environ["XLA_FLAGS"] = QUICK
     if not hasattr(config, "cache"):  # -p no:cacheprovider
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing in ~/.cache
         return
     for name, value in {
         "jax_compilation_cache_dir": str(config.cache.mkdir("compiled")),

@@ -133,7 +133,8 @@ def test_no_private_or_experimental_jax(path):
 
 @pytest.mark.parametrize("path", ALL, ids=dotted)
 def test_jax_is_configured_on_the_command_line_only(path):
-    glue = ("experiments._runs.cli", "ncjax.command.device")
+    glue = ("experiments._runs.cli", "experiments._runs.compilation")
+    glue += ("ncjax.command.device",)
     assert dotted(path) in glue or "config.update(" not in path.read_text().replace(
         "jax.config.update('jax_enable_x64', True)", ""
     )

@@ -47,6 +47,7 @@ PRIVATE = {
         "flow.saving",
         "flow.settle",
         "flow.steps",
+        "flow.unchecked",
     ),
     *("networks.chunks", "networks.descriptions", "networks.records"),
     *("networks.grouping", "networks.winograd"),

@@ -1,6 +1,6 @@
 """The command line of every experiment: flags from a dataclass, errors in one line.
 
-No other module sets `jax.config`.
+Only this module and `compilation` set `jax.config`.
 """
 
 import ast
@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from absl import flags, logging
 
+from experiments._runs import compilation
 from experiments._runs.errors import BadUse, RunFailed
 
 # Groups of flags.
@@ -30,7 +31,8 @@ _TRACEBACK = "after an error or an interruption, print the traceback to stderr"
 _NOTES = """\
 Shown are the defaults. [no]: --flag is on, --noflag is off.
 The path of what was written is the last line of stdout.
-Exit codes: 0 done, 1 failed, 2 bad use, 130 interrupted."""
+Exit codes: 0 done, 1 failed, 2 bad use, 130 interrupted.
+Programs are kept for the next run; JAX_ENABLE_COMPILATION_CACHE=false keeps none."""
 _FLAG_COLUMNS = 26  # columns that hold a flag and its default
 _INTERRUPTION, _NO_READER = 130, 141  # exit codes of a shell for SIGINT and SIGPIPE
 _MESSAGE_LIMIT = 300  # characters of a message of another library
@@ -272,6 +274,7 @@ def set_up_jax(
     # --traceback shows the frames of JAX too.
     jax.config.update("jax_traceback_filtering", "off")
     jax.config.update("jax_num_cpu_devices", cpu_devices or cores())
+    compilation.keep_programs()
     if num_processes > 1:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     _check_platforms()
