@@ -250,7 +250,10 @@ def _flag_text(name: str, value: Any) -> str:
 
 
 def _resolved(config: Config) -> Config:
-    """Return the config with the dtype that "auto" selects on this machine."""
+    """Return the config with the dtype that "auto" selects on this machine.
+
+    A run uses every device of the default backend, so that backend decides.
+    """
     if config.compute_dtype != "auto":
         return config
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"

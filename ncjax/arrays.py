@@ -15,6 +15,7 @@ from ncjax.types import Array
 # XLA on CPU shares memory that starts at a multiple of this many bytes.
 _ALIGNMENT = 64
 # Dtypes of tensors that go to JAX on the GPU, without rounding.
+_GPU = ("gpu", "cuda", "rocm")
 _SHARED = ("torch.float32", "torch.bfloat16", "torch.float16")
 _BATCHES = "join the batches, or stream them with ncjax.statistics.update"
 
@@ -150,9 +151,17 @@ def _is_torch(value) -> bool:
 
 
 def _is_on_gpu_of_jax(tensor) -> bool:
-    """Whether JAX computes on the kind of device that holds a tensor, in its dtype."""
+    """Whether new arrays of JAX lie on the kind of device that holds a tensor."""
     is_dense = getattr(tensor, "is_cuda", False) and not tensor.is_sparse
-    return is_dense and str(tensor.dtype) in _SHARED and jax.default_backend() == "gpu"
+    return is_dense and str(tensor.dtype) in _SHARED and _platform() in _GPU
+
+
+def _platform() -> str:
+    """Return the platform on which JAX puts new arrays."""
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
 
 
 def _from_gpu(tensor) -> Array:

@@ -186,10 +186,17 @@ def test_formulas_match_loops_for_any_shape(layer, seed):
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_the_chosen_formula_is_the_expected_one(layer, platform, monkeypatch):
     x_shape, kernel_shape, stride, padding, on_cpu = layer
-    for name in [name for name in vars(convolution) if name.startswith("convolve_")]:
-        monkeypatch.setattr(convolution, name, lambda *_, name=name: name)
-    picked = convolve(jnp.zeros(x_shape), jnp.zeros(kernel_shape), stride, padding)
-    assert picked == (on_cpu.__name__ if platform == "cpu" else "convolve_lax")
+    called = []
+    formulas = {n: f for n, f in vars(convolution).items() if n.startswith("convolve_")}
+    for name, formula in formulas.items():
+
+        def noted(*args, name=name, formula=formula, **settings):
+            called.append(name)
+            return formula(*args, **settings)
+
+        monkeypatch.setattr(convolution, name, noted)
+    convolve(jnp.zeros(x_shape), jnp.zeros(kernel_shape), stride, padding)
+    assert called[0] == (on_cpu.__name__ if platform == "cpu" else "convolve_lax")
 
 
 WINOGRAD = [

@@ -50,7 +50,7 @@ PRIVATE = {
         "flow.unchecked",
     ),
     *("networks.chunks", "networks.descriptions", "networks.records"),
-    *("networks.grouping", "networks.winograd"),
+    *("networks.grouping", "networks.platforms", "networks.winograd"),
     *("peeled.kernels", "peeled.logits", "peeled.samples", "objectives.settings"),
     *("peeled.factors", "peeled.search", "peeled.multipliers"),
     *(f"objectives.{name}" for name in ("roots", "rays", "problem", "factors")),

@@ -156,8 +156,9 @@ def test_compiled_programs_compute_little_besides_products(case, products, most)
     assert 1 <= compiled(case).cost_analysis()["flops"] / products <= most
 
 
-def test_class_sums_are_a_matrix_product_on_accelerators(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+@pytest.mark.parametrize("platform", ["gpu"], indirect=True)
+@pytest.mark.usefixtures("platform")
+def test_class_sums_are_a_matrix_product_on_accelerators():
 
     def elsewhere(B, K, d):
         fn, *arguments = update(B, K, d)

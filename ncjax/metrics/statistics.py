@@ -213,9 +213,22 @@ def _class_sums(rows: Array, labels: Array, valid: Array, num_classes: int) -> A
     order, so there a product with the memberships takes 2 B K operations per column, up to
     2048 classes.
     """
-    if jax.default_backend() == "cpu" or num_classes > FEW_CLASSES:
-        labels = jnp.where(valid, labels, num_classes)
-        return jax.ops.segment_sum(rows, labels, num_classes)
+    if num_classes > FEW_CLASSES:
+        return _segment_sums(rows, labels, valid, num_classes)
+    on_cpu, elsewhere = (
+        partial(each, num_classes=num_classes) for each in (_segment_sums, _product_sums)
+    )
+    return jax.lax.platform_dependent(rows, labels, valid, cpu=on_cpu, default=elsewhere)
+
+
+def _segment_sums(rows: Array, labels: Array, valid: Array, num_classes: int) -> Array:
+    """Return the sums of `_class_sums` by B additions."""
+    labels = jnp.where(valid, labels, num_classes)
+    return jax.ops.segment_sum(rows, labels, num_classes)
+
+
+def _product_sums(rows: Array, labels: Array, valid: Array, num_classes: int) -> Array:
+    """Return the sums of `_class_sums` by a product with the memberships."""
     classes = jnp.arange(num_classes, dtype=labels.dtype)
     members = (labels[:, None] == classes[None]) & valid[:, None]
     return matmul(members.T.astype(rows.dtype), rows)

@@ -8,7 +8,7 @@ Most 3x3 convolutions run by Winograd's algorithm with a quarter of the products
 """
 
 import math
-from functools import partial
+from functools import partial, reduce
 
 import chex
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 from ncjax.checks import check_integer
 from ncjax.networks import winograd
 from ncjax.networks.grouping import map_groups, sum_groups
+from ncjax.networks.platforms import by_platform
 from ncjax.types import Array
 
 # Up to this many input positions, one dense matrix maps all inputs to all outputs.
@@ -46,9 +47,9 @@ def convolve(
       winograd: whether Winograd's algorithm may be used; the benchmark compares both.
 
     Returns:
-      (B, height', width', O), height' = (height + 2 r - h) // s + 1. On CPU it has a
-      reverse derivative, which can be differentiated again in either mode, but no forward
-      derivative.
+      (B, height', width', O), height' = (height + 2 r - h) // s + 1. It has a reverse
+      derivative, which can be differentiated again in either mode, but no forward
+      derivative. A program has the formula of the platform that it is lowered for.
 
     Raises:
       ValueError: shapes or dtypes do not match, or the padded image is smaller than the
@@ -66,15 +67,20 @@ def convolve(
         )
     _output_size(x.shape[1:3], kernel.shape[:2], stride, padding)
     formula = _formula(x.shape, kernel.shape, stride, padding, x.dtype, winograd)
-    return formula(x, kernel, stride, padding)
+    if formula is convolve_lax:
+        return convolve_lax(x, kernel, stride, padding)
+    on_cpu, elsewhere = (
+        partial(each, stride=stride, padding=padding) for each in (formula, convolve_lax)
+    )
+    return by_platform(on_cpu, elsewhere)(x, kernel)
 
 
 def _formula(
     x_shape, kernel_shape, stride: int, padding: int, dtype, with_winograd: bool = True
 ):
-    """Choose the fastest formula, as measured on CPU at batches of 128 within a loop."""
+    """Return the fastest formula on CPU, as measured at batches of 128 within a loop."""
     window, channels = kernel_shape[:2], min(kernel_shape[2:])
-    if jax.default_backend() != "cpu" or 0 in (*x_shape, *kernel_shape):
+    if 0 in (*x_shape, *kernel_shape):
         return convolve_lax
     if window == (1, 1):
         return convolve_pointwise if padding == 0 else convolve_lax
@@ -282,20 +288,28 @@ def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:
             f"{x.shape} and padding {padding} of {size}"
         )
     _output_size(x.shape[1:3], (size, size), stride, padding)
-    if jax.default_backend() != "cpu":
-        return jax.lax.reduce_window(
-            x,
-            np.array(-np.inf, x.dtype),
-            jax.lax.max,
-            (1, size, size, 1),
-            (1, stride, stride, 1),
-            ((0, 0), (padding, padding), (padding, padding), (0, 0)),
-        )
-    windows = _windows(x, (size, size), stride, padding, -np.inf)
-    largest = windows[0]
-    for window in windows[1:]:
-        largest = jnp.maximum(largest, window)
-    return largest
+    on_cpu, elsewhere = (
+        partial(pool, size=size, stride=stride, padding=padding)
+        for pool in (_pool_slices, _pool_windows)
+    )
+    return by_platform(on_cpu, elsewhere)(x)
+
+
+def _pool_windows(x: Array, size: int, stride: int, padding: int) -> Array:
+    """Return the maxima by XLA's own formula."""
+    return jax.lax.reduce_window(
+        x,
+        np.array(-np.inf, x.dtype),
+        jax.lax.max,
+        (1, size, size, 1),
+        (1, stride, stride, 1),
+        ((0, 0), (padding, padding), (padding, padding), (0, 0)),
+    )
+
+
+def _pool_slices(x: Array, size: int, stride: int, padding: int) -> Array:
+    """Return the maxima as the maximum of shifted slices."""
+    return reduce(jnp.maximum, _windows(x, (size, size), stride, padding, -np.inf))
 
 
 def _output_size(size, window, stride: int, padding: int) -> tuple[int, int]:
