@@ -7,6 +7,7 @@ checkpoints and interruption, the run folder.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ncjax
 from experiments import _clock, _record
-from experiments._runs import cli, files, folders, memory, reading
+from experiments._runs import cli, files, folders, memory, processes, reading
 from experiments._runs.errors import BadUse, checks
 from experiments._runs.events import Events
 from experiments._runs.interruption import Interruption
@@ -62,7 +63,7 @@ _SCHEDULES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(cli.Settings):
+class Config(cli.SeveralProcesses):
     """Flags that all training experiments share."""
 
     dataset: str = cli.flag("digits", "digits (no download), or a set of TFDS", cli.DATA)
@@ -123,11 +124,6 @@ class Config(cli.Settings):
     cpu_devices: int = cli.flag(
         1, "JAX devices that a CPU is split into; 1 is fastest", cli.MACHINE
     )
-    coordinator: str = cli.flag(
-        "", "host:port of process 0, if there are several", cli.MACHINE
-    )
-    num_processes: int = cli.flag(1, "processes that train together", cli.MACHINE)
-    process_id: int = cli.flag(0, "number of this process, from 0", cli.MACHINE)
 
 
 class Setup(NamedTuple):
@@ -161,14 +157,15 @@ def run(config: Config, name: str, options: Mapping[str, Any]) -> Path:
     check(config)
     config = _resolved(config)
     setup = set_up(config, options)
-    with contextlib.ExitStack() as stack:
-        folder, finished = _open(config, name, stack)
+    _compare_data(setup)
+    changes = {"epochs": functools.partial(_check_epochs, config)}
+    with processes.open_config(config, name, OUTPUTS, changes) as (folder, finished):
         if finished:
             return folder
         start = time.perf_counter()
         with Interruption("epoch") as interruption:
             rows = _Loop(config, setup, folder).run(interruption)
-        if is_primary():
+        if processes.is_first():
             _finish(config, setup, folder, rows, time.perf_counter() - start)
     return folder
 
@@ -223,8 +220,7 @@ def check(config: Config) -> None:
             f"--schedule={config.schedule} needs --epochs of at least {parts}, got "
             f"{config.epochs}"
         )
-    if config.num_processes > 1 and not config.workdir:
-        raise BadUse("several processes need one --workdir, on a disk that they share")
+    processes.check(config)
     rows = config.seeds * min(config.epochs, config.measurements)
     memory.check(8.0 * rows * len(LastLayer._fields), "--measurements or --seeds")
 
@@ -344,32 +340,24 @@ def _load(config: Config, split: str, per_class: int) -> data.Dataset:
     return dataset
 
 
-def is_primary() -> bool:
-    """Return whether this process is the first, which alone writes and prints."""
-    return jax.process_index() == 0
+def _compare_data(setup: Setup) -> None:
+    """Raise BadUse unless all processes have loaded the same data."""
+    if jax.process_count() == 1:
+        return
+    sets = {"the training set": setup.train_set, "the test set": setup.test_set}
+    digests = {
+        f"the SHA-256 of {name}": _data_digest(part) for name, part in sets.items() if part
+    }
+    processes.compare(digests, "give every process the same data (--data_dir)")
 
 
-def _open(config: Config, name: str, stack: contextlib.ExitStack) -> tuple[Path, bool]:
-    """Return the run folder, and whether the run in it is finished.
-
-    The first process opens the folder, and holds its lock until `stack` is closed.
-
-    Raises:
-      BadUse: the folder cannot be used; raised in all processes.
-      OSError: a file cannot be written; raised in the first process.
-    """
-    folder, finished = Path(config.workdir), False
-    error: BadUse | OSError | None = None
-    changes = {"epochs": functools.partial(_check_epochs, config)}
-    if is_primary():
-        try:
-            opening = folders.open_config(config, name, OUTPUTS, changes)
-            folder, finished = stack.enter_context(opening)
-        except (BadUse, OSError) as opening_error:
-            error = opening_error
-    if any_process(error is not None):
-        raise error or BadUse("process 0 could not open the run folder")
-    return folder, any_process(finished)
+def _data_digest(dataset: data.Dataset) -> str:
+    """Return the start of the SHA-256 of images and labels, as loaded."""
+    digest = hashlib.sha256()
+    for array in (dataset.images, dataset.labels):
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:12]
 
 
 def _check_epochs(config: Config, folder: Path) -> None:
@@ -620,7 +608,7 @@ class _Loop:
 
     def _events(self, stack: contextlib.ExitStack, done: int) -> Events | None:
         """Return the writer of TensorBoard events; None in all processes but the first."""
-        if not is_primary():
+        if not processes.is_first():
             return None
         events = Events(self.folder / _TENSORBOARD, purge_epoch=done + 1)
         stack.callback(events.close)
@@ -633,7 +621,7 @@ class _Loop:
             initial=done,
             desc=f"{self.config.model} on {self.config.dataset}",
             unit="epoch",
-            disable=not is_primary(),
+            disable=not processes.is_first(),
         )
 
     def _last(self) -> int:
@@ -674,7 +662,7 @@ class _Loop:
                 self.rows.append(row | times | values)
             tags = {f"{split}/{k}": [v[k] for v in measured] for k in measured[0]}
             _write_events(events, epoch, tags)
-        if is_primary():
+        if processes.is_first():
             _record.write_rows(self.folder, self.rows)
             if time.monotonic() - self.last_drawing > _FIGURE_SECONDS:
                 _record.draw(self.folder, self.rows)

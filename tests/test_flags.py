@@ -15,7 +15,10 @@ from experiments import train_small, ulpm_flow
 from experiments._runs import cli, files, folders, memory
 
 # Flags of devices and processes are checked before the experiment begins.
-OF_THE_MACHINE = ("cpu_devices", "coordinator", "num_processes", "process_id")
+OF_THE_MACHINE = (
+    *("cpu_devices", "coordinator", "num_processes", "process_id"),
+    *("local_device_ids", "process_timeout"),
+)
 INTEGERS = st.one_of(
     st.sampled_from([-(2**63), -1, 0, 1, 2, 3, 10**6, 10**9, 2**31, 2**63, 10**30]),
     st.integers(-5, 100),

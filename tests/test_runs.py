@@ -5,6 +5,7 @@ import contextlib
 import errno
 import importlib.metadata
 import io
+import json
 import math
 import os
 import pickle
@@ -19,8 +20,8 @@ import pytest
 import subprocesses
 
 import ncjax
-from experiments import _training, report
-from experiments._runs import events, files, folders, lock, provenance
+from experiments import report
+from experiments._runs import events, files, folders, lock, processes, provenance
 from ncjax.networks import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -100,10 +101,12 @@ def test_a_run_holds_its_folder_to_its_end_and_no_longer(quick, tmp_path):
 
 
 def test_only_the_first_process_locks(quick, tmp_path, holder):
-    quick.setattr(_training, "is_primary", lambda: False)
-    with contextlib.ExitStack() as stack:
-        config = damage.train_small.Config(workdir=str(tmp_path / "run"))
-        assert _training._open(config, "train_small", stack) == (tmp_path / "run", False)
+    answer = json.dumps({"folder": str(tmp_path / "run"), "finished": False}).encode()
+    quick.setattr(processes, "is_first", lambda: False)
+    quick.setattr(processes, "exchange", lambda _: [answer, b"{}"])
+    config = damage.train_small.Config(workdir=str(tmp_path / "run"))
+    with processes.open_config(config, "train_small", ()) as opened:
+        assert opened == (tmp_path / "run", False)
 
 
 def test_a_lock_file_removed_while_waiting_is_made_again(tmp_path, monkeypatch):

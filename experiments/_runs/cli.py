@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from absl import flags, logging
 
-from experiments._runs import compilation
+from experiments._runs import compilation, processes
 from experiments._runs.errors import BadUse, RunFailed
 
 # Groups of flags.
@@ -86,6 +86,23 @@ def _expanded(field: dataclasses.Field, text: str) -> str:
                 f"{path.partition('/')[0]!r}; a folder of that name is './{path}'"
             )
     return (separator or "").join(full)
+
+
+@dataclasses.dataclass(frozen=True)
+class SeveralProcesses(Settings):
+    """Flags of experiments that several processes can share."""
+
+    coordinator: str = flag(
+        "", "host:port at which process 0 listens, if there are several", MACHINE
+    )
+    num_processes: int = flag(1, "processes that share the run", MACHINE)
+    process_id: int = flag(0, "number of this process, from 0", MACHINE)
+    local_device_ids: str = flag(
+        "", "GPUs of this process, such as 0,1; if empty, all of its machine", MACHINE
+    )
+    process_timeout: float = flag(
+        60.0, "seconds until a process that does not start or answer is lost", MACHINE
+    )
 
 
 def parse(config_class: type, argv: Sequence[str]):
@@ -199,7 +216,7 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         no_reader = isinstance(error, BrokenPipeError)
         code = code or (_NO_READER if no_reader else _fail(error))
-    if code and not jax.distributed.is_initialized():
+    if code:
         os._exit(code)  # an ordinary exit crashes if XLA is still computing
     sys.exit(code)
 
@@ -216,23 +233,20 @@ def _main(config_class, run, name, argv, computes=True) -> int:
     try:
         config = _config(config_class, values, argv)
         if computes:
-            set_up_jax(
-                getattr(config, "cpu_devices", 0),
-                getattr(config, "coordinator", ""),
-                getattr(config, "num_processes", 1),
-                getattr(config, "process_id", 0),
-            )
+            set_up_jax(config)
         run(config)
+        processes.leave()
     except BrokenPipeError:
         raise
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as raised:
+        error = processes.on_error(raised)
         if values["traceback"].value:
             traceback.print_exception(error)
         return _INTERRUPTION if isinstance(error, KeyboardInterrupt) else _fail(error)
     return 0
 
 
-def _fail(error: Exception) -> int:
+def _fail(error: BaseException) -> int:
     """Print an error in one line and return its exit code."""
     message = " ".join(str(error).split())
     if isinstance(error, flags.UnrecognizedFlagError) and "Did you mean" not in message:
@@ -246,37 +260,30 @@ def _fail(error: Exception) -> int:
     return 2 if isinstance(error, BadUse | flags.Error) else 1
 
 
-def set_up_jax(
-    cpu_devices: int = 0, coordinator: str = "", num_processes: int = 1, process_id: int = 0
-) -> None:
+def set_up_jax(config: Any = None) -> None:
     """Enable float64, split the CPU into devices, connect the processes of the run.
 
     Args:
-      cpu_devices: number of JAX devices that the CPU is split into; 0 for one per core, so
-        that seeds run in parallel.
-      coordinator: host:port of process 0; empty for a single process.
-      num_processes: number of processes of the run.
-      process_id: number of this process, from 0.
+      config: the flags; its fields `cpu_devices` and of `SeveralProcesses`, if it has them,
+        describe the machine.
 
     Raises:
-      BadUse: the settings contradict each other.
+      BadUse: the settings contradict each other, or differ between the processes.
+      RunFailed: a process did not start in time.
     """
+    cpu_devices = getattr(config, "cpu_devices", 0)
     if cpu_devices < 0:
         raise BadUse(f"--cpu_devices must not be negative, got {cpu_devices}")
-    if not 0 <= process_id < num_processes:
-        raise BadUse(
-            f"--process_id must lie in [0, {num_processes}), the number of processes, got "
-            f"{process_id}"
-        )
-    if (num_processes > 1) != bool(coordinator):
-        raise BadUse("--coordinator=HOST:PORT and --num_processes go together")
+    if isinstance(config, SeveralProcesses):
+        processes.check(config)
     jax.config.update("jax_enable_x64", True)
     # --traceback shows the frames of JAX too.
     jax.config.update("jax_traceback_filtering", "off")
+    # 0 means one device per core, so that seeds run in parallel.
     jax.config.update("jax_num_cpu_devices", cpu_devices or cores())
     compilation.keep_programs()
-    if num_processes > 1:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+    if isinstance(config, SeveralProcesses):
+        processes.start(config)
     _check_platforms()
 
 

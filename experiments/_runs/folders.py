@@ -30,6 +30,7 @@ _SETTINGS = "settings"
 _HANDLING_FLAGS = (
     *("workdir", "overwrite", "resume", "data_dir"),
     *("cpu_devices", "coordinator", "num_processes", "process_id"),
+    *("local_device_ids", "process_timeout"),
 )
 SUMMARY = "summary.json"  # written last: its presence marks a finished run
 _EXPERIMENT = "experiment"  # in config.json: the name of the experiment
@@ -105,7 +106,7 @@ def _advice_after_failed_write(config: Any, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"{error}; then {_next_command(config, folder)}") from error
+        raise OSError(f"{error}; then {next_command(config, folder)}") from error
 
 
 @contextlib.contextmanager
@@ -120,14 +121,14 @@ def _final_output(config: Any, folder: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if is_first:
-            print(f"interrupted; {_next_command(config, folder)}", file=sys.stderr)
+            print(f"interrupted; {next_command(config, folder)}", file=sys.stderr)
         raise
     finally:
         if is_first:
             print(reading.shown(folder, reading.MOST_OF_PATH))
 
 
-def _next_command(config: Any, folder: Path) -> str:
+def next_command(config: Any, folder: Path) -> str:
     """Return the command that resumes the run, or starts it again if none has begun."""
     has_begun = hasattr(config, "resume") and (folder / CONFIG).exists()
     action = "resume" if has_begun else "start again"

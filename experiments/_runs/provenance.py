@@ -20,7 +20,7 @@ def provenance(*extra_packages: str) -> dict[str, Any]:
         "command": " ".join(["python -m", module_name(), *sys.argv[1:]]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()}
-        | {package: _version(package) for package in packages},
+        | {package: version(package) for package in packages},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
@@ -32,7 +32,7 @@ def module_name() -> str:
     return spec.name if spec else Path(sys.argv[0]).stem
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     """Return the version of an installed package, or of this clone, installed or not."""
     name, version = _clone()
     if package == name:
