@@ -11,6 +11,7 @@ import numpy as np
 import ncjax
 from experiments import _legs
 from experiments._deep_cells import Cell
+from experiments._seeds import Division, measurement
 from ncjax.peeled.points import factors_at
 
 NUM_TIMES = 60
@@ -33,12 +34,12 @@ def flow_of(cell: Cell, seeds: int, seed: int, log_t_max: float) -> Arrays:
       `result` (S,).
     """
     log_times = _legs.log_times(log_t_max, NUM_TIMES)
-    solve, measure_path, measure_end = _programs(cell.shape, seeds, log_t_max)
+    division, solve, measure_path, measure_end = _programs(cell.shape, seeds, log_t_max)
     keys = jax.random.split(jax.random.key(seed), seeds)
     solution = solve(_starts(cell, keys))
     found = measure_path(solution.params) | measure_end(solution.final)
     found |= {"log_loss": solution.log_loss, "result": solution.result}
-    return {"log_times": log_times} | jax.tree.map(np.asarray, found)
+    return {"log_times": log_times} | division.collect(found)
 
 
 def _starts(cell: Cell, keys) -> ncjax.DeepParams:
@@ -63,10 +64,12 @@ def _programs(shape: Cell, seeds: int, log_t_max: float):
     def solve(start):
         return ncjax.gradient_flow(start, log_times, max_steps=max_steps)
 
+    division = Division(seeds)
     return (
-        _legs.by_seed(solve, seeds),
-        _legs.on_one_device(jax.vmap(jax.vmap(measure))),
-        _legs.on_one_device(jax.vmap(_measure_end)),
+        division,
+        division.compiled(solve),
+        measurement(jax.vmap(jax.vmap(measure))),
+        measurement(jax.vmap(_measure_end)),
     )
 
 

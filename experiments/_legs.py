@@ -1,7 +1,7 @@
-"""Solve the flow of many seeds in legs, with progress, checkpoints and all devices."""
+"""Solve the flow of many seeds in legs, with progress and checkpoints."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import ncjax
-from experiments._runs import folders, memory
+from experiments._runs import folders, memory, processes
 from experiments._runs.errors import BadUse
 from experiments._runs.progress import tqdm
+from experiments._seeds import Division, measurement
 from ncjax import sizes
 from ncjax.flow.methods import choose_solver
 from ncjax.flow.solve import SUCCESS
 from ncjax.peeled.margin_bound import value_or_bound
 
 LEGS = 20
+# Names in a checkpoint: of the steps, and before the name of a column.
+_STEPS, _COLUMN = "steps", "column_"
 
 # Maps the states (T, ...) and the start of one seed to columns (T,).
 Measure = Callable[[ncjax.Params, ncjax.Params], dict[str, jax.Array]]
@@ -73,6 +76,7 @@ def solve(
     """Flow from `starts` (S, ...) through `times` (T,), and measure at each.
 
     Go on from the checkpoint in `folder`, if there is one, and save one after each leg.
+    Several processes share the seeds, and return the same results.
 
     Returns:
       Columns (S, T) by name; (legs, S, 3) solver steps, rejected steps, result codes; and
@@ -84,13 +88,20 @@ def solve(
         _, num_classes, dim = starts.W.shape
         solver = choose_solver(num_classes, dim, times[-1], starts.W.dtype)
     flow, measured = _compile(starts, measure, solver, step_limit(times[-1]))
-    with tqdm(total=LEGS, initial=progress.legs_done, desc="flow", unit="leg") as bar:
+    with tqdm(
+        total=LEGS,
+        initial=progress.legs_done,
+        desc="flow",
+        unit="leg",
+        disable=not processes.is_first(),
+    ) as bar:
         for leg in legs[progress.legs_done :]:
             done = progress.legs_done
             before = -math.inf if done == 0 else legs[done - 1][-1]
             solution = flow(progress.state, leg, before)
             progress = _extend(progress, solution, measured(solution.params, starts))
-            _save(folder, progress)
+            if processes.is_first():
+                _save(folder, progress)
             bar.set_postfix_str(f"log t = {leg[-1]:.4g}")
             bar.update()
             if (progress.steps[-1, :, 2] != SUCCESS).all():
@@ -133,7 +144,10 @@ def step_limit(log_t_max: float) -> int:
 
 
 def _compile(starts: ncjax.Params, measure: Measure, solver: str, max_steps: int):
-    """Compile the flow of one leg, on all devices, and its measurement, on one of them."""
+    """Compile the flow of one leg from all states, and its measurement.
+
+    Both return the results of the seeds of this process.
+    """
     dtype = starts.W.dtype
 
     def leg(state, times, before):
@@ -141,52 +155,17 @@ def _compile(starts: ncjax.Params, measure: Measure, solver: str, max_steps: int
             state, times, start_log_time=before, solver=solver, max_steps=max_steps
         )
 
-    many = by_seed(leg, starts.W.shape[0], num_shared=2)
-    measured = on_one_device(jax.vmap(measure))
+    division = Division(starts.W.shape[0])
+    many = division.compiled(leg, num_shared=2)
+    of_placed = measurement(jax.vmap(measure))
 
     def flow(states, times, before):
         return many(states, jnp.asarray(times, dtype), jnp.asarray(before, dtype))
 
+    def measured(states, starts):
+        return of_placed(states, division.place(starts))
+
     return flow, measured
-
-
-def by_seed(one: Callable, seeds: int, num_shared: int = 0) -> Callable:
-    """Compile a function of one seed for S seeds, each device with its own.
-
-    Args:
-      one: function of a state and of `num_shared` arrays that all seeds share.
-      seeds: S, the size of the leading axis of the states.
-      num_shared: number of the arrays.
-    """
-    count = max(c for c in range(1, jax.device_count() + 1) if seeds % c == 0)
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:count]), ("seeds",))
-    spread, shared = jax.sharding.PartitionSpec("seeds"), jax.sharding.PartitionSpec()
-    # Each device solves its own seeds, at its own pace and without communication.
-    compiled = jax.jit(
-        jax.shard_map(
-            jax.vmap(one, in_axes=(0, *[None] * num_shared)),
-            mesh=mesh,
-            in_specs=(spread, *[shared] * num_shared),
-            out_specs=spread,
-            check_vma=False,
-        )
-    )
-
-    def of_all(states, *arrays):
-        # Every call needs the same placement, or the second one compiles again.
-        states = jax.device_put(states, jax.sharding.NamedSharding(mesh, spread))
-        return compiled(states, *arrays)
-
-    return of_all
-
-
-def on_one_device(fn: Callable) -> Callable:
-    """Compile a function for the first device.
-
-    XLA's batched LAPACK calls can deadlock on several devices.
-    """
-    compiled = jax.jit(fn)
-    return lambda *arrays: compiled(*jax.device_put(arrays, jax.devices()[0]))
 
 
 def _initial_progress(starts: ncjax.Params) -> Progress:
@@ -195,36 +174,45 @@ def _initial_progress(starts: ncjax.Params) -> Progress:
 
 
 def _extend(progress: Progress, solution: ncjax.FlowSolution, new) -> Progress:
-    """Return the progress after one more leg."""
-    new = jax.device_get(new)
-    old = progress.columns or {name: part[:, :0] for name, part in new.items()}
+    """Return the progress after one more leg, from what this process has computed."""
     counts = (solution.num_steps, solution.num_rejected, solution.result)
-    step_counts = np.stack(jax.device_get(counts), axis=-1).astype(np.int64)
+    steps = np.stack(jax.device_get(counts), axis=-1).astype(np.int64)
+    results = {_STEPS: steps, **solution.final._asdict()} | _named(new)
+    found = Division(progress.steps.shape[1]).collect(results)
+    added = {name: found[_COLUMN + name] for name in new}
+    old = progress.columns or {name: part[:, :0] for name, part in added.items()}
     return Progress(
         legs_done=progress.legs_done + 1,
-        state=solution.final,
-        columns={k: np.concatenate([old[k], new[k]], axis=1) for k in new},
-        steps=np.concatenate([progress.steps, step_counts[None]]),
+        state=ncjax.Params(jnp.asarray(found["W"]), jnp.asarray(found["H"])),
+        columns={k: np.concatenate([old[k], added[k]], axis=1) for k in added},
+        steps=np.concatenate([progress.steps, found[_STEPS][None]]),
     )
+
+
+def _named(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return columns under the names that they have beside other arrays."""
+    return {f"{_COLUMN}{name}": values for name, values in columns.items()}
 
 
 def _save(folder: Path, progress: Progress) -> None:
     W, H = jax.device_get(tuple(progress.state))
-    columns = {f"column_{name}": values for name, values in progress.columns.items()}
     arrays = {"legs_done": np.asarray(progress.legs_done), "W": W, "H": H}
-    folders.save_checkpoint(folder, arrays | {"steps": progress.steps} | columns)
+    arrays |= {_STEPS: progress.steps} | _named(progress.columns)
+    folders.save_checkpoint(folder, arrays)
 
 
 def _load(folder: Path) -> Progress | None:
-    stored = folders.load_checkpoint(folder)
-    if stored is None:
+    """Return the progress in the folder, which the first process reads for all."""
+    stored = folders.load_checkpoint(folder) if processes.is_first() else None
+    stored = processes.exchange_arrays(stored or {})[0]
+    if not stored:
         return None
     columns = {
-        name.removeprefix("column_"): values
+        name.removeprefix(_COLUMN): values
         for name, values in stored.items()
-        if name.startswith("column_")
+        if name.startswith(_COLUMN)
     }
-    if not {"W", "H", "legs_done", "steps"} <= stored.keys():
+    if not {"W", "H", "legs_done", _STEPS} <= stored.keys():
         raise BadUse(f"{folder / folders.CHECKPOINT} is damaged: arrays are missing")
     state = ncjax.Params(jnp.asarray(stored["W"]), jnp.asarray(stored["H"]))
-    return Progress(int(stored["legs_done"]), state, columns, stored["steps"])
+    return Progress(int(stored["legs_done"]), state, columns, stored[_STEPS])

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import _deep_cells, _deep_flows, _deep_results
 from experiments._deep_cells import Cell
-from experiments._runs import cli, files, folders, memory, precision
+from experiments._runs import cli, files, folders, memory, precision, processes
 from experiments._runs.errors import BadUse
 from experiments._runs.progress import tqdm
 from ncjax import plotting
@@ -26,7 +26,7 @@ _MOST_CLASSES = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(cli.Settings):
+class Config(cli.SeveralProcesses):
     """Count the softmax codes that flows of p linear factors end at, by depth and scale.
 
     Example: python -m experiments.deep_flow --num_classes=6 --factors=3 --scales=0.3,3
@@ -51,6 +51,9 @@ class Config(cli.Settings):
     )
     overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)
     resume: bool = cli.flag(False, "resume the run in workdir", cli.FOLDER)
+    cpu_devices: int = cli.flag(
+        0, "JAX devices that a CPU is split into; 0: one per core", cli.MACHINE
+    )
 
 
 def run(config: Config) -> Path:
@@ -65,7 +68,7 @@ def run(config: Config) -> Path:
       OSError: a file cannot be written.
     """
     cells = _check(config)
-    with folders.open_config(config, NAME, OUTPUTS) as (folder, finished):
+    with processes.open_config(config, NAME, OUTPUTS) as (folder, finished):
         if not finished:
             _run(config, cells, folder)
     return folder
@@ -74,10 +77,12 @@ def run(config: Config) -> Path:
 def _run(config: Config, cells: list[Cell], folder: Path) -> None:
     """Do the rest of the run in its folder, and save after each cell."""
     start = time.perf_counter()
-    stored = folders.load_checkpoint(folder) or {}
+    first = processes.is_first()
+    stored = folders.load_checkpoint(folder) if first else None
+    stored = processes.exchange_arrays(stored or {})[0]
     done = {name.partition(":")[0] for name in stored}
     before = float(stored.pop(_SECONDS, 0.0))
-    with tqdm(cells, desc=NAME, unit="cell") as progress:
+    with tqdm(cells, desc=NAME, unit="cell", disable=not first) as progress:
         for cell in progress:
             progress.set_postfix_str(cell.name)
             if cell.name in done:
@@ -85,8 +90,10 @@ def _run(config: Config, cells: list[Cell], folder: Path) -> None:
             found = _deep_flows.flow_of(cell, config.seeds, config.seed, config.log_t_max)
             stored |= {f"{cell.name}:{key}": value for key, value in found.items()}
             seconds = before + time.perf_counter() - start
-            folders.save_checkpoint(folder, stored | {_SECONDS: np.asarray(seconds)})
-    _write(cells, folder, stored, round(before + time.perf_counter() - start, 1))
+            if first:
+                folders.save_checkpoint(folder, stored | {_SECONDS: np.asarray(seconds)})
+    if first:
+        _write(cells, folder, stored, round(before + time.perf_counter() - start, 1))
 
 
 def _check(config: Config) -> list[Cell]:

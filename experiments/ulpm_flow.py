@@ -14,7 +14,7 @@ import numpy as np
 import ncjax
 from experiments import _fits, _legs
 from experiments._labels import LABELS
-from experiments._runs import cli, files, folders, page, precision
+from experiments._runs import cli, files, folders, page, precision, processes
 from experiments._runs.errors import BadUse, RunFailed
 from ncjax import plotting
 from ncjax.flow.methods import SOLVERS
@@ -40,7 +40,7 @@ _PRINTED_METRICS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(cli.Settings):
+class Config(cli.SeveralProcesses):
     """Solve the gradient flow of the layer-peeled model from many starts: does it collapse?
 
     Example: python -m experiments.ulpm_flow --seeds=32 --log_t_max=1000
@@ -71,6 +71,9 @@ class Config(cli.Settings):
     )
     overwrite: bool = cli.flag(False, "replace the run that workdir holds", cli.FOLDER)
     resume: bool = cli.flag(False, "resume the run in workdir", cli.FOLDER)
+    cpu_devices: int = cli.flag(
+        0, "JAX devices that a CPU is split into; 0: one per core", cli.MACHINE
+    )
 
 
 def run(config: Config) -> Path:
@@ -85,10 +88,11 @@ def run(config: Config) -> Path:
       RunFailed: every seed failed.
     """
     _check(config)
-    with folders.open_config(config, NAME, OUTPUTS) as (folder, finished):
+    with processes.open_config(config, NAME, OUTPUTS) as (folder, finished):
         if not finished:
             _run(config, folder)
-        _check_reached(config, folder)
+        if processes.is_first():
+            _check_reached(config, folder)
     return folder
 
 
@@ -101,6 +105,8 @@ def _run(config: Config, folder: Path) -> None:
         starts, log_times, _legs.measure_collapse, folder, config.solver
     )
     stats = _solver_stats(config, steps)
+    if not processes.is_first():
+        return
     stats["seconds"] = round(time.perf_counter() - start_time, 2)
     columns["margin_deficit"] = 1 - columns["margin_ratio"]
     if stats["failed_seeds"]:
