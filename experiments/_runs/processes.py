@@ -86,7 +86,6 @@ def _initialise_jax(place: Place, port: int, devices: list[int] | None) -> None:
         local_device_ids=devices,
         initialization_timeout=longer,
         heartbeat_timeout_seconds=longer,
-        shutdown_timeout_seconds=longer,
         coordinator_bind_address=own,
     )
     # JAX has taken SIGTERM for notices of preemption, which nothing here asks for.
