@@ -32,6 +32,8 @@ def check(config: Any) -> None:
         raise BadUse(
             f"--process_id must lie in [0, {count}), the number of processes, got {index}"
         )
+    if count > 1 and not config.workdir:
+        raise BadUse("several processes need one --workdir, on a disk that they share")
     if (count > 1) != bool(config.coordinator):
         raise BadUse("--coordinator=HOST:PORT and --num_processes go together")
     if count == 1 and config.local_device_ids:
@@ -43,8 +45,6 @@ def check(config: Any) -> None:
         raise BadUse(
             f"--process_timeout must lie in [1, 1e6) seconds, got {config.process_timeout}"
         )
-    if count > 1 and not config.workdir:
-        raise BadUse("several processes need one --workdir, on a disk that they share")
     _device_ids(config.local_device_ids)
     if count > 1:
         _address(config.coordinator)
