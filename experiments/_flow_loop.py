@@ -32,7 +32,7 @@ ENDINGS = (
 )
 # A row is measured only where the excess is below this: see `ncjax.networks.flow`.
 _SETTLED_EXCESS = 1.5
-_LAST_MEASURED = "gradients at the last row"  # in the notes of a checkpoint
+_LAST_MEASURED, _SEED = "gradients at the last row", "seed"  # in a checkpoint's notes
 _CHECKPOINT_SECONDS = 60.0
 _FIGURE_SECONDS = 30.0
 _PEELED_PER_CLASS = 20
@@ -193,8 +193,7 @@ class Loop:
         """
         if not self.config.resume or checkpoints.newest() is None:
             return self._start(seed, interruption)
-        with checks():
-            state, notes = checkpoints.restore(self._empty_state(seed))
+        state, notes = self._read(checkpoints, seed)
         # Later rows: of steps after the checkpoint, or of the end of a shorter run.
         last = int(notes.get(_LAST_MEASURED, state.gradients))
         stored = [row for row in self.stored if row["seed"] == seed]
@@ -206,6 +205,22 @@ class Loop:
             )
         self.rows += _flow_record.on_grid(rows, self.config.measurements)
         return state
+
+    def _read(self, checkpoints, seed: int) -> tuple[flow.FlowState, dict[str, str]]:
+        """Return state and notes of the newest checkpoint of a seed.
+
+        Raises:
+          BadUse: it is damaged, or another seed's.
+        """
+        with checks():
+            state, notes = checkpoints.restore(self._empty_state(seed))
+        found = notes.get(_SEED, str(seed))  # earlier versions stored no seed
+        if found != str(seed):
+            raise BadUse(
+                f"{self.checkpoints / f'seed{seed}'} holds the checkpoint of seed {found}: "
+                "rename the folder back"
+            )
+        return state, notes
 
     def _empty_state(self, seed: int) -> flow.FlowState:
         """Return zeros in the shapes of a state."""
@@ -229,7 +244,7 @@ class Loop:
         with contextlib.closing(checkpoints), checks():
             if checkpoints.newest() is None:
                 raise BadUse(f"{str(self.folder)!r} holds no checkpoint of seed {seed}")
-            state, _ = checkpoints.restore(self._empty_state(seed))
+            state, _ = self._read(checkpoints, seed)
         averages = self.programs.statistics(state.params)
         collections = {"params": state.params, "batch_stats": averages}
         return collections, float(state.log_time)
@@ -241,7 +256,7 @@ class Loop:
         rows = self._rows_of(seed)
         last = rows[-1]["gradients"] if rows else 0
         digest = _record.digest(rows)
-        notes = {_record.METRICS_FILE: digest, _LAST_MEASURED: str(last)}
+        notes = {_record.METRICS_FILE: digest, _LAST_MEASURED: str(last), _SEED: str(seed)}
         checkpoints.save(int(state.gradients), state, notes)
 
     def _rows_of(self, seed: int) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import logging
 import re
 import shutil
@@ -16,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from ncjax.checks import check_integer
 
-_DIGEST = "sha256"
+_DIGEST, _EPOCH, _NOTES = "sha256", "epoch", "notes"  # entries of the metadata
 _SPACE = "No space left on device"
 
 
@@ -33,8 +34,9 @@ class Checkpoints:
 
     A checkpoint is written under a temporary name and renamed when it is complete, so that
     a process killed while writing leaves the previous one. It stores the SHA-256 of its
-    arrays, because Orbax restores changed bytes without an error. If there are several
-    processes, each must call every method, on a folder that they share.
+    arrays, its epoch and its notes, because Orbax restores changed bytes, and a folder that
+    was renamed to another epoch, without an error. If there are several processes, each
+    must call every method, on a folder that they share.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
@@ -85,7 +87,9 @@ class Checkpoints:
                 f"expected an epoch above {newest}, the newest checkpoint in "
                 f"{self._folder}, got {epoch}"
             )
-        metadata = {_DIGEST: _digest(state), "notes": dict(notes or {})}
+        kept = dict(notes or {})
+        seal = _seal(_digest(state), int(epoch), kept)
+        metadata = {_DIGEST: seal, _EPOCH: int(epoch), _NOTES: kept}
         try:
             with _quiet():
                 self._manager.save(
@@ -106,7 +110,8 @@ class Checkpoints:
           like: a pytree of arrays with the shapes, dtypes and shardings of the result.
 
         Raises:
-          ValueError: the checkpoint is damaged, or has other shapes.
+          ValueError: the checkpoint is damaged, has other shapes, or was saved as another
+            epoch.
         """
         epoch = self.newest()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -117,9 +122,9 @@ class Checkpoints:
                 )
                 # Checkpoints of earlier versions have no metadata.
                 metadata = self._manager.metadata(epoch).custom_metadata or {}
-            if metadata.get(_DIGEST, "") not in ("", _digest(state)):
-                raise ValueError("its arrays are not those that were saved")
-            return state, dict(metadata.get("notes", {}))
+            notes = dict(metadata.get(_NOTES, {}))
+            _check(metadata, _digest(state), epoch, notes)
+            return state, notes
         except Exception as error:
             raise ValueError(
                 f"cannot restore {self._folder / str(epoch)}, remove it to resume from "
@@ -129,6 +134,25 @@ class Checkpoints:
     def close(self) -> None:
         """Finish writing and release the folder."""
         self._manager.close()
+
+
+def _check(
+    metadata: Mapping[str, Any], arrays: str, epoch: int, notes: Mapping[str, str]
+) -> None:
+    """Raise ValueError unless the metadata are of these arrays, epoch and notes."""
+    saved_as = metadata.get(_EPOCH, epoch)
+    if saved_as != epoch:
+        raise ValueError(f"it was saved as {saved_as}, and renamed since")
+    # Earlier versions stored the digest of the arrays alone.
+    right = {_seal(arrays, epoch, notes)} if _EPOCH in metadata else {arrays, None}
+    if metadata.get(_DIGEST) not in right:
+        raise ValueError("its arrays are not those that were saved")
+
+
+def _seal(arrays: str, epoch: int, notes: Mapping[str, str]) -> str:
+    """Return the SHA-256 of the digest of all arrays, the epoch and the notes."""
+    content = json.dumps([arrays, epoch, notes], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _digest(state: Any) -> str:
