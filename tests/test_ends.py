@@ -40,6 +40,8 @@ def test_a_checkpoint_that_was_renamed_to_another_epoch_is_refused(tmp_path):
         restored(folder)
     (folder / "9").rename(folder / "4")
     assert restored(folder)[1] == {"metrics.csv": "ab"}
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        restored(folder / "4" / "empty")
 
 
 @pytest.mark.parametrize(

@@ -110,10 +110,12 @@ class Checkpoints:
           like: a pytree of arrays with the shapes, dtypes and shardings of the result.
 
         Raises:
-          ValueError: the checkpoint is damaged, has other shapes, or was saved as another
-            epoch.
+          ValueError: there is none, or it is damaged, has other shapes, or was saved as
+            another epoch.
         """
         epoch = self.newest()
+        if epoch is None:
+            raise ValueError(f"{self._folder} holds no checkpoint")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
             with _quiet():
