@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -63,7 +62,7 @@ def basins_figure(
     basins: Sequence[Basins], paths: Sequence[Path], layers: Layers, starts: int
 ) -> Figure:
     """Draw the shares of each code above, and the paths and the layers below."""
-    with matplotlib.rc_context(plotting.STYLE):
+    with plotting.style():
         rows = math.ceil(len(basins) / 2)
         figure = Figure(figsize=(9.6, 2.5 + 2.7 * rows), layout="constrained")
         halves: Any = figure.subfigures(2, 1, height_ratios=(1.15 * rows, 1))

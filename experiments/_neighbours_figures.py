@@ -63,7 +63,7 @@ def flows_figure(models: Sequence[Decay], small: Sequence[tuple[float, Decay]]) 
       models: all models, the ULPM first.
       small: decay mu and flow of the UFM, largest decay first.
     """
-    with matplotlib.rc_context(plotting.STYLE):
+    with plotting.style():
         figure = Figure(figsize=(9.6, 3.9), layout="constrained")
         over_t, over_log = figure.subplots(1, 2, width_ratios=(1.15, 1))
         _over_time(over_t, models)
@@ -200,7 +200,7 @@ def _power(value: float) -> str:
 
 def path_figure(paths: Sequence[Path]) -> Figure:
     """Draw the deviations from SELI over log(1/mu), with the limits of first order."""
-    with matplotlib.rc_context(plotting.STYLE):
+    with plotting.style():
         figure = Figure(figsize=(9.6, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2)
         for path, colour in zip(paths, plotting.COLOURS, strict=True):
@@ -264,7 +264,7 @@ def minority_figure(
     rows: Sequence[Sequence[Minority]], sizes: Sequence[int], num_classes: int
 ) -> Figure:
     """Draw cosines of minority classifiers over R, a row of panels for each weighting."""
-    with matplotlib.rc_context(plotting.STYLE):
+    with plotting.style():
         figure = Figure(figsize=(9.6, 5.2), layout="constrained")
         axes = figure.subplots(len(rows), len(rows[0]), sharex=True, sharey=True)
         for axis, entry in zip(

@@ -4,7 +4,6 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -16,6 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import LogLocator
 from PIL import Image
+
+from ncjax import plotting
 
 # Distinct with protanopia, deuteranopia and tritanopia too: by the matrices of Machado
 # et al. (2009) the CIE76 distance of every pair stays above 20.
@@ -72,7 +73,7 @@ class _Shot(NamedTuple):
 
 def pictures(scene: Scene, curves: Sequence[Curve], width: int) -> Iterator[Image.Image]:
     """Yield the frames in RGB, `width` pixels wide and 0.6 times as high."""
-    with matplotlib.rc_context(_STYLE):
+    with plotting.style(_STYLE):
         figure = Figure(figsize=_SIZE, dpi=width / _SIZE[0])
         canvas = FigureCanvasAgg(figure)
         parts: list[_Space | _Clock | _Panels] = [

@@ -92,6 +92,8 @@ class History:
     def plot(self, path=None):
         """Return a Matplotlib figure of NC1 to NC3 over the epochs; needs Matplotlib.
 
+        It starts from Matplotlib's defaults, not from your matplotlibrc.
+
         Args:
           path: file to save the figure to, such as "collapse.png"; None saves none.
 
@@ -112,7 +114,8 @@ class History:
             ) from error
         figure = plotting.figure_over_epochs(columns["epoch"][0], panels)
         if path is not None:
-            figure.savefig(path, dpi=200, bbox_inches="tight")
+            with plotting.style():
+                figure.savefig(path, dpi=200, bbox_inches="tight")
         return figure
 
 

@@ -1,7 +1,12 @@
-"""Draw the figures of the paper over the iterated logarithm of time."""
+"""Draw the figures of the paper over the iterated logarithm of time.
 
+Figures start from Matplotlib's defaults, not from the user's matplotlibrc or style. The
+functions that return a `Figure` draw it under `style()`; save it under `style()` too.
+"""
+
+import contextlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +41,30 @@ _SPLITS = {"train": "training set", "test": "test set"}
 _EXPONENTS = (1, 2, 4, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000, 300_000)
 _MOST_TICKS = 9
 _EPOCHS = (2, 3, 5, 10, 20, 50, 100, 200, 350, 500, 1000, 2000, 5000, 10_000)
+
+
+@contextlib.contextmanager
+def style(settings: Mapping[str, Any] = STYLE) -> Iterator[None]:
+    """Set Matplotlib to its defaults, changed by `settings`, until the context ends.
+
+    The user's matplotlibrc, style and `rcParams` have no effect inside, except for the
+    backend. Save figures inside too, because Matplotlib makes ticks and reads the options
+    of files only then:
+
+        with plotting.style():
+            figure.savefig("collapse.pdf", bbox_inches="tight")
+
+    Args:
+      settings: entries of `matplotlib.rcParams`.
+    """
+    chosen: dict[Any, Any] = {
+        name: value
+        for name, value in matplotlib.rcParamsDefault.items()
+        if not name.startswith("backend")
+    }
+    chosen.update(settings)
+    with matplotlib.rc_context(chosen):
+        yield
 
 
 class Curve(NamedTuple):
@@ -366,7 +395,7 @@ def _four_panels(
     ruler: Ruler, panels: Sequence[Panel], edge: float | None, note: str
 ) -> Figure:
     """Draw four panels over one ruler, shaded up to `edge`."""
-    with matplotlib.rc_context(STYLE):
+    with style():
         figure = Figure(figsize=(7.2, 5.2), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True).ravel()
         for axis, panel in zip(axes, panels, strict=True):
@@ -492,7 +521,7 @@ def saddle_figure(
       angles: (A,), in radians.
       descents: label, log L along the circle over |Z|² (A,), its parabola (A,).
     """
-    with matplotlib.rc_context(STYLE):
+    with style():
         figure = Figure(figsize=(9.6, 3.0), layout="constrained")
         flow, escape, descent = figure.subplots(1, 3)
         for values, label, colour in (
@@ -542,7 +571,7 @@ def layers_figure(reports: Mapping[str, Any]) -> Figure:
         raise ValueError(f"expected reports of the same layers, got {sorted(names)}")
     (layers,) = names
     *_, (split, last) = reports.items()
-    with matplotlib.rc_context(STYLE):
+    with style():
         figure = Figure(figsize=(7.2, 5.6), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True).ravel()
         for report, colour, label in zip(
@@ -571,14 +600,14 @@ def _draw_layers(axes: Sequence[Axes], report: Any, colour: str, label: str) -> 
         line = np.exp(float(law.intercept) + float(law.slope) * depths)
         text = rf"$\rho$ = {float(law.decay_ratio):.2f}, $R^2$ = {float(law.r_squared):.3f}"
         fuzziness.plot(depths, line, "--", color=colour, lw=1.0, label=text)
-    style: Any = {"color": colour, "ms": 3.5, "lw": 1.4}
-    accuracy.plot(depths, metrics.ncc_accuracy, "-o", label=label, **style)
+    line_style: Any = {"color": colour, "ms": 3.5, "lw": 1.4}
+    accuracy.plot(depths, metrics.ncc_accuracy, "-o", label=label, **line_style)
     if int(report.tunnel.start) < depths.size:
         accuracy.axvline(int(report.tunnel.start), color=colour, lw=0.9, ls=":")
-    rank.plot(depths, metrics.numerical_rank, "-o", **style)
-    rank.plot(depths, metrics.effective_rank, ":s", **style | {"mfc": "white"})
-    frame.plot(depths, metrics.mean_cosine_deviation, "-o", **style)
-    frame.plot(depths, metrics.mean_norm_variation, ":s", **style | {"mfc": "white"})
+    rank.plot(depths, metrics.numerical_rank, "-o", **line_style)
+    rank.plot(depths, metrics.effective_rank, ":s", **line_style | {"mfc": "white"})
+    frame.plot(depths, metrics.mean_cosine_deviation, "-o", **line_style)
+    frame.plot(depths, metrics.mean_norm_variation, ":s", **line_style | {"mfc": "white"})
     fuzziness.set(yscale="log")
     rank.set(yscale="log")
     fuzziness.set_title(
@@ -611,7 +640,7 @@ def render(figure: Figure) -> dict[str, bytes]:
     files = {}
     for suffix, chosen in options.items():
         buffer = io.BytesIO()
-        with matplotlib.rc_context(STYLE):
+        with style():
             figure.savefig(buffer, format=suffix[1:], bbox_inches="tight", **chosen)
         files[suffix] = buffer.getvalue()
     return files

@@ -1,16 +1,107 @@
 """How commands end: signals, streams, limits of the system, checkpoints of other runs."""
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
+import os
+import re
 from contextlib import nullcontext as does_not_raise
+from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
+import ncjax
 from experiments._flow_loop import Loop
+from ncjax import plotting
+from ncjax.command import output
 from ncjax.networks.checkpoint import Checkpoints
+
+UTF8 = ("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+# The user's settings of Matplotlib
+
+
+# Each changed some byte of a figure, or ended the run without LaTeX.
+MINE = {
+    "text.usetex": True,
+    "font.family": "monospace",
+    "figure.facecolor": "black",
+    "savefig.facecolor": "red",
+    "savefig.bbox": "standard",
+    "axes.prop_cycle": matplotlib.cycler(color=["lime"]),
+    "axes.grid": True,
+    "lines.linewidth": 9,
+    "lines.marker": "x",
+    "path.sketch": (3, 100, 2),
+    "pdf.compression": 0,
+    "xtick.direction": "in",
+    "axes.unicode_minus": False,
+}
+
+
+def drawn(times, values):
+    """Return the files of a figure, and what a user saves."""
+    values = dict.fromkeys(ncjax.CollapseMetrics._fields, values[None])
+    figure = plotting.figure_over_log_log_t(times, plotting.collapse_panels(values))
+    files = plotting.render(figure)
+    with plotting.style(), io.BytesIO() as file:
+        figure.savefig(file, format="png")
+        return files | {"user": file.getvalue()}
+
+
+def test_figures_have_the_same_bytes_whatever_the_matplotlibrc():
+    times, backend = np.geomspace(2, 9, 4), matplotlib.get_backend()
+    expected = drawn(times, 10 / times)
+    with matplotlib.rc_context(MINE):
+        before = dict(matplotlib.rcParams)
+        assert drawn(times, 10 / times) == expected
+        assert dict(matplotlib.rcParams) == before
+    assert matplotlib.get_backend() == backend
+
+
+def test_one_function_sets_the_style_of_all_figures():
+    """No other code changes the settings of Matplotlib, or draws with pyplot."""
+    root = Path(plotting.__file__).parents[1]
+    sources = [p for name in ("ncjax", "experiments") for p in (root / name).rglob("*.py")]
+    changing = [
+        path.name
+        for path in sources
+        if re.search(r"rc_context|rcParams|pyplot|rcdefaults", path.read_text())
+    ]
+    assert changing == ["plotting.py"]
+
+
+def test_a_figure_that_cannot_be_written_keeps_the_old_one(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "figure.png"
+    output.save_plot(Figure(figsize=(1, 1)), str(path))
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=r"cannot write .*figure.png: No space left"):
+        output.save_plot(Figure(figsize=(2, 2)), str(path))
+    assert path.read_bytes() == content
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError("nonsense"), UnicodeDecodeError(*UTF8)])
+def test_a_matplotlib_that_does_not_start_is_bad_use(monkeypatch, error):
+    def fail(_name):
+        raise error
+
+    monkeypatch.setattr(output.importlib, "import_module", fail)
+    with pytest.raises(output.BadUse, match="--plot: Matplotlib does not start: "):
+        output.check_plot("figure.png", overwrite=True)
+
 
 # Checkpoints
 

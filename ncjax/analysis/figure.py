@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from ncjax.analysis.verdict import ANGLES, DUALITY, NORMS, WITHIN
-from ncjax.plotting import COLOURS, STYLE
+from ncjax.plotting import COLOURS, STYLE, style
 
 _MOST_CELLS, _MOST_ROWS = 100, 1000  # classes of a heat map, of a histogram
 _ROOM = 0.02  # of a histogram, beyond the least and the largest cosine
@@ -42,7 +41,7 @@ def draw(
     matrices = [("class means", class_means)]
     if W is not None:
         matrices.append(("classifier rows", W))
-    with rc_context(STYLE | {"axes.titlesize": 9, "font.size": 8.5}):
+    with style(STYLE | {"axes.titlesize": 9, "font.size": 8.5}):
         widths = [*(1.0 for _ in matrices), 0.95]
         figure = Figure(figsize=(2.5 * sum(widths), 2.35), layout="constrained")
         *left, bars = figure.subplots(1, len(widths), width_ratios=widths)

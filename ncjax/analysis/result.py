@@ -59,8 +59,9 @@ class Analysis:
     def plot(self) -> "Figure":
         """Return a figure: cosines of class means and of classifier rows, metrics.
 
-        Save it by `savefig`. Above 100 classes the cosines are drawn as histograms, of at
-        most 1000 classes.
+        Above 100 classes the cosines are drawn as histograms, of at most 1000 classes. The
+        figure starts from Matplotlib's defaults, not from your matplotlibrc. To save it so
+        as well, call `savefig` under `ncjax.plotting.style()`.
 
         Raises:
           ModuleNotFoundError: matplotlib is not installed.

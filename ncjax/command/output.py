@@ -1,7 +1,8 @@
 """Write data to stdout, notes to stderr, figures to files that do not exist yet."""
 
 import contextlib
-import importlib.util
+import importlib
+import io
 import json
 import math
 import os
@@ -60,13 +61,35 @@ def check_plot(path: str | None, overwrite: bool) -> None:
         raise BadUse(f"--plot={path}: there is no folder {folder}; make it first")
     if os.path.exists(path) and not overwrite:
         raise BadUse(f"--plot={path}: the file exists; add --overwrite to replace it")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise BadUse("--plot needs matplotlib: pip install 'ncjax[experiments]'")
+    try:
+        importlib.import_module("matplotlib")
+    except ModuleNotFoundError:
+        raise BadUse("--plot needs matplotlib: pip install 'ncjax[experiments]'") from None
+    except Exception as error:  # its environment variables, or a broken matplotlibrc
+        reason = " ".join(str(error).split())
+        raise BadUse(f"--plot: Matplotlib does not start: {reason}") from error
 
 
 def save_plot(figure, path: str) -> None:
-    """Write a figure to `path` and note where it is."""
-    figure.savefig(path, dpi=200, bbox_inches="tight")
+    """Write a figure to `path`, whole or not at all, and note where it is.
+
+    Raises:
+      OSError: the file cannot be written; an old one stays.
+    """
+    from ncjax import plotting
+
+    content, part = io.BytesIO(), f"{path}.part"
+    with plotting.style():
+        kind = os.path.splitext(path)[1][1:]
+        figure.savefig(content, format=kind, dpi=200, bbox_inches="tight")
+    try:
+        with open(part, "wb") as file:
+            file.write(content.getvalue())
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
     note(f"figure: {path}")
 
 
