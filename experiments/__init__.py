@@ -11,4 +11,4 @@ EXPERIMENTS = (
 COMMANDS = (*EXPERIMENTS, "report")
 
 if _start.is_command():
-    _start.shorten_errors()
+    _start.prepare()

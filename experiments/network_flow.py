@@ -198,9 +198,10 @@ def _finish(config: Config, setup, folder: Path, loop: Loop, endings, seconds) -
         files.write_table(folder / "collapse", table)
         summary |= {"metrics": {row["metric"]: row for row in table}}
         summary |= {"exponents": _flow_record.exponents(rows)}
-        print((folder / "collapse.md").read_text())
     summary |= loop.describe_end()
     folders.write_summary(folder, summary | folders.provenance(*_PACKAGES), OUTPUTS)
+    if rows:
+        print((folder / "collapse.md").read_text())
     print("\n".join(_ending(seed, ending) for seed, ending in enumerate(endings)))
 
 

@@ -6,6 +6,7 @@ Only this module and `compilation` set `jax.config`.
 import ast
 import dataclasses
 import difflib
+import errno
 import inspect
 import os
 import shlex
@@ -20,7 +21,9 @@ import jax
 from absl import flags, logging
 
 from experiments._runs import compilation, processes
-from experiments._runs.errors import BadUse, RunFailed
+from experiments._runs.errors import BadUse, RunFailed, first_line, is_out_of_memory
+from experiments._runs.interruption import interrupt_on_signals
+from experiments._runs.output import note
 
 # Groups of flags.
 MODEL, DATA, SEEDS, TIME = "Model", "Data", "Seeds", "Time and accuracy"
@@ -35,7 +38,8 @@ Exit codes: 0 done, 1 failed, 2 bad use, 130 interrupted.
 Programs are kept for the next run; JAX_ENABLE_COMPILATION_CACHE=false keeps none."""
 _FLAG_COLUMNS = 26  # columns that hold a flag and its default
 _INTERRUPTION, _NO_READER = 130, 141  # exit codes of a shell for SIGINT and SIGPIPE
-_MESSAGE_LIMIT = 300  # characters of a message of another library
+# Errors of a stream that nothing reads any more: a closed pipe, a closed terminal.
+_UNREAD = (errno.EPIPE, errno.EIO)
 _PATH = "path"  # in the metadata of a field: the separator of its paths, None for one path
 _DEFINE: dict[Any, Callable[..., Any]] = {
     int: flags.DEFINE_integer,
@@ -203,31 +207,38 @@ def main(
     """Parse `sys.argv`, run, and exit: 0 done, 1 failed, 2 bad use, 130 interrupted.
 
     With `computes=False` JAX is not set up, so that a run works without its devices.
-    If the reader of stdout has gone, as in `| head`, exit with 141 and print nothing.
+    If the reader of stdout or stderr has gone, as in `2>&1 | head`, exit with 141 and print
+    nothing.
     """
     code = 0
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack a letter of the output
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    interrupt_on_signals()
     try:
         code = _main(config_class, run, name, sys.argv, computes)
+    except OSError as error:
+        code = _code_of(error)
+    try:
         print(end="", flush=True)
     except OSError as error:
         # Otherwise Python flushes stdout once more at exit, and prints an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        no_reader = isinstance(error, BrokenPipeError)
-        code = code or (_NO_READER if no_reader else _fail(error))
+        code = code or _code_of(error)
     if code:
         os._exit(code)  # an ordinary exit crashes if XLA is still computing
     sys.exit(code)
+
+
+def _code_of(error: OSError) -> int:
+    """Return the exit code for a failed write to stdout or stderr."""
+    return _NO_READER if error.errno in _UNREAD else _fail(error)
 
 
 def _main(config_class, run, name, argv, computes=True) -> int:
     if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
         print(usage(config_class, name))
         return 0
-    warnings.showwarning = lambda message, *_args, **_kwargs: print(
-        f"warning: {message}", file=sys.stderr
-    )
+    warnings.showwarning = lambda message, *_args, **_kwargs: note(f"warning: {message}")
     logging.set_verbosity(logging.ERROR)  # TFDS and Orbax print hints for developers
     values = _flags(config_class)
     try:
@@ -241,7 +252,7 @@ def _main(config_class, run, name, argv, computes=True) -> int:
     except (Exception, KeyboardInterrupt) as raised:
         error = processes.on_error(raised)
         if values["traceback"].value:
-            traceback.print_exception(error)
+            note("".join(traceback.format_exception(error)).removesuffix("\n"))
         return _INTERRUPTION if isinstance(error, KeyboardInterrupt) else _fail(error)
     return 0
 
@@ -252,11 +263,12 @@ def _fail(error: BaseException) -> int:
     if isinstance(error, flags.UnrecognizedFlagError) and "Did you mean" not in message:
         message += "; --help lists the flags"
     if not isinstance(error, BadUse | RunFailed | flags.Error | OSError):
-        first = next(iter(str(error).strip().splitlines()), "")[:_MESSAGE_LIMIT]
-        kind = type(error).__name__
+        first, kind = first_line(error), type(error).__name__
         message = f"{kind}: {first}" if first else kind
+        if is_out_of_memory(error):
+            message += "; free some memory, or make the run smaller"
         message += " (--traceback shows where)"
-    print(f"error: {message}", file=sys.stderr)
+    note(f"error: {message}")
     return 2 if isinstance(error, BadUse | flags.Error) else 1
 
 

@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Iterator
 
+_MESSAGE_LIMIT = 300  # characters of a message of another library
+
 
 class BadUse(ValueError):
     """A setting is out of range, or a folder cannot be used: exit code 2."""
@@ -21,3 +23,14 @@ def checks() -> Iterator[None]:
         if type(error) is not ValueError:  # a subclass, such as JSONDecodeError
             raise
         raise BadUse(str(error)) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether NumPy, Python or XLA could not allocate memory."""
+    exhausted = str(error).startswith("RESOURCE_EXHAUSTED")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and exhausted)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of the message of an error, at most 300 characters of it."""
+    return next(iter(str(error).strip().splitlines()), "")[:_MESSAGE_LIMIT]

@@ -8,7 +8,6 @@ import json
 import os
 import shlex
 import shutil
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,8 @@ import jax
 import numpy as np
 
 from experiments._runs import files, lock, reading
-from experiments._runs.errors import BadUse
+from experiments._runs.errors import BadUse, RunFailed, first_line, is_out_of_memory
+from experiments._runs.output import note
 from experiments._runs.provenance import module_name
 from experiments._runs.provenance import provenance as provenance
 
@@ -31,6 +31,11 @@ _HANDLING_FLAGS = (
     *("workdir", "overwrite", "resume", "data_dir"),
     *("cpu_devices", "coordinator", "num_processes", "process_id"),
     *("local_device_ids", "process_timeout"),
+)
+# Settings that decide how much memory a run needs.
+_SIZES = (
+    *("seeds", "num_classes", "per_class", "dim", "num_times", "max_classes"),
+    *("batch_size", "width", "image_size"),
 )
 SUMMARY = "summary.json"  # written last: its presence marks a finished run
 _EXPERIMENT = "experiment"  # in config.json: the name of the experiment
@@ -77,12 +82,13 @@ def open_config(
       BadUse: the folder cannot be written, another run uses it, it holds a run but neither
         --overwrite nor --resume is given, or --resume is given and it holds no such run.
       OSError: a file could not be written; the message ends with the next command.
+      RunFailed: memory was exhausted; the message ends with the next command.
     """
     resume = getattr(config, "resume", None)
     if config.overwrite and resume:
         raise BadUse("--overwrite and --resume exclude each other: give one of them")
     folder = _make_folder(workdir(config, name), bool(resume))
-    with lock.held(folder), _advice_after_failed_write(config, folder):
+    with lock.held(folder), _advice_after_failure(config, folder):
         open_run(
             folder,
             settings(config),
@@ -101,12 +107,23 @@ def open_config(
 
 
 @contextlib.contextmanager
-def _advice_after_failed_write(config: Any, folder: Path) -> Iterator[None]:
-    """Append the resume command to an OSError."""
+def _advice_after_failure(config: Any, folder: Path) -> Iterator[None]:
+    """Append the resume command to an OSError, and to the message of exhausted memory."""
     try:
         yield
+    except BrokenPipeError:  # nothing reads stdout or stderr any more
+        raise
     except OSError as error:
         raise OSError(f"{error}; then {next_command(config, folder)}") from error
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        sizes = [f"--{name}" for name in _SIZES if hasattr(config, name)]
+        smaller = f" (a new run with a smaller {', '.join(sizes)} needs less)"
+        raise RunFailed(
+            f"out of memory: {first_line(error) or type(error).__name__}; free some"
+            f"{smaller if sizes else ''}, then {next_command(config, folder)}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -119,13 +136,15 @@ def _final_output(config: Any, folder: Path) -> Iterator[None]:
     is_first = jax.process_index() == 0
     try:
         yield
-    except KeyboardInterrupt:
-        if is_first:
-            print(f"interrupted; {next_command(config, folder)}", file=sys.stderr)
+    except BaseException as error:
+        if is_first and isinstance(error, KeyboardInterrupt):
+            note(f"interrupted; {next_command(config, folder)}")
+        with contextlib.suppress(OSError):  # nothing reads stdout: keep the first error
+            if is_first:
+                print(reading.shown(folder, reading.MOST_OF_PATH), flush=True)
         raise
-    finally:
-        if is_first:
-            print(reading.shown(folder, reading.MOST_OF_PATH))
+    if is_first:
+        print(reading.shown(folder, reading.MOST_OF_PATH))
 
 
 def next_command(config: Any, folder: Path) -> str:

@@ -10,9 +10,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import TextIO
 
-from ncjax.command import arguments
+from ncjax.command import arguments, system
 from ncjax.command.output import BadUse, note
 
 # A shell gives the exit codes of SIGINT and SIGPIPE; argparse gives 2 for bad use.
@@ -22,18 +21,13 @@ _MESSAGE_LIMIT = 300  # characters of a message of another library
 
 def console() -> None:
     """Run the command on `sys.argv` and end the process with its exit code."""
-    sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
+    system.open_streams()
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack a letter of the output
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     code = main()
     if code:
         os._exit(code)  # an ordinary exit writes to a closed pipe, or stops XLA amid work
     sys.exit()
-
-
-def _nowhere() -> TextIO:
-    """Return a stream in place of None, which Python has for one closed by `>&-`."""
-    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options) -> None:
+    if lacking := system.lacking():
+        raise BadUse(lacking)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_args, **_kwargs: note(
             f"warning: {message}"

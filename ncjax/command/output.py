@@ -31,8 +31,9 @@ def naming(source: str) -> Iterator[None]:
 
 
 def note(text: str) -> None:
-    """Print a line to stderr."""
-    print(text, file=sys.stderr)
+    """Print a line to stderr, if anything still reads it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def show_json(value: Any) -> None:
