@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import _training
+from experiments import _stored, _training
 from experiments._flow_loop import CHECKPOINTS, Loop
 from experiments._flow_setup import set_up
 from experiments._runs import files, folders, memory
@@ -19,6 +19,7 @@ from ncjax.networks import data
 from ncjax.networks.capture import capture_layers, network_layers
 
 _BATCH = 100
+_FLOW = "network_flow"
 INPUT, FEATURES = "input", "features"  # the first layer, and the last one
 
 
@@ -51,14 +52,15 @@ def load(folder: Path, data_dir: str, seed: int) -> Network:
       BadUse: the folder holds no such run, or no checkpoint.
       OSError: the data cannot be read.
     """
-    stored = folders.stored_config(folder)
     if _is_flow(folder):
+        stored = _stored.settings_of(folder, _FLOW)
         config = _stored_flow(folder, data_dir, seed)
         setup = set_up(config)
         loop = Loop(config, setup, folder, folder / CHECKPOINTS)
         variables, log_t = loop.load_variables(seed)
         when = f"log t = {log_t:.4g}"
     else:
+        stored = _stored.settings_of(folder, _stored.training_experiment(folder))
         training, options = _training.stored_run(folder, data_dir, seed)
         training = dataclasses.replace(training, test_split=stored["test_split"])
         setup = _training.set_up(training, options)
@@ -81,7 +83,7 @@ def _stored_flow(folder: Path, data_dir: str, seed: int) -> Any:
     Raises:
       BadUse: it has no such seed, or no checkpoint.
     """
-    config = SimpleNamespace(**folders.stored_config(folder), data_dir=data_dir)
+    config = SimpleNamespace(**_stored.settings_of(folder, _FLOW), data_dir=data_dir)
     if not 0 <= seed < config.seeds:
         raise BadUse(f"expected a seed in [0, {config.seeds}), got {seed}")
     if not (folder / CHECKPOINTS).is_dir():

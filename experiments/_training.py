@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ncjax
-from experiments import _clock, _record
+from experiments import _clock, _record, _stored
 from experiments._runs import cli, files, folders, memory, processes, reading
 from experiments._runs.errors import BadUse, checks
 from experiments._runs.events import Events
@@ -414,10 +414,10 @@ def stored_run(
     Raises:
       BadUse: the folder holds no run of a training experiment, or no checkpoint.
     """
-    stored = folders.stored_config(folder)
-    shared = {field.name for field in dataclasses.fields(Config)}
-    if "epochs" not in stored:
+    if "epochs" not in folders.stored_config(folder):
         raise BadUse(f"{str(folder)!r} holds no training run")
+    stored = _stored.settings_of(folder, _stored.training_experiment(folder))
+    shared = {field.name for field in dataclasses.fields(Config)}
     settings = {name: value for name, value in stored.items() if name in shared}
     handling = {"workdir": str(folder), "data_dir": data_dir, "test_split": ""}
     config = Config(**settings | handling)

@@ -173,7 +173,8 @@ def _check_change(config: Config, name: str, folder: Path) -> None:
     else:
         seeds = (folder / CHECKPOINTS).glob("seed*")
         reached = max((checkpoint.newest_epoch(seed) or 0 for seed in seeds), default=0)
-    stored, new = folders.stored_config(folder)[name], getattr(config, name)
+    known = folders.known_settings(folder, folders.defaults(config))
+    stored, new = known[name], getattr(config, name)
     if new < min(stored, reached):
         raise BadUse(
             f"the run in {str(folder)!r} has already come to {reached:.6g}, with "

@@ -39,6 +39,7 @@ PRIVATE = {
     *(f"analysis.{name}" for name in ("figure", "inputs", "passes", "table")),
     *(f"command.{name}" for name in ("arguments", "arrays", "certify", "compare")),
     *(f"command.{name}" for name in ("device", "flow", "layers", "measure", "output")),
+    "command.system",
     *("curvature.inputs", "curvature.lanczos", "curvature.meter"),
     *(
         "flow.block_solve",

@@ -17,7 +17,10 @@ import pytest
 from matplotlib.figure import Figure
 
 import ncjax
+from experiments import _layers_network, _training, network_flow, train_vgg
 from experiments._flow_loop import Loop
+from experiments._runs import files, folders
+from experiments._runs.errors import BadUse
 from ncjax import plotting
 from ncjax.command import output
 from ncjax.networks.checkpoint import Checkpoints
@@ -184,3 +187,69 @@ def edit_metadata(folder, change, replace=False):
     old = {} if replace else content["custom_metadata"]
     new = {k: v for k, v in {**old, **change}.items() if v is not None}
     path.write_text(json.dumps(content | {"custom_metadata": new}))
+
+
+# Runs of other versions
+
+
+def stored_run(folder, config, **record):
+    folder.mkdir(exist_ok=True)
+    (folder / _training.CHECKPOINTS).mkdir(exist_ok=True)
+    files.write_sealed(folder / folders.CONFIG, {"config": config} | record)
+    return folder
+
+
+SETTINGS = {
+    train_vgg: folders.settings(train_vgg.Config(seeds=2)),
+    network_flow: folders.settings(network_flow.Config(seeds=2)),
+}
+
+
+@pytest.mark.parametrize(
+    ("record", "maker"),
+    [
+        ({"versions": {"ncjax": "0.9.0"}}, "ncjax 0.9.0, which"),
+        ({}, "the version of ncjax that"),
+    ],
+)
+def test_a_setting_that_this_version_lacks_is_named_with_the_version(
+    tmp_path, record, maker
+):
+    for number, (module, known) in enumerate(SETTINGS.items()):
+        newer = known | {"smoothing": 0.1}
+        folder = stored_run(tmp_path / str(number), newer, experiment=module.NAME, **record)
+        message = f"does not know, --smoothing=0.1: use {maker} made the run"
+        config = module.Config(workdir=str(folder), resume=True)
+        with (
+            pytest.raises(BadUse, match=message),
+            folders.open_config(config, module.NAME, ()),
+        ):
+            pass
+        with pytest.raises(BadUse, match=message):
+            _layers_network.check_source(folder, "", 0)
+
+
+@pytest.mark.parametrize("experiment", [{"experiment": "train_vgg"}, {}], ids=str)
+def test_a_setting_that_a_run_lacks_has_its_default(tmp_path, experiment):
+    """The default of its own experiment: VGG pads images, other networks do not."""
+    known = SETTINGS[train_vgg]
+    older = {k: v for k, v in known.items() if k not in ("image_size", "clock")}
+    folder = stored_run(tmp_path / "run", older, **experiment)
+    config, options = _training.stored_run(folder, seed=1)
+    assert (config.image_size, config.clock, config.seeds) == (32, "epoch", 2)
+    assert options == {"head": "linear"}
+    known = SETTINGS[network_flow]
+    older = {k: v for k, v in known.items() if k != "norm"}
+    folder = stored_run(tmp_path / "flow", older)
+    flow = _layers_network._stored_flow(folder, "", 1)
+    assert vars(flow) == known | {"data_dir": ""}
+
+
+def test_a_checkpoint_of_a_version_with_fewer_settings_is_read(tmp_path):
+    stored_run(tmp_path, {"seed": 3})
+    folders.save_checkpoint(tmp_path, {"W": np.ones(2)})
+    stored_run(tmp_path, {"seed": 3, "clock": "epoch"})
+    np.testing.assert_array_equal(folders.load_checkpoint(tmp_path)["W"], np.ones(2))
+    stored_run(tmp_path, {"seed": 4, "clock": "epoch"})
+    with pytest.raises(BadUse, match="belongs to a run of other settings"):
+        folders.load_checkpoint(tmp_path)

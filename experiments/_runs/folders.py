@@ -63,7 +63,7 @@ def settings(config: Any) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in _HANDLING_FLAGS}
 
 
-def _defaults(config: Any) -> dict[str, Any]:
+def defaults(config: Any) -> dict[str, Any]:
     """Return the defaults of the fields that determine the results."""
     fields = dataclasses.fields(config)
     return {f.name: f.default for f in fields if f.name not in _HANDLING_FLAGS}
@@ -97,7 +97,7 @@ def open_config(
             overwrite=config.overwrite,
             resume=resume,
             changes=changes,
-            defaults=_defaults(config),
+            defaults=defaults(config),
         )
         finished = is_finished(folder)
         with _final_output(config, folder):
@@ -307,7 +307,7 @@ def _reopen(
     Raises:
       BadUse: the folder holds no run, a damaged one, or one with other settings.
     """
-    stored = {**defaults, **stored_config(folder)}
+    stored = known_settings(folder, dict.fromkeys(config) | dict(defaults))
     differences = {k for k in {*stored, *config} if stored.get(k) != config.get(k)}
     if fixed := sorted(differences - {*changes}):
         stored_flags = " ".join(
@@ -363,6 +363,37 @@ def _earlier(folder: Path) -> list[dict[str, Any]]:
     return earlier
 
 
+def known_settings(folder: Path, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in config.json, with `defaults` for those that it lacks.
+
+    An earlier version, which had no such setting, did what the default does.
+
+    Raises:
+      BadUse: config.json is missing or damaged, or has a setting without a default here:
+        another version, which knows it, made the run.
+    """
+    stored = stored_config(folder)
+    if unknown := sorted(stored.keys() - defaults.keys()):
+        flags = " ".join(shlex.quote(f"--{name}={stored[name]}") for name in unknown)
+        raise BadUse(
+            f"the run in {str(folder)!r} has settings that this version of ncjax does not "
+            f"know, {flags}: use {_maker(folder)} made the run"
+        )
+    return {**defaults, **stored}
+
+
+def experiment(folder: Path) -> str:
+    """Return the experiment in config.json, "" if an earlier version wrote it."""
+    return str(files.read_json(folder / CONFIG).get(_EXPERIMENT, ""))
+
+
+def _maker(folder: Path) -> str:
+    """Return the version of ncjax that began a run, for "... made the run"."""
+    versions = files.read_json(folder / CONFIG).get("versions")
+    found = versions.get("ncjax") if isinstance(versions, dict) else None
+    return f"ncjax {found}, which" if found else "the version of ncjax that"
+
+
 def stored_config(folder: Path) -> dict[str, Any]:
     """Return the settings in config.json.
 
@@ -379,6 +410,13 @@ def stored_config(folder: Path) -> dict[str, Any]:
     if not isinstance(stored, dict):
         raise BadUse(f"{path} is damaged")
     return stored
+
+
+def _differ(settings: Any, others: Mapping[str, Any]) -> bool:
+    """Return whether a setting has two values; another version may know more of them."""
+    if not isinstance(settings, dict):
+        return True
+    return any(settings[name] != others[name] for name in settings.keys() & others.keys())
 
 
 def resume_command(config: Any, folder: Path, has_begun: bool = True) -> str:
@@ -437,7 +475,7 @@ def load_checkpoint(folder: Path) -> dict[str, np.ndarray] | None:
         raise BadUse(
             f"{path} is damaged: give --overwrite instead of --resume to start again"
         ) from None
-    if settings != stored_config(folder):
+    if _differ(settings, stored_config(folder)):
         raise BadUse(f"{path} belongs to a run of other settings than {CONFIG} says")
     return arrays
 

@@ -1,9 +1,13 @@
 """Standard streams and limits of the process, before JAX is imported."""
 
 import os
-import resource
 import sys
 import threading
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
 
 # Least limits under which JAX starts and computes small things: it was measured to use
 # 2.4 GB of address space, 1.0 GB of it data, 10 files and 31 threads on two cores.
@@ -33,6 +37,8 @@ def open_streams() -> None:
 
 def lacking() -> str:
     """Return which limit of the process is too low for JAX, and the remedy; "" if none."""
+    if resource is None:
+        return ""
     cores = os.cpu_count() or 1
     for kind, command, what, least in (
         (resource.RLIMIT_AS, "v", "memory", _ADDRESSES + cores * _ADDRESSES_OF_CORE),
