@@ -7,24 +7,33 @@ import io
 import json
 import os
 import re
+import signal
+import sys
+import threading
 from contextlib import nullcontext as does_not_raise
 from pathlib import Path
 from types import SimpleNamespace
 
+import damage
+import jax
 import matplotlib
 import numpy as np
 import pytest
+import subprocesses
+from absl import logging
 from matplotlib.figure import Figure
 
 import ncjax
 from experiments import _layers_network, _training, network_flow, train_vgg
 from experiments._flow_loop import Loop
-from experiments._runs import files, folders
+from experiments._runs import cli, files, folders
 from experiments._runs.errors import BadUse
+from experiments._runs.interruption import Interruption, interrupt_on_signals
 from ncjax import plotting
-from ncjax.command import output
+from ncjax.command import output, system
 from ncjax.networks.checkpoint import Checkpoints
 
+RUN = Path(__file__).parents[1] / "results" / "peel"
 UTF8 = ("utf-8", b"\xff", 0, 1, "invalid start byte")
 
 # The user's settings of Matplotlib
@@ -253,3 +262,238 @@ def test_a_checkpoint_of_a_version_with_fewer_settings_is_read(tmp_path):
     stored_run(tmp_path, {"seed": 4, "clock": "epoch"})
     with pytest.raises(BadUse, match="belongs to a run of other settings"):
         folders.load_checkpoint(tmp_path)
+
+
+# Signals
+
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture(params=STOPPING, ids=lambda number: number.name)
+def number(request):
+    """A signal whose handler is put back."""
+    before = signal.getsignal(request.param)
+    yield request.param
+    signal.signal(request.param, before)
+
+
+def test_each_signal_requests_a_stop_and_a_second_one_stops(number, capfd):
+    signal.signal(number, signal.SIG_DFL)
+    with Interruption("epoch") as interruption:
+        os.kill(os.getpid(), number)
+        assert interruption.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == signal.SIG_DFL
+    assert capfd.readouterr().err.count("interrupted: saving after this epoch") == 1
+
+
+def test_an_ignored_signal_stays_ignored(number):
+    """As SIGHUP is by `nohup`, and SIGINT in the background of a script."""
+    signal.signal(number, signal.SIG_IGN)
+    interrupt_on_signals()
+    with Interruption("epoch") as interruption:
+        os.kill(os.getpid(), number)
+        assert not interruption.requested
+    assert signal.getsignal(number) == signal.SIG_IGN
+
+
+def test_a_signal_outside_of_such_work_ends_as_an_interruption(number):
+    signal.signal(number, signal.SIG_DFL)
+    interrupt_on_signals()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), number)
+
+
+def test_a_signal_is_handled_where_stderr_is_closed(number, monkeypatch):
+    def closed(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    signal.signal(number, signal.SIG_DFL)
+    with Interruption("epoch") as interruption:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", closed)
+            interruption._request(number, None)
+        assert interruption.requested
+
+
+# Streams, in this process: a command takes seconds to start
+
+
+class Ended(Exception):
+    """The process would end with this code."""
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """Run the command of an experiment on stand-ins, and return its exit code."""
+    damage.stand_in(monkeypatch)
+    for name in ("set_up_jax", "interrupt_on_signals"):
+        monkeypatch.setattr(cli, name, lambda *_: None)
+
+    def end(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(cli.os, "_exit", end)
+    monkeypatch.setattr(cli.sys, "exit", end)
+    monkeypatch.setattr(logging, "set_verbosity", lambda _: None)
+
+    def run(name, folder, *flags, doing=None):
+        module = damage.MODULES[name]
+        given = vars(damage.CONFIGS[name]) | {"workdir": str(folder)}
+        given = [f"--{k}={v}" for k, v in given.items()]
+        monkeypatch.setattr(sys, "argv", ["command", *given, *flags])
+        with pytest.raises(Ended) as caught:
+            cli.main(module.Config, doing or module.run, f"experiments.{name}")
+        return caught.value.args[0]
+
+    return run
+
+
+@contextlib.contextmanager
+def unread_stderr():
+    """Replace stderr by a pipe that nothing reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w", buffering=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        yield
+    with contextlib.suppress(OSError):
+        stream.close()
+
+
+@pytest.mark.parametrize("name", ["train_small", "ulpm_flow"])
+def test_a_broken_pipe_at_the_progress_bar_ends_with_141_and_resumes(
+    ended, tmp_path, capsys, name
+):
+    folder = tmp_path / "run"
+    with unread_stderr():
+        assert ended(name, folder) == 141
+    assert capsys.readouterr().out.splitlines()[-1] == str(folder)
+    assert not (folder / "summary.json").exists()
+    assert ended(name, folder, "--resume") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(folder)
+    assert (folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyError("a bug"), 1),
+        (BadUse("no such thing"), 2),
+        (KeyboardInterrupt(), 130),
+        (MemoryError(), 1),
+    ],
+    ids=repr,
+)
+def test_an_error_keeps_its_code_where_nothing_reads(ended, tmp_path, error, code):
+    def run(config):
+        with folders.open_config(config, "ulpm_flow", ()):
+            raise error
+
+    with unread_stderr():
+        assert ended("ulpm_flow", tmp_path, doing=run) == code
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9 GiB\nfor an array"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Unable to allocate 9 GiB"),
+    ],
+    ids=type,
+)
+def test_exhausted_memory_names_sizes_and_the_next_command(ended, tmp_path, capsys, error):
+    def run(config):
+        with folders.open_config(config, "ulpm_flow", ()):
+            raise error
+
+    assert ended("ulpm_flow", tmp_path, doing=run) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert re.match(r"error: out of memory: .*Unable to allocate 9 GiB; free some", line)
+    assert "--seeds, --num_classes, --per_class, --dim" in line
+    assert "then resume with: python -m" in line
+    assert f"--workdir={tmp_path} --resume" in line
+
+
+# Streams and limits, in processes of their own
+
+
+def shell(line, **settings):
+    """Run a line of the shell, where $PYTHON starts the command."""
+    return subprocesses.run(
+        ["sh", "-c", line], os.environ | {"PYTHON": sys.executable}, **settings
+    )
+
+
+def test_closed_streams_are_the_null_device():
+    """No file takes their numbers, and nothing is printed elsewhere."""
+    program = (
+        "import os, sys; from ncjax.command import system; system.open_streams(); "
+        "file = open(os.devnull); assert file.fileno() > 2; print('out'); "
+        "print('err', file=sys.stderr); assert sys.stdin.read() == ''"
+    )
+    line = f'"$PYTHON" -c "{program}"'
+    for closed, out, err in (
+        ("2>&- <&-", "out\n", ""),
+        (">&- </dev/null", "", "err\n"),
+        ("<&- >&- 2>&-", "", ""),
+    ):
+        done = shell(f"{line} {closed}")
+        assert (done.returncode, done.stdout, done.stderr) == (0, out, err)
+
+
+def test_a_command_runs_without_a_folder_streams_or_a_terminal(tmp_path):
+    """Its folder was deleted, stderr is closed, the terminal has no width."""
+    line = (
+        f"mkdir {tmp_path}/gone; cd {tmp_path}/gone; rmdir {tmp_path}/gone; unset TERM; "
+        f'COLUMNS=0 LC_ALL=C "$PYTHON" -m experiments.report --runs={RUN} '
+        f"--output={tmp_path}/page.html 2>&-"
+    )
+    done = shell(line)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == f"{tmp_path}/page.html"
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ("-v 1000000", "the memory of this process is limited to 1024000000 bytes"),
+        ("-d 500000", "the memory of this process is limited to 512000000 bytes"),
+        ("-n 20", "the number of open files of this process is limited to 20 (ulimit -n)"),
+    ],
+)
+def test_a_limit_too_low_for_jax_is_refused_before_it_is_imported(limit, message):
+    for command in ("experiments.ulpm_flow --seeds=2", "ncjax flow"):
+        done = shell(f'ulimit {limit}; "$PYTHON" -m {command}')
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"error: {message}")
+        assert "raise the limit" in done.stderr
+
+
+def test_a_process_without_threads_is_refused(monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def limited(self):
+        if len(started) == 5:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    assert system.lacking().startswith("this process can start 5 threads, and JAX needs")
+    assert not any(thread.is_alive() for thread in started)
+
+
+def test_a_matplotlibrc_that_is_not_text_ends_in_one_line(tmp_path):
+    (tmp_path / "matplotlibrc").write_bytes(b"font.family: \xff\xfe\n")
+    program = "import sys; sys.argv = ['-m']; import experiments, ncjax.plotting"
+    done = shell(f'exec "$PYTHON" -c "{program}"', cwd=tmp_path)
+    warning, line = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert warning.startswith("Cannot decode configuration file ")
+    assert line.startswith("error: a matplotlibrc: 'utf-8' codec can't decode byte 0xff")
