@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
 import re
@@ -58,13 +57,10 @@ MINE = {
 
 
 def drawn(times, values):
-    """Return the files of a figure, and what a user saves."""
+    """Return the files of a figure."""
     values = dict.fromkeys(ncjax.CollapseMetrics._fields, values[None])
-    figure = plotting.figure_over_log_log_t(times, plotting.collapse_panels(values))
-    files = plotting.render(figure)
-    with plotting.style(), io.BytesIO() as file:
-        figure.savefig(file, format="png")
-        return files | {"user": file.getvalue()}
+    panels = plotting.collapse_panels(values)
+    return plotting.render(plotting.figure_over_log_log_t(times, panels))
 
 
 def test_figures_have_the_same_bytes_whatever_the_matplotlibrc():
@@ -175,6 +171,16 @@ def test_checkpoints_of_earlier_versions_are_restored(tmp_path):
         state, notes = restored(folder)
         np.testing.assert_array_equal(state["W"], STATE["W"])
         assert notes == metadata.get("notes", {})
+
+
+def test_checkpoints_without_an_inode_left_name_their_folder(tmp_path, monkeypatch):
+    def full(*_args, **_settings):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "checkpoints")
+
+    monkeypatch.setattr(os, "mkdir", full)
+    message = "cannot write .*/checkpoints: No space left on device; free some space"
+    with pytest.raises(OSError, match=message):
+        Checkpoints(tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("notes", [{"seed": "1"}, {}], ids=str)

@@ -1,6 +1,7 @@
 """Orbax checkpoints of a training run; the newest complete one survives any kill."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -19,6 +20,7 @@ from ncjax.checks import check_integer
 
 _DIGEST, _EPOCH, _NOTES = "sha256", "epoch", "notes"  # entries of the metadata
 _SPACE = "No space left on device"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def newest_epoch(folder: Path) -> int | None:
@@ -48,6 +50,7 @@ class Checkpoints:
 
         Raises:
           ValueError: the folder cannot be read.
+          OSError: it cannot be made, because no space or no inode is left.
         """
         self._folder, self._read_only = folder, read_only
         options = ocp.CheckpointManagerOptions(
@@ -59,6 +62,9 @@ class Checkpoints:
         try:
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _DISK_FULL:
+                reason = f"{error.strerror}; free some space"
+                raise OSError(f"cannot write {folder}: {reason}") from error
             raise ValueError(f"cannot read {folder}: {_reason(error)}") from error
 
     def newest(self) -> int | None:
