@@ -18,6 +18,7 @@ from absl import logging
 from commands import MODULES
 
 import ncjax
+from benchmarks import accelerator
 from benchmarks import run as benchmarks_run
 from experiments import (
     __main__,
@@ -40,8 +41,10 @@ from experiments._runs import cli, folders
 from experiments._runs.errors import BadUse
 
 COMMANDS = {f"experiments.{module.NAME}": module for module in MODULES} | {
-    "benchmarks.run": benchmarks_run
+    "benchmarks.run": benchmarks_run,
+    "benchmarks.accelerator": accelerator,
 }
+BENCHMARKS = {"benchmarks.run", "benchmarks.accelerator"}
 # Their defaults are so long that the help stands on the next line.
 TWO_LINES = {"title", "out"}
 
@@ -78,7 +81,7 @@ def shown_flags(page):
 def test_the_list_of_experiments_describes_each():
     lines = __main__.listing().splitlines()
     listed = {line.split()[0]: line for line in lines if line.startswith("  ")}
-    assert {f"experiments.{name}" for name in listed} | {"benchmarks.run"} == {*COMMANDS}
+    assert {f"experiments.{name}" for name in listed} | BENCHMARKS == {*COMMANDS}
     assert all(len(line.split()) > 3 for line in listed.values())
     assert max(map(len, lines)) <= 100
 

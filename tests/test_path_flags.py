@@ -7,6 +7,7 @@ import re
 import pytest
 from commands import MODULES
 
+from benchmarks import accelerator
 from benchmarks import run as benchmarks_run
 from experiments import _legs, peel, report, train_small, ulpm_flow
 from experiments._runs import cli
@@ -14,7 +15,7 @@ from experiments._runs.errors import BadUse
 
 PATH_FLAGS = [
     pytest.param(module.Config, field.name, id=f"{module.NAME}-{field.name}")
-    for module in (*MODULES, benchmarks_run)
+    for module in (*MODULES, benchmarks_run, accelerator)
     for field in dataclasses.fields(module.Config)
     if field.type is str and re.search(r"folder|\bfile\b", field.metadata["help"], re.I)
 ]
