@@ -80,6 +80,7 @@ def rows(section: str, checks: Iterable[Check], setting: Setting) -> Iterator[Ro
 
 
 def _run(check: Check, row: Row, passed: str) -> Row:
+    print(f"{row.section}: {check.name}", file=sys.stderr)  # the last line, if it hangs
     try:
         found = check.call()
     except Skipped as skipped:

@@ -8,7 +8,6 @@ import numpy as np
 
 from benchmarks._accelerator_checks import Check, Finding, Setting, Skipped
 from benchmarks._accelerator_step import NUM_CLASSES
-from benchmarks._timing import missing
 from benchmarks.training_step import DEVIATION, LEARNING_RATE, MEAN
 
 
@@ -84,9 +83,10 @@ def _block(c_in: int, channels: int, stride: int):
 
 
 def _step(case: Case, stages) -> Finding:
-    if reason := missing("torch"):
-        raise Skipped(reason)
-    import torch
+    try:
+        import torch
+    except ImportError as error:
+        raise Skipped(f"PyTorch is missing: {error}") from None
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -33,7 +33,7 @@ def home(monkeypatch, tmp_path):
 
 def test_the_path_flags_are_those_that_experiments_have():
     names = {param.values[1] for param in PATH_FLAGS}
-    assert names == {"workdir", "data_dir", "run", "runs", "output", "out"}
+    assert names == {"workdir", "data", "data_dir", "run", "runs", "output", "out"}
 
 
 @pytest.mark.parametrize(("config", "name"), PATH_FLAGS)
