@@ -17,7 +17,7 @@ FILES = (
 )
 TINY = ("types",)
 _RESERVE = 5.0  # seconds to end pytest
-LOG = "tests.log"
+LOG = "pytest.log"
 
 
 def checks(setting: Setting) -> list[Check]:

@@ -23,6 +23,10 @@ MEASURED = (
     *(150, 175, 200, 250, 300),
 )
 TINY_EPOCHS = 3
+OUTPUTS = (
+    _record.METRICS_FILE,
+    *("collapse.png", "collapse.pdf", "training.png", "training.pdf"),
+)
 _RESERVE = 12.0  # seconds for the figures and the checkpoint
 
 

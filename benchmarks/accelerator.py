@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks import _accelerator_images
+from benchmarks import _accelerator_images, _accelerator_tests, _accelerator_train
 from benchmarks._accelerator_checks import Setting
 from benchmarks._accelerator_process import section_rows
 from benchmarks._accelerator_report import LINES, TEXT, Report
@@ -34,7 +34,10 @@ from experiments._runs import cli, folders, lock
 from experiments._runs.errors import BadUse, RunFailed
 
 NAME = "accelerator"
-OUTPUTS = (TEXT, LINES)
+OUTPUTS = (
+    *(TEXT, LINES, _accelerator_tests.LOG, *_accelerator_train.OUTPUTS),
+    *(f"{name}.log" for name in SECTIONS),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,7 @@ def run(config: Config) -> Path:
     """Run the requested sections and return the folder of the report.
 
     Write report.txt and report.jsonl, a line for each check, NAME.log with the messages of
-    each section, and the figures and metrics.csv of the section `train`.
+    each section, pytest.log, and the figures and metrics.csv of the section `train`.
 
     Raises:
       BadUse: a setting is out of range, or the folder cannot be used.
@@ -112,7 +115,7 @@ def _opened(config: Config) -> Iterator[Path]:
     the accelerator in this process, which lasts while the sections run.
 
     Raises:
-      BadUse: the folder cannot be written, is in use, or holds a report.
+      BadUse: the folder cannot be written, is in use, or holds results.
     """
     folder = Path(folders.workdir(config, NAME))
     try:
@@ -124,8 +127,8 @@ def _opened(config: Config) -> Iterator[Path]:
         present = [name for name in OUTPUTS if (folder / name).exists()]
         if present and not config.overwrite:
             raise BadUse(
-                f"workdir {str(folder)!r} holds a report already ({', '.join(present)}): "
-                "give --overwrite to replace it, or another --workdir"
+                f"workdir {str(folder)!r} holds results already ({', '.join(present)}): "
+                "give --overwrite to replace them, or another --workdir"
             )
         for name in present:
             (folder / name).unlink()

@@ -192,12 +192,14 @@ def test_a_report_has_a_line_for_each_check_and_is_never_overwritten(tmp_path, c
         ("good", OK),
         ("device", SKIP),
     ]
-    with pytest.raises(BadUse, match=r"holds a report already \(report\.txt, "):
+    with pytest.raises(BadUse, match=r"holds results already \(report\.txt, "):
         accelerator.run(config)
     assert (folder / "report.txt").read_text() == text
+    (folder / "metrics.csv").touch()
     again = accelerator.Config(only="good", workdir=str(folder), overwrite=True)
     accelerator.run(again)
     assert "device" not in (folder / "report.txt").read_text()
+    assert not (folder / "metrics.csv").exists()
 
 
 @pytest.mark.usefixtures("fake_sections")

@@ -25,16 +25,22 @@ def lines(text):
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 
-def requirements(text):
-    """Requirements by the normalised name of their package."""
-    parsed = map(Requirement, lines(text))
-    return {canonicalize_name(requirement.name): requirement for requirement in parsed}
+def requirements(text, python=PYTHONS[0]):
+    """Requirements of one Python by the normalised name of their package."""
+    parsed = [
+        requirement
+        for requirement in map(Requirement, lines(text))
+        if not requirement.marker or requirement.marker.evaluate({"python_version": python})
+    ]
+    names = [canonicalize_name(requirement.name) for requirement in parsed]
+    assert len(names) == len({*names}), names
+    return dict(zip(names, parsed, strict=True))
 
 
-def pins(name):
+def pins(name, python=PYTHONS[0]):
     """Versions in a file that pins each package to exactly one."""
     found = {}
-    for package, requirement in requirements((ROOT / name).read_text()).items():
+    for package, requirement in requirements((ROOT / name).read_text(), python).items():
         (only,) = requirement.specifier
         assert only.operator == "==", requirement
         found[package] = Version(only.version)
@@ -85,10 +91,16 @@ def test_the_least_versions_are_the_bounds():
         ),
     ],
 )
-def test_the_pins_lie_in_the_ranges(files, extras):
-    pinned = {name: version for file in files for name, version in pins(file).items()}
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_pins_lie_in_the_ranges(files, extras, python):
+    pinned = {name: v for file in files for name, v in pins(file, python).items()}
     for name, requirement in ranges(*extras).items():
         assert pinned[name] in requirement.specifier, requirement
+
+
+def test_the_page_names_the_pins_of_jax():
+    versions = {str(pins("requirements.txt", python)["jax"]) for python in PYTHONS}
+    assert versions == {*re.findall(r"JAX (0\.\d+\.\d+)\b", PAGE.split("## What was")[0])}
 
 
 def test_the_wheel_holds_every_file_of_the_library_and_nothing_else():
