@@ -60,7 +60,11 @@ class Report:
 def line(row: Row) -> str:
     """Return a row as one line: verdict, section, check, number, unit, further numbers."""
     numbers = f"{_number(row.value)} {row.unit}".strip()
-    more = [f"{name}={_number(value)}" for name, value in row.details.items()]
+    more = [
+        f"{name}={_number(value)}"
+        for name, value in row.details.items()
+        if value is not None
+    ]
     found = row.reason or "  ".join([numbers, *more])
     return f"{row.verdict:<5}{row.section:<12}{row.name:<{_WIDTH}} {found}".rstrip()
 
