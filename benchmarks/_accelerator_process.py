@@ -22,6 +22,8 @@ _ENVIRONMENT = {
     # Several sections follow each other on one device: none keeps all of its memory.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "TF_CPP_MIN_LOG_LEVEL": "2",
+    # A program from an earlier run would make `compile_s` a lie.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
     "PYTHONUNBUFFERED": "1",
 }
 
