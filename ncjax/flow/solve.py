@@ -156,7 +156,8 @@ def gradient_flow(
       record: function of the state; its value (any pytree of arrays) is saved instead of
         the state. It is compiled in: pass the same function object to compile once.
       max_steps: bound on the solver's steps, rejected ones included.
-      progress: show a tqdm bar (over x); needs the extra `experiments`.
+      progress: show a tqdm bar (over x); needs the extra `experiments`. The bar calls the
+        host, so `jax.export` refuses the flow.
 
     Returns:
       `FlowSolution`; `ObjectiveFlow` with `times`.

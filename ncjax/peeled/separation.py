@@ -109,7 +109,7 @@ def kkt(params: Params | DeepParams, weights=None, *, multipliers: str = "softma
         log domain and so valid at any norm. "nnls" takes the minimiser of
         $|\tilde Z - \sum \lambda \nabla \tilde m|^2 + \sum \lambda^2 (\tilde m - 1)^2$ over
         $\lambda \ge 0$, which depends on the direction alone; SciPy's active-set solver
-        finds it on the host (K n (K-1) unknowns).
+        finds it on the host (K n (K-1) unknowns), so `jax.export` refuses it.
 
     Returns:
       `KKT`, float32 for half precision; NaN under jit if a sample is misclassified.
