@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 from benchmarks._accelerator_checks import FAIL, Row, Setting, rows
 from benchmarks._accelerator_sections import SECTIONS
@@ -113,7 +114,7 @@ def main() -> None:
     # Other packages print to stdout too: send that to the log.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    cli.set_up_jax(cpu_devices=1)
+    cli.set_up_jax(SimpleNamespace(cpu_devices=1))
     for row in rows(name, SECTIONS[name].checks(setting), setting):
         print(json.dumps(row._asdict()), file=channel, flush=True)
 

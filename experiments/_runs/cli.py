@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from absl import flags, logging
 
-from experiments._runs import compilation, processes
+from experiments._runs import compilation, processes, reading
 from experiments._runs.errors import BadUse, RunFailed, first_line, is_out_of_memory
 from experiments._runs.interruption import interrupt_on_signals
 from experiments._runs.output import note
@@ -268,7 +268,7 @@ def _fail(error: BaseException) -> int:
         if is_out_of_memory(error):
             message += "; free some memory, or make the run smaller"
         message += " (--traceback shows where)"
-    note(f"error: {message}")
+    note(f"error: {reading.shown(message, reading.MOST_OF_PATH)}")
     return 2 if isinstance(error, BadUse | flags.Error) else 1
 
 
