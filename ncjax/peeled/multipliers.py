@@ -17,6 +17,7 @@ from ncjax.numerics import dot, matmul, power_of_two, root_of_scale
 from ncjax.peeled import kernels
 from ncjax.peeled.kernels import least_margin, squared_norm
 from ncjax.peeled.logits import log_odds_of_error, margins_of_params
+from ncjax.peeled.nonnegative import nonnegative_least_squares
 from ncjax.peeled.points import degree_of, last_factors
 from ncjax.peeled.samples import logits_of
 from ncjax.types import Array, DeepParams, Params
@@ -158,7 +159,35 @@ def combination(multipliers: Array, params: Params | DeepParams):
 
 
 def least_squares_multipliers(scaled: Params | DeepParams, weights: Array | None) -> Array:
-    """Non-negative multipliers (K, n, K) with the least KKT residual, from the host."""
+    """Non-negative multipliers (K, n, K) with the least KKT residual.
+
+    Programs for a CPU call SciPy on the host, in float64. Programs for other platforms have
+    `nonnegative_least_squares` in the dtype of the point, and float32 keeps six digits.
+    """
+    return jax.lax.platform_dependent(scaled, weights, cpu=_by_scipy, default=_by_program)
+
+
+def _by_program(scaled: Params | DeepParams, weights: Array | None) -> Array:
+    """Least-squares multipliers, computed where the program runs."""
+    margins = finite_margins(scaled)
+    own = jnp.eye(len(margins), dtype=bool)[:, None]
+    allowed = jnp.broadcast_to(~own, margins.shape)
+    if weights is not None:
+        allowed = allowed & (weights > 0)[..., None]
+    each = jnp.eye(margins.size, dtype=margins.dtype)
+    gradients = jax.vmap(combination, (0, None))(each.reshape(-1, *margins.shape), scaled)
+    rows = [leaf.reshape(margins.size, -1).T for leaf in jax.tree.leaves(gradients)]
+    leaves = [leaf.ravel() for leaf in jax.tree.leaves(scaled)]
+    found = nonnegative_least_squares(
+        jnp.concatenate([*rows, jnp.diag(margins.ravel() - 1)]),
+        jnp.concatenate([*leaves, jnp.zeros(margins.size, margins.dtype)]),
+        allowed.ravel(),
+    )
+    return found.reshape(margins.shape)
+
+
+def _by_scipy(scaled: Params | DeepParams, weights: Array | None) -> Array:
+    """Least-squares multipliers, computed by the host in float64."""
     num_classes, per_class, _ = scaled.H.shape
     shape = (num_classes, per_class, num_classes)
 
