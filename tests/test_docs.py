@@ -53,7 +53,7 @@ PRIVATE = {
     *("networks.chunks", "networks.descriptions", "networks.records"),
     *("networks.grouping", "networks.platforms", "networks.winograd"),
     *("peeled.kernels", "peeled.logits", "peeled.samples", "objectives.settings"),
-    *("peeled.factors", "peeled.search", "peeled.multipliers"),
+    *("peeled.factors", "peeled.search", "peeled.multipliers", "peeled.nonnegative"),
     *(f"objectives.{name}" for name in ("roots", "rays", "problem", "factors")),
     *(f"objectives.{name}" for name in ("collapse", "squared", "fixed", "blocks")),
     *("objectives.simplex", "objectives.coupling"),

@@ -161,8 +161,9 @@ def combination(multipliers: Array, params: Params | DeepParams):
 def least_squares_multipliers(scaled: Params | DeepParams, weights: Array | None) -> Array:
     """Non-negative multipliers (K, n, K) with the least KKT residual.
 
-    Programs for a CPU call SciPy on the host, in float64. Programs for other platforms have
-    `nonnegative_least_squares` in the dtype of the point, and float32 keeps six digits.
+    A program for a CPU calls SciPy, in float64. A program for another platform runs
+    `nonnegative_least_squares` in the dtype of the point: float32 adds up to 1e-5 to the
+    residual.
     """
     return jax.lax.platform_dependent(scaled, weights, cpu=_by_scipy, default=_by_program)
 

@@ -1,11 +1,15 @@
 r"""Non-negative least squares, $\min_{x \ge 0} |A x - b|$, as one program of fixed shapes.
 
-Each proximal step minimises $|A z - b|^2 + \varepsilon |z - x|^2$ over $z \ge 0$, x the last
-minimiser. The added term makes the minimiser unique where columns depend on each other, and
-leaves the minimum of $|A x - b|$ as it is. The right-hand sides come from the residual
-$b - A x$, so that every step also corrects the rounding of $A^\top A$. The minimiser is
-found by block principal pivoting: all coefficients of the wrong sign change places at once,
-and one at a time where that does not help.
+Each proximal step minimises $|A z - b|^2 + \varepsilon |z - x|^2$ over $z \ge 0$, x being
+the minimiser of the step before. The added term makes the minimiser unique if columns
+depend on each other, and the steps still converge to the minimum of $|A x - b|$. The
+right-hand sides come from the residual $b - A x$, so every step also corrects the rounding
+of $A^\top A$.
+
+Block principal pivoting finds the minimiser of a step. A coefficient is wrong if it is
+negative, or if it is zero and the distance falls as it grows. All wrong coefficients change
+places at once, between the passive ones and the zeros; if their number does not fall, one
+changes at a time.
 
 Source: Portugal, Júdice, Vicente (1994), block principal pivoting; Rockafellar (1976),
 proximal steps.
@@ -22,6 +26,8 @@ from ncjax.types import Array
 
 # Slopes that count as zero, in units of the rounding, for columns and a target of length 1.
 _SLOPE = 100
+# The added term, in units of the rounding of the largest eigenvalue.
+_ADDED = 4
 # Exchanges of all coefficients in a row that may fail to lessen the wrong ones.
 _PATIENCE = 3
 _PROXIMAL_STEPS = 6
@@ -35,7 +41,7 @@ class _Pivoting(NamedTuple):
     fewest: Array  # ()    least number of wrong coefficients in this proximal step
     patience: Array  # ()    exchanges of all that are left
     proximal: Array  # ()    proximal steps that are done
-    count: Array  # ()    factorisations
+    factorisations: Array  # ()    number so far
 
 
 def nonnegative_least_squares(matrix: Array, target: Array, allowed: Array) -> Array:
@@ -54,7 +60,10 @@ def nonnegative_least_squares(matrix: Array, target: Array, allowed: Array) -> A
     length = _positive(jnp.linalg.norm(target))
     unit, goal = matrix / lengths[None], target / length
     eps = float(jnp.finfo(matrix.dtype).eps)
-    gram = matmul(unit.T, unit) + eps ** (2 / 3) * jnp.eye(size, dtype=matrix.dtype)
+    gram = matmul(unit.T, unit)
+    # The largest sum of a row bounds the eigenvalues. A smaller term is lost in rounding.
+    added = _ADDED * eps * jnp.max(jnp.sum(jnp.abs(gram), axis=0))
+    gram = gram + added * jnp.eye(size, dtype=matrix.dtype)
 
     def step(state: _Pivoting) -> _Pivoting:
         slope = matmul(unit.T, goal - matmul(unit, state.x))
@@ -64,7 +73,7 @@ def nonnegative_least_squares(matrix: Array, target: Array, allowed: Array) -> A
         return _exchange(state, change, wrong & allowed)
 
     def unfinished(state: _Pivoting) -> Array:
-        goes_on = state.count < _FACTORISATIONS * size
+        goes_on = state.factorisations < _FACTORISATIONS * size
         return goes_on & (state.proximal < _PROXIMAL_STEPS)
 
     zero = jnp.zeros((), jnp.int32)
@@ -74,7 +83,7 @@ def nonnegative_least_squares(matrix: Array, target: Array, allowed: Array) -> A
         fewest=zero + size + 1,
         patience=zero + _PATIENCE,
         proximal=zero,
-        count=zero,
+        factorisations=zero,
     )
     x = jax.lax.while_loop(unfinished, step, start).x
     finite = jnp.all(jnp.isfinite(matrix)) & jnp.all(jnp.isfinite(target))
@@ -87,7 +96,7 @@ def _positive(lengths: Array) -> Array:
 
 
 def _minimise(gram: Array, slope: Array, state: _Pivoting) -> Array:
-    """Return the change of x to the proximal minimiser whose other coefficients are zero."""
+    """Return the change of x to the minimiser over the passive coefficients."""
     passive = state.passive
     removed = jnp.where(passive, 0, -state.x)
     both = passive[:, None] & passive[None]
@@ -110,5 +119,5 @@ def _exchange(state: _Pivoting, change: Array, wrong: Array) -> _Pivoting:
         fewest=jnp.where(solved, len(wrong) + 1, jnp.minimum(number, state.fewest)),
         patience=jnp.where(solved, _PATIENCE, patience),
         proximal=state.proximal + solved.astype(jnp.int32),
-        count=state.count + 1,
+        factorisations=state.factorisations + 1,
     )

@@ -108,8 +108,11 @@ def kkt(params: Params | DeepParams, weights=None, *, multipliers: str = "softma
       multipliers: "softmax" takes the weights of the loss at this norm, computed in the
         log domain and so valid at any norm. "nnls" takes the minimiser of
         $|\tilde Z - \sum \lambda \nabla \tilde m|^2 + \sum \lambda^2 (\tilde m - 1)^2$ over
-        $\lambda \ge 0$, which depends on the direction alone; SciPy's active-set solver
-        finds it on the host (K n (K-1) unknowns), so `jax.export` refuses it.
+        $\lambda \ge 0$ (K n (K-1) unknowns), which depends on the direction alone. On a CPU
+        SciPy's active-set solver finds it in float64. On a GPU or TPU the program itself
+        finds it in the dtype of `params`; float32 adds up to 1e-5 to the residuals there.
+        At a saddle the minimisers may be several, and the two solvers then return
+        different ones.
 
     Returns:
       `KKT`, float32 for half precision; NaN under jit if a sample is misclassified.
