@@ -107,7 +107,8 @@ def test_multipliers_fit_as_well_as_those_of_scipy(block, distance):
     found, expected, misfit, least = multipliers_and_misfits(params, weights)
     assert (np.asarray(found) >= 0).all()
     assert not np.asarray(found)[1, 2].any()
-    assert float(misfit) == pytest.approx(float(least), rel=1e-12, abs=1e-14)
+    # SciPy stops 5e-8 above the minimum at the large saddle.
+    assert misfit <= (1 + 1e-12) * least + 1e-14
     if block.num_blocks == 1:  # the minimiser is unique
         np.testing.assert_allclose(found, expected, atol=1e-12)
 
@@ -117,4 +118,4 @@ def test_multipliers_of_several_layers_fit_as_well_as_those_of_scipy():
     W, H = near(SMALL[1], 1e-2)
     params = ncjax.DeepParams((np.eye(6) + 0.05 * W.T @ W, W), H)
     *_, misfit, least = multipliers_and_misfits(params, None)
-    assert float(misfit) == pytest.approx(float(least), rel=1e-12)
+    assert misfit <= (1 + 1e-12) * least
