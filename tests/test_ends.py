@@ -481,6 +481,19 @@ def test_a_limit_too_low_for_jax_is_refused_before_it_is_imported(limit, message
         assert "raise the limit" in done.stderr
 
 
+def test_a_long_unknown_setting_leaves_room_for_the_version_that_knows_it(tmp_path):
+    known = folders.settings(network_flow.Config())
+    newer = known | {"smoothing\x1b[2J": "long" * 5000}
+    versions = {"ncjax": "0.9.0"}
+    folder = stored_run(tmp_path, newer, experiment=network_flow.NAME, versions=versions)
+    with pytest.raises(BadUse) as raised:
+        _layers_network.check_source(folder, "", 0)
+    message = str(raised.value)
+    assert message.endswith("…: use ncjax 0.9.0, which made the run")
+    assert len(message) < 1000 + len(str(folder))
+    assert "\x1b" not in message
+
+
 def test_a_process_without_threads_is_refused(monkeypatch):
     start, started = threading.Thread.start, []
 
@@ -493,6 +506,23 @@ def test_a_process_without_threads_is_refused(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", limited)
     assert system.lacking().startswith("this process can start 5 threads, and JAX needs")
     assert not any(thread.is_alive() for thread in started)
+
+
+def test_an_interruption_while_threads_are_counted_leaves_none_that_waits(monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def interrupted(self):
+        start(self)
+        started.append(self)
+        if len(started) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        system.lacking()
+    for thread in started:
+        thread.join(5)
+        assert not thread.is_alive()
 
 
 def test_a_matplotlibrc_that_is_not_text_ends_in_one_line(tmp_path):

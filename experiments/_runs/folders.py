@@ -374,7 +374,9 @@ def known_settings(folder: Path, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """
     stored = stored_config(folder)
     if unknown := sorted(stored.keys() - defaults.keys()):
-        flags = " ".join(shlex.quote(f"--{name}={stored[name]}") for name in unknown)
+        flags = reading.shown(
+            " ".join(shlex.quote(f"--{name}={stored[name]}") for name in unknown)
+        )
         raise BadUse(
             f"the run in {str(folder)!r} has settings that this version of ncjax does not "
             f"know, {flags}: use {_maker(folder)} made the run"

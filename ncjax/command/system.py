@@ -74,7 +74,8 @@ def _threads(count: int) -> int:
             started.append(thread)
     except RuntimeError:
         pass
-    end.set()
+    finally:  # also on Ctrl-C: Python waits for threads before it exits
+        end.set()
     for thread in started:
         thread.join()
     return len(started)
