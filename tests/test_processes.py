@@ -1,6 +1,7 @@
 """Several processes: they start alike, share the seeds, and end together."""
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -16,9 +17,10 @@ import numpy as np
 import pytest
 import subprocesses
 
-from experiments import _record, _seeds, train_resnet, ulpm_flow
+from experiments import _record, _seeds, _training, train_resnet, ulpm_flow
 from experiments._runs import group, links, processes
 from experiments._runs.errors import BadUse, RunFailed
+from ncjax.networks import data
 
 HOST = "127.0.0.1"
 SLOW = pytest.mark.slow
@@ -173,11 +175,86 @@ def test_a_stranger_on_the_port_is_ignored():
     first, second = groups(2)
     with ThreadPoolExecutor(1) as pool:
         meeting = pool.submit(first.meet, {}, "")
-        for greeting in (b"GET / HTTP/1.1\r\n\r\n", b"", b"p" + b"\xff" * 8):
+        nested, infinite = b"[" * 2**19, b'{"process": Infinity, "values": {}}'
+        framed = [b"p" + len(x).to_bytes(8, "big") + x for x in (nested, infinite)]
+        html, long = b"GET / HTTP/1.1\r\n\r\n", b"p" + b"\xff" * 8
+        for greeting in (html, b"", long, *framed):
             deadline = time.monotonic() + 5
             with links.connect(HOST, first.place.port, deadline) as stranger:
                 stranger.sendall(greeting)
         assert second.meet({}, "") == meeting.result()
+
+
+def test_a_stranger_that_sends_byte_by_byte_delays_the_start_by_a_moment(monkeypatch):
+    monkeypatch.setattr(group, "_STRANGER_SECONDS", 0.3)
+    first, second = groups(2)
+    start = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        meeting = pool.submit(first.meet, {}, "")
+        stranger = links.connect(HOST, first.place.port, start + 5)
+        with stranger, contextlib.suppress(OSError):  # it is cut off
+            stranger.sendall(b"p" + (1000).to_bytes(8, "big"))
+            while time.monotonic() < start + 5:
+                stranger.sendall(b" ")
+                time.sleep(0.05)
+        assert time.monotonic() < start + 3
+        assert second.meet({}, "") == meeting.result()
+
+
+def test_an_error_names_only_the_first_of_very_many_absent_processes():
+    (first, _) = groups(2, timeout=0.1)
+    first.place = first.place._replace(size=10**9)
+    with pytest.raises(RunFailed) as raised:
+        first.meet({}, "")
+    text = "process 1, 2, 3, 4, 5, 6, 7, 8 and 999999991 others of 1000000000 did not start"
+    assert str(raised.value).startswith(text)
+
+
+def test_a_process_that_has_come_to_its_end_is_no_loss_for_the_first(ends, monkeypatch):
+    first, second, third = met(3)
+    tell, died = group._tell, threading.Event()
+
+    def slow(receivers, kind, content=b""):
+        for link in receivers:
+            tell([link], kind, content)
+            if kind == links.ALL and not died.is_set():
+                dies(second)  # before the third process has its answer
+                time.sleep(0.5)
+                died.set()
+
+    monkeypatch.setattr(group, "_tell", slow)
+    assert together([one.leave for one in (first, second, third)]) == [None] * 3
+    assert died.is_set()
+    assert not ends
+
+
+@pytest.mark.parametrize("other", ["images", "labels"])
+def test_data_of_other_bytes_are_refused_by_every_process(monkeypatch, other):
+    several, own = met(2), threading.local()
+    of_thread = SimpleNamespace(exchange=lambda content: own.group.exchange(content))
+    monkeypatch.setattr(processes, "_group", of_thread)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    images, labels = np.zeros((4, 2, 2, 1), np.uint8), np.arange(4)
+    same = data.Dataset(images, labels, 4)
+    changed = same._replace(**{other: getattr(same, other).copy()})
+    getattr(changed, other).flat[-1] = 1
+
+    def compare(one, part):
+        own.group = one
+        _training._compare_data(_training.Setup(None, part, same, *[np.zeros(1)] * 2))
+
+    alike = [lambda one=one: compare(one, same) for one in several]
+    assert together(alike) == [None, None]
+    first, second = (
+        functools.partial(compare, *x) for x in zip(several, (same, changed), strict=True)
+    )
+    errors = together([first, second])
+    assert [type(error) for error in errors] == [BadUse, BadUse]
+    assert str(errors[0]) == str(errors[1])
+    assert str(errors[0]).startswith("the SHA-256 of the training set is '")
+    assert str(errors[0]).endswith(
+        "in process 1: give every process the same data (--data_dir)"
+    )
 
 
 def test_a_port_in_use_is_named():
@@ -292,6 +369,8 @@ def test_a_forwarded_port_stays_open_when_the_other_side_dies():
         ({"coordinator": "host:99999"}, "--coordinator must be HOST:PORT"),
         ({"coordinator": ":1"}, "--coordinator must be HOST:PORT"),
         ({"local_device_ids": "0,a"}, "--local_device_ids must be different numbers"),
+        ({"num_processes": 0}, "--num_processes must be at least 1, got 0"),
+        ({"local_device_ids": "0,00"}, "--local_device_ids must be different numbers"),
         ({"local_device_ids": "1,1"}, "--local_device_ids must be different numbers"),
         ({"process_timeout": 0.0}, r"--process_timeout must lie in \[1, 1e6\) seconds"),
         ({"process_timeout": float("nan")}, "--process_timeout must lie in"),

@@ -5,6 +5,7 @@ a heartbeat. A process that dies closes its connections; one that hangs is silen
 """
 
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -20,6 +21,7 @@ from experiments._runs.errors import BadUse, RunFailed
 EXPERIMENT = "the experiment"  # decides which other settings there are
 _GRACE_SECONDS = 2.0  # in which a process may find the error of another one by itself
 _STRANGER_SECONDS = 5.0  # for the first message, and for processes that come too late
+_NAMED = 8  # absent processes that an error names
 _BEATS = 4  # in the time after which a silent process is lost
 _PORT, _FAILURE = "port", "failure"  # in the answer of the first process
 
@@ -131,8 +133,11 @@ class Several:
             _refuse(receivers, links.END, found_difference)
             raise BadUse(found_difference)
         present = {0, *(arrival.process for arrival in arrivals)}
-        if missing := sorted({*range(self.place.size)} - present):
-            names = ", ".join(map(str, missing))
+        if len(present) < self.place.size:
+            absent = (i for i in range(self.place.size) if i not in present)
+            names = ", ".join(map(str, itertools.islice(absent, _NAMED)))
+            more = self.place.size - len(present) - _NAMED
+            names += f" and {more} others" if more > 0 else ""
             failure = (
                 f"process {names} of {self.place.size} did not start within "
                 f"{self.place.timeout:g} s (--process_timeout)"
@@ -228,10 +233,13 @@ class Several:
         if self.place.number:
             _tell(self._links.values(), links.PART, content)
             return links.unpack(self._messages[0].get())
-        others = range(1, self.place.size)
-        parts = [content, *(self._messages[process].get() for process in others)]
+        parts = [content, *self._parts_of_others()]
         _tell(self._links.values(), links.ALL, links.pack(parts))
         return parts
+
+    def _parts_of_others(self) -> list[bytes]:
+        """Return what every other process has sent to the first one."""
+        return [self._messages[process].get() for process in range(1, self.place.size)]
 
     def fail(self, error: BaseException) -> BaseException:
         """Tell the others of an error, and return it, or the loss that explains it.
@@ -252,9 +260,15 @@ class Several:
 
     def leave(self) -> None:
         """Wait until all processes have come to their end."""
-        self.exchange(b"")
+        if self.place.number:
+            self.exchange(b"")
+        else:
+            self._parts_of_others()
         with self._lock:
             self._ending.set()
+        # Only now: a process that has the answer ends, which would else be a loss here.
+        if not self.place.number:
+            _tell(self._links.values(), links.ALL)
 
 
 def difference(found: Mapping[int, Mapping[str, Any]], advice: str) -> str:
@@ -287,12 +301,14 @@ def _next_arrival(
         connection, _ = server.accept()
     except OSError:
         return None
-    link = links.Link(connection, min(timeout, _STRANGER_SECONDS))
+    patience = min(timeout, _STRANGER_SECONDS)
+    link = links.Link(connection, patience)
     try:
-        _, content = link.receive(links.FIRST_LIMIT)
+        _, content = link.receive(links.FIRST_LIMIT, patience)
         hello = json.loads(content)
         arrival = _Arrival(int(hello["process"]), dict(hello["values"]), link)
-    except (OSError, ValueError, LookupError, TypeError):
+    # A stranger may send any JSON: infinite numbers, or lists nested too deeply to read.
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         link.close()
         return None
     connection.settimeout(timeout)

@@ -1,6 +1,7 @@
 """Messages between the processes of a run over TCP, and a forwarded port."""
 
 import ipaddress
+import math
 import socket
 import struct
 import threading
@@ -34,24 +35,29 @@ class Link:
             for start in range(0, len(content), _PIECE):
                 self._connection.sendall(content[start : start + _PIECE])
 
-    def receive(self, limit: int | None = None) -> tuple[bytes, bytes]:
+    def receive(
+        self, limit: int | None = None, seconds: float = math.inf
+    ) -> tuple[bytes, bytes]:
         """Return kind and content of the next message.
 
         Raises:
           OSError: the connection is lost, or its bytes are no message of at most `limit`
-            bytes. TimeoutError: no byte came in time.
+            bytes. TimeoutError: no byte came in time, or not all came within `seconds`.
         """
-        kind, length = _HEADER.unpack(self._read(_HEADER.size))
+        deadline = time.monotonic() + seconds
+        kind, length = _HEADER.unpack(self._read(_HEADER.size, deadline))
         if kind not in (BEAT, PART, ALL, END) or (limit is not None and length > limit):
             raise ConnectionError("no message of a run")
-        return kind, self._read(length)
+        return kind, self._read(length, deadline)
 
-    def _read(self, length: int) -> bytes:
+    def _read(self, length: int, deadline: float) -> bytes:
         content = bytearray()
         while len(content) < length:
             part = self._connection.recv(min(_PIECE, length - len(content)))
             if not part:
                 raise ConnectionError("closed")
+            if time.monotonic() > deadline:
+                raise TimeoutError("timed out")
             content += part
         return bytes(content)
 

@@ -28,6 +28,8 @@ _group: Group = Single()
 def check(config: Any) -> None:
     """Raise BadUse if the flags of several processes contradict each other."""
     count, index = config.num_processes, config.process_id
+    if count < 1:
+        raise BadUse(f"--num_processes must be at least 1, got {count}")
     if not 0 <= index < count:
         raise BadUse(
             f"--process_id must lie in [0, {count}), the number of processes, got {index}"
@@ -196,8 +198,8 @@ def _address(text: str) -> tuple[str, int]:
 def _device_ids(text: str) -> list[int] | None:
     """Return the numbers of --local_device_ids, None if it is empty."""
     parts = [part.strip() for part in text.split(",")] if text else []
-    good = all(part.isascii() and part.isdigit() for part in parts)
-    if not good or len(set(parts)) < len(parts):
+    good = all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts)
+    if not good or len({*map(int, parts)}) < len(parts):
         raise BadUse(
             "--local_device_ids must be different numbers separated by commas, such as "
             f"0,1, got {text!r}"
