@@ -39,7 +39,7 @@ def _print(
     """
     if "--traceback" in sys.argv:
         sys.__excepthook__(kind, error, trace)
-    if issubclass(kind, KeyboardInterrupt):
+    if _is_interruption(error):
         sys.exit(_INTERRUPTION)
     text = next(iter(str(error).strip().splitlines()), "")
     causes = [
@@ -52,6 +52,13 @@ def _print(
     message = f"{', '.join(causes) or kind.__name__}: {text[:_MESSAGE_LIMIT]}"
     print(f"error: {message} (--traceback shows where)", file=sys.stderr)
     sys.exit(_BAD_USE if causes else 1)
+
+
+def _is_interruption(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C is the cause: extensions in C turn it into an ImportError."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _is_quoted(value: str, text: str) -> bool:

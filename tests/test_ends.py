@@ -23,7 +23,7 @@ from absl import logging
 from matplotlib.figure import Figure
 
 import ncjax
-from experiments import _layers_network, _training, network_flow, train_vgg
+from experiments import _layers_network, _start, _training, network_flow, train_vgg
 from experiments._flow_loop import Loop
 from experiments._runs import cli, files, folders
 from experiments._runs.errors import BadUse
@@ -523,6 +523,17 @@ def test_an_interruption_while_threads_are_counted_leaves_none_that_waits(monkey
     for thread in started:
         thread.join(5)
         assert not thread.is_alive()
+
+
+def test_an_interruption_that_an_extension_reports_as_an_import_error_prints_nothing(
+    capsys,
+):
+    error = ImportError("Encountered an error while initializing the extension.")
+    error.__cause__ = KeyboardInterrupt()
+    with pytest.raises(SystemExit) as raised:
+        _start._print(ImportError, error, None)
+    assert raised.value.code == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_matplotlibrc_that_is_not_text_ends_in_one_line(tmp_path):
