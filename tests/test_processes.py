@@ -367,6 +367,8 @@ def test_a_forwarded_port_stays_open_when_the_other_side_dies():
         ({"num_processes": 1}, "--coordinator=HOST:PORT and --num_processes go together"),
         ({"coordinator": "host"}, "--coordinator must be HOST:PORT .*, got 'host'"),
         ({"coordinator": "host:99999"}, "--coordinator must be HOST:PORT"),
+        ({"coordinator": "a..b:1"}, "--coordinator: 'a..b' is no name of a host"),
+        ({"coordinator": f"{'a' * 64}:1"}, "is no name of a host: .*too long"),
         ({"coordinator": ":1"}, "--coordinator must be HOST:PORT"),
         ({"local_device_ids": "0,a"}, "--local_device_ids must be different numbers"),
         ({"num_processes": 0}, "--num_processes must be at least 1, got 0"),

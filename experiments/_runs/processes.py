@@ -192,6 +192,10 @@ def _address(text: str) -> tuple[str, int]:
             f"--coordinator must be HOST:PORT with a port below {2**16}, such as "
             f"node0:1234, got {text!r}"
         )
+    try:
+        host.encode("idna")  # as `socket` does
+    except UnicodeError as error:
+        raise BadUse(f"--coordinator: {host!r} is no name of a host: {error}") from None
     return host, int(port)
 
 
