@@ -98,7 +98,11 @@ def test_numbers_that_json_lacks_are_kept_as_text():
     assert row.details == {"bound": "inf", "peak": None}
 
 
-def test_checks_of_an_accelerator_are_skipped_on_a_cpu_and_dry_with_tiny_sizes(platform):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_checks_of_an_accelerator_are_skipped_on_a_cpu_and_dry_with_tiny_sizes(
+    platform, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     check = finding()._replace(accelerator=True)
     (full,), (tiny,) = rows([check]), rows([check], tiny=True)
     expected = {"cpu": (SKIP, DRY), "gpu": (OK, OK)}[platform]

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ncjax
-from experiments import _legs
+from experiments import _legs, _seeds
 from ncjax import statistics
 from ncjax.networks import data, models, train
 
@@ -100,6 +100,7 @@ def flow(devices):
     """Bytes of one leg of the flow of as many seeds as devices."""
     keys = jax.random.split(jax.random.key(0), devices)
     starts = jax.vmap(lambda key: ncjax.init_params(key, 3, 2, 4))(keys)
+    _seeds.Division.place = lambda self, states: states  # shapes are placed below
     leg, _ = _legs._compile(starts, _legs.measure_collapse, "explicit", 100)
     starts = placed(starts, mesh_of(devices, "seeds"), "seeds")
     times, before = jnp.array([1.0, 2.0]), jnp.array(-jnp.inf)
