@@ -623,6 +623,14 @@ def test_records_that_hold_no_image_are_named(tmp_path):
         data.load("mine", "train", str(tmp_path))
 
 
+@pytest.mark.parametrize("start", [b"RIFF\x10\0\0\0WEBP", b"II*\0", b"MM\0*"])
+def test_images_of_other_formats_are_refused_by_the_formats_that_are_read(tmp_path, start):
+    features = small_tfds.classification((8, 8, 1))
+    prepare(tmp_path, features, image=[io.BytesIO(start + bytes(20))], label=[0])
+    with pytest.raises(ValueError, match="is not PNG, JPEG, BMP or GIF: convert"):
+        data.load("mine", "train", str(tmp_path))
+
+
 def describe(**changes):
     """Change the description of a set; None removes an entry."""
 

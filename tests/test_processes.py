@@ -484,6 +484,7 @@ def test_processes_of_other_flags_end_before_any_work_with_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_flow_of_two_processes_resumed_by_one_has_the_rows_of_one(tmp_path):
     one = [[*SIMPLE, *FLOW, "--cpu_devices=2", f"--workdir={tmp_path}/one"]]
     two = commands(SIMPLE, 2, *FLOW, "--cpu_devices=1", f"--workdir={tmp_path}/two")

@@ -13,6 +13,7 @@ from PIL import Image
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Pillow reads dozens of formats; for one of them it starts another program.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF")
+_OTHER_FORMATS = (b"RIFF", b"II*\0", b"MM\0*")  # beginnings of WebP and TIFF
 _MOST_BYTES = 256 * 2**20  # of a record
 _MOST_PIXELS = 2**26
 
@@ -146,6 +147,11 @@ def _extent(encoded: bytes, place: str) -> tuple[int, int]:
     if encoded[:8] == _PNG and encoded.count(b"IHDR") == 1 and encoded[12:16] == b"IHDR":
         width, height = struct.unpack(">II", encoded[16:24])
         return height, width
+    if encoded.startswith(_OTHER_FORMATS):
+        raise BadRecord(
+            f"{place} holds an image that is not {', '.join(_FORMATS[:-1])} or "
+            f"{_FORMATS[-1]}: convert the images of the set"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
