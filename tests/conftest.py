@@ -36,6 +36,7 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = QUICK
     if not hasattr(config, "cache"):  # -p no:cacheprovider
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing in ~/.cache
+        jax.config.update("jax_enable_compilation_cache", False)
         return
     for name, value in {
         "jax_compilation_cache_dir": str(config.cache.mkdir("compiled")),
