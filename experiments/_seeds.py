@@ -64,7 +64,7 @@ class Division:
         return lambda states, *arrays: program(self.place(states), *arrays)
 
     def collect(self, results: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Return named results (S, ...) of all seeds, from those of every process."""
+        """Join the named results of every process; return them for all seeds, (S, ...)."""
         own = {name: np.asarray(array) for name, array in results.items()}
         parts = processes.exchange_arrays(own)
         return {

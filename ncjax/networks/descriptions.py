@@ -70,7 +70,8 @@ def check_regular(path: Path) -> None:
 def _check_package(data_dir: Path) -> None:
     """Raise OSError if `import tensorflow_datasets` would run the data directory.
 
-    Its usual name is that of the package, and Python looks into the current folder first.
+    Both are usually called tensorflow_datasets, and Python searches the current folder
+    first.
     """
     data_dir = data_dir.expanduser().resolve()
     spec = importlib.util.find_spec("tensorflow_datasets")
@@ -147,7 +148,7 @@ def _class_names(content: Any) -> Iterator[str]:
 
 @functools.cache
 def _features() -> frozenset[str]:
-    """Return the names of TFDS's own features, with those of earlier versions."""
+    """Return the names of TFDS's feature classes, and the names that it used earlier."""
     import tensorflow_datasets as tfds
 
     base = tfds.features.FeatureConnector
