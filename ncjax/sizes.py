@@ -1,9 +1,10 @@
 """Choose the size of a step: of a CPU's cache, or a share of an accelerator's memory.
 
-The platform is that of the devices that hold the arrays. Under `jax.jit` it is known only
-when the program is lowered, so there a program holds both sizes, and lowering keeps one.
+The devices that hold the arrays decide the platform. Under `jax.jit` it is known only when
+the program is lowered: the program holds both sizes, and lowering keeps one.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -32,6 +33,11 @@ def platform_of(*arrays) -> str | None:
 def chunk_bytes(platform: str | None, on_cpu: int) -> int:
     """Return the bytes of the largest array of a step: `on_cpu`, or more elsewhere."""
     return on_cpu if platform in ("cpu", None) else max(on_cpu, CHUNK_BYTES)
+
+
+def host_memory() -> int:
+    """Return the bytes of memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def device_memory(devices: Iterable[jax.Device]) -> int | None:

@@ -31,6 +31,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and exhausted)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of the message of an error, at most 300 characters of it."""
-    return next(iter(str(error).strip().splitlines()), "")[:_MESSAGE_LIMIT]
+def first_line(error: BaseException, limit: int | None = _MESSAGE_LIMIT) -> str:
+    """Return the first line of the message of an error, or its first `limit` characters."""
+    return next(iter(str(error).strip().splitlines()), "")[:limit]

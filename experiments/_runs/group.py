@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from experiments._runs import links
-from experiments._runs.errors import BadUse, RunFailed
+from experiments._runs.errors import BadUse, RunFailed, first_line
 
 EXPERIMENT = "the experiment"  # decides which other settings there are
 _GRACE_SECONDS = 2.0  # in which a process may find the error of another one by itself
@@ -253,7 +253,8 @@ class Several:
         if lost:
             return RunFailed(self._loss)
         interrupted = isinstance(error, KeyboardInterrupt)
-        reason = "was interrupted" if interrupted else f"failed: {_first_line(error)}"
+        cause = " ".join(first_line(error, None).split()) or type(error).__name__
+        reason = "was interrupted" if interrupted else f"failed: {cause}"
         text = f"process {self.place.number} {reason}"
         _tell(self._links.values(), links.END, text.encode())
         return error
@@ -272,7 +273,7 @@ class Several:
 
 
 def difference(found: Mapping[int, Mapping[str, Any]], advice: str) -> str:
-    """Return how the values of a process differ from those of process 0, or nothing."""
+    """Return which values of a process differ from the first one's; "" if none."""
     first = found[0]
     for process, values in found.items():
         names = [
@@ -326,8 +327,3 @@ def _refuse(receivers: Iterable[links.Link], kind: bytes, text: str) -> None:
     _tell(receivers, kind, text.encode())
     for link in receivers:
         link.close()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return " ".join(lines[0].split()) if lines else type(error).__name__

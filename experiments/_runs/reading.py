@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments._runs.errors import BadUse
+from experiments._runs.errors import BadUse, first_line
 
 MOST_BYTES = 4 * 2**30
 MOST_OF_PATH = 5000  # characters; Linux allows 4096 bytes
@@ -124,7 +124,7 @@ def shown(value: Any, limit: int = 500) -> str:
 
 def reason(error: Exception) -> str:
     """Return one short line on an error of any kind."""
-    first = next(iter(str(error).strip().splitlines()), "")
+    first = first_line(error, None)
     known = isinstance(error, BadUse | OSError)
     kind = "" if known else type(error).__name__
     return shown(": ".join(filter(None, (kind, first))), 300)

@@ -1,12 +1,12 @@
 """`ncjax flow`: the gradient flow of the layer-peeled model from random starts."""
 
-import os
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ncjax import sizes
 from ncjax.command import device, output
 from ncjax.command.output import BadUse
 from ncjax.flow import FlowSolution, gradient_flow
@@ -63,7 +63,7 @@ def _check_memory(options) -> None:
     state = (1 + options.per_class) * options.dim
     margins = options.per_class * options.num_classes
     needed = 8 * options.seeds * options.num_classes * (_TIMES * state + margins)
-    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    installed = sizes.host_memory()
     if needed > installed:
         raise BadUse(
             f"this flow needs at least {needed / 1e9:.3g} GB of memory, and the machine "

@@ -1,7 +1,6 @@
 """Decode the records of a data set on disk, after a look at their sizes and labels."""
 
 import io
-import os
 import struct
 import warnings
 from collections.abc import Iterable, Sequence
@@ -9,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from ncjax import sizes
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Pillow reads dozens of formats; for one of them it starts another program.
@@ -118,7 +119,7 @@ class Decoder:
                 f"{_MOST_PIXELS:,} pixels"
             )
         needed = pixels * self._image.shape[-1] * self._size
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        total = sizes.host_memory()
         if needed > total:
             raise BadRecord(
                 f"{self._size:,} images of {_times(extent)} pixels need {needed / 1e9:.3g} "
